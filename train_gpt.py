@@ -26,19 +26,20 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import platform
-import queue
 import re
 import resource
 import secrets
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -151,25 +152,7 @@ class Config:
     log_every: int = 10  # steps between lines of the training loss
 
     def __post_init__(self):
-        for name, choices in axes().items():
-            for value in getattr(self, name).split(",") if name in TILED else [getattr(self, name)]:
-                if value not in choices:
-                    raise ConfigError(f"{name.upper()}={value}: choose one of {', '.join(choices)}")
-        for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"{name.upper()}={value}: must lie between {low:g} and {high:g}")
-        if self.run_id and not re.fullmatch(RUN_ID_PATTERN, self.run_id):
-            raise ConfigError(f"RUN_ID={self.run_id!r}: use 1 to 100 letters, digits, '.', '_' and '-', "
-                              "the first no '.' or '-'")
-        if self.n_embd % self.n_head:
-            raise ConfigError(f"N_EMBD={self.n_embd}: must be a multiple of N_HEAD={self.n_head}; "
-                              f"choose {nearest_multiples(self.n_embd, self.n_head)}")
-        if self.pos == "rotary" and self.n_embd // self.n_head % 2:
-            raise ConfigError(f"N_EMBD={self.n_embd} / N_HEAD={self.n_head} gives heads of an odd size; "
-                              "POS=rotary needs an even one: change either, or set POS=learned")
-        if self.val_tokens < self.sequence_length:
-            raise ConfigError(f"VAL_TOKENS={self.val_tokens}: must be at least SEQUENCE_LENGTH={self.sequence_length}")
+        check(self)
 
     @classmethod
     def from_env(cls, env):
@@ -206,6 +189,29 @@ BOUNDS = {  # inclusive
     **dict.fromkeys("lr embed_lr head_lr muon_lr".split(), (1e-12, 1e3)), **dict.fromkeys(("beta1", "beta2"), (0, 0.9999999)),
     "vocab_size": (0, 65536), "val_tokens": (1, 2**40), "dropout": (0, 0.99), "muon_momentum": (0, 0.9999999),
     "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1), "peak_tflops": (1e-6, 1e6)}
+
+
+def check(cfg):
+    """Raises ConfigError for a value that no run can use."""
+    for name, choices in axes().items():
+        for value in getattr(cfg, name).split(",") if name in TILED else [getattr(cfg, name)]:
+            if value not in choices:
+                raise ConfigError(f"{name.upper()}={value}: choose one of {', '.join(choices)}")
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(cfg, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{name.upper()}={value}: must lie between {low:g} and {high:g}")
+    if cfg.run_id and not re.fullmatch(RUN_ID_PATTERN, cfg.run_id):
+        raise ConfigError(f"RUN_ID={cfg.run_id!r}: use 1 to 100 letters, digits, '.', '_' and '-', "
+                          "the first no '.' or '-'")
+    if cfg.n_embd % cfg.n_head:
+        raise ConfigError(f"N_EMBD={cfg.n_embd}: must be a multiple of N_HEAD={cfg.n_head}; "
+                          f"choose {nearest_multiples(cfg.n_embd, cfg.n_head)}")
+    if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 2:
+        raise ConfigError(f"N_EMBD={cfg.n_embd} / N_HEAD={cfg.n_head} gives heads of an odd size; "
+                          "POS=rotary needs an even one: change either, or set POS=learned")
+    if cfg.val_tokens < cfg.sequence_length:
+        raise ConfigError(f"VAL_TOKENS={cfg.val_tokens}: must be at least SEQUENCE_LENGTH={cfg.sequence_length}")
 
 
 def axes():
@@ -908,45 +914,22 @@ class ShardLoader:
                 raise DataError(f"{self.files[shard]}: token {self.shards[shard][bad[0]]} at offset {bad[0]} is not below "
                                 f"VOCAB_SIZE={self.vocab_size}; set VOCAB_SIZE to the tokenizer's size, or 0 to read it")
 
-    def prefetch(self, slices, device, depth=2):
+    def prefetch(self, slices, device, depth=4):
         """Yields (inputs (n, T), targets (n, T), seconds waited) for each (first, count), read ahead by a thread."""
-        batches, stop = queue.Queue(depth), threading.Event()
+        def load(first, count):
+            batch = torch.from_numpy(self.read(first, count))
+            return batch.pin_memory() if device.type == "cuda" else batch
 
-        def work():
-            try:
-                for first, count in slices:
-                    batch = torch.from_numpy(self.read(first, count))
-                    batch = batch.pin_memory() if device.type == "cuda" else batch
-                    while not stop.is_set():
-                        with contextlib.suppress(queue.Full):
-                            batches.put(batch, timeout=0.1)
-                            break
-                    if stop.is_set():
-                        return
-                batches.put(None)
-            except Exception as error:  # raised again by the consumer
-                batches.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            while True:
-                batch, waited = take(batches)
-                if not isinstance(batch, Tensor):
-                    break
+        slices = iter(slices)
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque(pool.submit(load, *piece) for piece in itertools.islice(slices, depth))
+            while ahead:
+                start, ready = time.perf_counter(), ahead[0].done()
+                batch = ahead.popleft().result()
+                waited = 0.0 if ready else time.perf_counter() - start
+                ahead.extend(pool.submit(load, *piece) for piece in itertools.islice(slices, 1))
                 batch = batch.to(device, non_blocking=True)
                 yield batch[:, :-1], batch[:, 1:], waited
-        finally:
-            stop.set()
-        if batch is not None:
-            raise batch
-
-
-def take(batches):
-    """(next item of the queue, seconds waited); zero where one was ready."""
-    with contextlib.suppress(queue.Empty):
-        return batches.get_nowait(), 0.0
-    start = time.perf_counter()
-    return batches.get(), time.perf_counter() - start
 
 
 def how_to_get(pattern, shards=9):
@@ -1001,7 +984,8 @@ def write_whole(path, text):
 
 
 def update_results(path, rows):
-    """Merges rows into the results table, one per run_id, under a lock: columns are united, and nothing is lost."""
+    """Merges rows into the results table, one per run_id, under a lock: columns are united, nothing is lost. None is a
+    blank, truth values are 0 and 1."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -1010,9 +994,10 @@ def update_results(path, rows):
             with open(path, newline="") as file:
                 table = {row["run_id"]: row for row in csv.DictReader(file)}
         for row in rows:
-            table[row["run_id"]] = table.get(row["run_id"], {}) | row
-        text = io.StringIO()
-        writer = csv.DictWriter(text, dict.fromkeys(column for row in table.values() for column in row), lineterminator="\n")
+            cells = {k: "" if v is None else int(v) if isinstance(v, bool) else v for k, v in row.items()}
+            table[row["run_id"]] = table.get(row["run_id"], {}) | cells
+        text, columns = io.StringIO(), dict.fromkeys(column for row in table.values() for column in row)
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table.values())
         write_whole(path, text.getvalue())
@@ -1100,10 +1085,9 @@ class Records:
                 self.bar.update(values["step"] - self.bar.n)
 
     def save(self):
-        """Writes summary and row; in the row None is blank, and truth values are 0 and 1."""
+        """Writes summary and row."""
         write_whole(self.json, json.dumps(self.summary, indent=1) + "\n")
-        row = {k: "" if v is None else int(v) if isinstance(v, bool) else v for k, v in self.summary.items()}
-        update_results(self.results_csv, [row])
+        update_results(self.results_csv, [self.summary])
 
     def close(self, status, **values):
         """The run's last words: a block of figures and files, the summary, the row."""
@@ -1304,34 +1288,6 @@ def evaluate(model, loader, cfg, ranks):
     return total.item() / samples
 
 
-class Clock:
-    """Seconds of one kind of work, that of the device included: starts, stops and starts again."""
-
-    def __init__(self, device):
-        self.total, self.since, self.synchronize = 0.0, None, lambda: None
-        if device.type == "cuda":
-            self.synchronize = torch.cuda.synchronize
-
-    def __enter__(self):
-        self.synchronize()
-        self.since = time.perf_counter()
-
-    def __exit__(self, *error):
-        self.total, self.since = self.seconds(), None
-
-    def seconds(self):
-        self.synchronize()
-        return self.total + (time.perf_counter() - self.since if self.since else 0.0)
-
-    def pause(self, work):
-        """Does the work off this clock, and returns what it returns."""
-        self.__exit__()
-        try:
-            return work()
-        finally:
-            self.__enter__()
-
-
 def peak_memory(device):
     """Most memory in use at once, GiB: of the device, or of this process on a CPU."""
     if device.type == "cuda":
@@ -1351,14 +1307,28 @@ class Meter:
 
     def __init__(self, cfg, ranks, records, samples):
         self.cfg, self.device, self.records, self.samples = cfg, ranks.device(cfg), records, samples
-        self.train, self.eval, self.compile = (Clock(self.device) for _ in range(3))
         self.waits, self.best_loss, self.last = [], math.inf, (0, 0.0)  # last: (tokens, train time) of the last point
+        self.seconds, self.start = {"eval": 0.0, "compile": 0.0}, time.perf_counter()
         self.flops = records.summary["flops_per_token"] / ranks.world_size
         self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
 
+    def now(self):
+        """Seconds on some clock, after the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def off_the_clock(self, kind):
+        """Times work of another kind, for which the clock of the training stands still."""
+        began = self.now()
+        yield
+        self.seconds[kind] += self.now() - began
+        self.start += self.now() - began
+
     def point(self, state, stats, val_loss):
         """Logs a step: stats (loss, gradient norm) of its update or None, and the validation loss after it or None."""
-        cfg, step, seconds = self.cfg, state.step, self.train.seconds()
+        cfg, step, seconds = self.cfg, state.step, self.now() - self.start if state.step else 0.0
         tokens = step * cfg.batch_size * cfg.sequence_length
         values = {"step": step, "tokens": tokens, "epoch": step * cfg.batch_size / self.samples, "train_time": seconds,
                   "data_wait": sum(self.waits)}
@@ -1382,8 +1352,8 @@ class Meter:
         """The summary's figures so far."""
         speed = tokens / seconds if tokens else None
         figures = {
-            "tokens": tokens, "train_time": seconds, "eval_time": self.eval.total, "tokens_per_sec": speed,
-            "compile_time": self.compile.total if self.cfg.compile == "1" else None,
+            "tokens": tokens, "train_time": seconds, "eval_time": self.seconds["eval"], "tokens_per_sec": speed,
+            "compile_time": self.seconds["compile"] if self.cfg.compile == "1" else None,
             "step_avg": 1000 * seconds / state.step if tokens else None, "data_wait": sum(self.waits),
             "data_wait_p99": float(np.percentile(self.waits, 99)) if self.waits else None,
             "mfu": model_flops_utilization(self.cfg, self.device, speed * self.flops) if tokens else None,
@@ -1401,25 +1371,26 @@ def train(cfg, ranks, loaders, records):
     meter, state = Meter(cfg, ranks, records, train_loader.samples), State.build(cfg, ranks)
     if cfg.compile == "1":
         records.print("compiling blocks and loss: a minute or two the first time on a machine")
-        with meter.compile:
+        with meter.off_the_clock("compile"):
             compile_model(state.model, cfg, meter.device)
-        records.print(f"compile_time:{meter.compile.total:.1f}s")
+        records.print(f"compile_time:{meter.seconds['compile']:.1f}s")
     torch.manual_seed(cfg.seed + 1 + ranks.rank)  # dropout differs between ranks
     share = cfg.batch_size // ranks.world_size
     slices = ((step * cfg.batch_size + ranks.rank * share, share) for step in range(cfg.num_iterations))
 
     def validate():
-        with meter.eval:
+        with meter.off_the_clock("eval"):
             return evaluate(state.model, val_loader, cfg, ranks)
 
     meter.point(state, None, validate())
-    with contextlib.closing(train_loader.prefetch(slices, meter.device)) as batches, meter.train:
+    meter.start = meter.now()
+    with contextlib.closing(train_loader.prefetch(slices, meter.device)) as batches:
         for inputs, targets, waited in batches:
             stats = train_step(state, cfg, inputs, targets)
             meter.waits.append(waited)
             validating = state.step == cfg.num_iterations or cfg.val_every and state.step % cfg.val_every == 0
             if validating or state.step == 1 or state.step % cfg.log_every == 0:
-                meter.point(state, stats, meter.train.pause(validate) if validating else None)
+                meter.point(state, stats, validate() if validating else None)
 
 
 def main(argv, env):

@@ -54,6 +54,10 @@ def shard(seed, tokens=1000, magic=20240520):
     return header.tobytes() + np.random.default_rng(seed).integers(0, 50257, tokens).astype("<u2").tobytes()
 
 
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
 class Hub:
     """A hub with one dataset that redirects to a CDN on another port; `faults` are used up one per request."""
 
@@ -84,7 +88,7 @@ class Hub:
 
     def reply(self, request, status, body=b"", **headers):
         request.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
+        for name, value in {"Content_Length": len(body), **headers}.items():
             request.send_header(name.replace("_", "-"), str(value))
         request.end_headers()
         if request.command == "GET":
@@ -113,7 +117,7 @@ class Hub:
         elif is_api:
             assert path == f"/api/datasets/{REPO}/revision/{revision}", path
             siblings = [{"rfilename": name, "size": len(data), "blobId": "0", "lfs": {
-                "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 1}}
+                "size": len(data), "sha256": sha256(data), "pointerSize": 1}}
                 for name, data in self.files.items()]
             info = {"id": REPO, "sha": self.revisions[revision], "siblings": siblings}
             self.reply(request, 200, json.dumps(info).encode(), Content_Type="application/json")
@@ -121,7 +125,7 @@ class Hub:
             self.reply(request, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.revisions[revision])
         else:
             assert path == f"/datasets/{REPO}/resolve/{revision}/{name}", path
-            etag = f'"{hashlib.sha256(self.files[name]).hexdigest()}"'
+            etag = f'"{sha256(self.files[name])}"'
             self.reply(request, 302, Location=f"{self.cdn}/cdn/{name}", X_Repo_Commit=self.revisions[revision],
                        X_Linked_Size=len(self.files[name]), X_Linked_ETag=etag, ETag=etag)
 
@@ -236,7 +240,7 @@ def test_fresh_fetch_gives_the_bytes_and_an_index(hub, worker, tmp_path):
         "source": REPO, "commit": COMMIT, "tokenizer": "gpt2", "vocab_size": 50257, "eot_id": 50256,
         "split": "by shard, as published", "bytes_per_token": None, "shards": [
             {"name": name, "split": split, "tokens": 1000, "bytes": 3024, "mtime_ns": stats[name].st_mtime_ns,
-             "sha256": hashlib.sha256(hub.files[name]).hexdigest()} for name, split in ((TRAIN, "train"), (VAL, "val"))]}
+             "sha256": sha256(hub.files[name])} for name, split in ((TRAIN, "train"), (VAL, "val"))]}
     assert json.loads((folder / "tokenizer.json").read_text()) == {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.incomplete"))
     assert f"1/2 {VAL}\n2/2 {TRAIN}\n" in output
@@ -255,7 +259,7 @@ def test_second_run_uses_no_network_and_hashes_nothing_again(hub, worker, tmp_pa
     assert index_of(tmp_path) == index
     os.utime(tmp_path / TRAIN, ns=(1, 1))
     worker.run(tmp_path, "1")
-    assert index_of(tmp_path)["shards"][0]["sha256"] == hashlib.sha256(hub.files[TRAIN]).hexdigest()
+    assert index_of(tmp_path)["shards"][0]["sha256"] == sha256(hub.files[TRAIN])
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: shard(1, magic=1), lambda data: b"",
@@ -269,15 +273,17 @@ def test_damaged_local_file_is_fetched_again(hub, worker, tmp_path, damage):
     assert hub.requests("GET cdn") == [TRAIN, "fineweb_train_000002.bin"]
     assert (tmp_path / TRAIN).read_bytes() == hub.files[TRAIN]
     assert [entry["sha256"] for entry in index_of(tmp_path)["shards"]] == [
-        hashlib.sha256(hub.files[entry["name"]]).hexdigest() for entry in index_of(tmp_path)["shards"]]
+        sha256(hub.files[entry["name"]]) for entry in index_of(tmp_path)["shards"]]
 
 
 def test_connection_cut_in_the_middle(hub, worker, tmp_path):
+    hub.files[VAL] = shard(0, tokens=12_000_000)  # the first half is more than the client's unit of 10 MiB
     hub.faults["GET", "cdn " + VAL] = ["cut"]
     code, output = worker.run(tmp_path, "1")
     assert code == 0, output
     assert (tmp_path / VAL).read_bytes() == hub.files[VAL]
-    assert hub.requests("GET cdn") == [VAL, VAL, TRAIN]
+    ranges = [headers.get("Range") for method, host, _, headers in hub.log if (method, host) == ("GET", "cdn")]
+    assert hub.requests("GET cdn") == [VAL, VAL, TRAIN] and ranges == [None, "bytes=10485760-", None]
 
 
 @pytest.mark.parametrize("request_kind", [("GET", "api"), ("HEAD", VAL), ("GET", "cdn " + VAL)], ids=" ".join)
@@ -311,7 +317,7 @@ def test_file_and_revision_that_the_hub_lacks(hub, worker, tmp_path):
     assert_sentence(output, TRAIN, "HTTP 404")
     code, output = worker.run(tmp_path / "other", "1", REVISION="nowhere")
     assert code == 1
-    assert_sentence(output, "REVISION", "HTTP 404")
+    assert_sentence(output, "nowhere", "HTTP 404", "REVISION")
 
 
 def test_wrong_shard_from_the_hub(hub, worker, tmp_path):
@@ -330,7 +336,7 @@ def test_bit_flipped_on_the_way(hub, worker, tmp_path):
     hub.faults["GET", "cdn " + TRAIN] = ["flip", "flip"]
     code, output = worker.run(tmp_path / "other", "1")
     assert code == 1 and not (tmp_path / "other" / TRAIN).exists()
-    assert_sentence(output, TRAIN, hashlib.sha256(hub.files[TRAIN]).hexdigest())
+    assert_sentence(output, TRAIN, sha256(hub.files[TRAIN]))
 
 
 def test_no_network(hub, worker, tmp_path):
@@ -410,13 +416,16 @@ def test_revision_pins_and_a_folder_keeps_its_commit(hub, worker, tmp_path):
     assert code == 1 and index_of(tmp_path)["commit"] == COMMIT
     assert_sentence(output, COMMIT, NEWER, "REVISION")
     hub.log.clear()
+    code, output = worker.run(tmp_path, "2", REVISION=NEWER)  # nothing is missing, so the hub is not asked
+    assert code == 1 and hub.log == []
+    assert_sentence(output, COMMIT, NEWER, "REVISION")
     code, output = worker.run(tmp_path / "other", "1", REVISION="main")
     assert code == 0 and index_of(tmp_path / "other")["commit"] == NEWER
     assert all(f"/resolve/{NEWER}/" in path for _, host, path, _ in hub.log if host == "hub")
 
 
 def test_index_of_another_dataset_is_kept(hub, worker, tmp_path):
-    for text in ('{"source": "package:sympy"}', "{"):
+    for text in ('{"source": "package:sympy"}', "{", "[]"):
         (tmp_path / "index.json").write_text(text)
         code, output = worker.run(tmp_path, "1")
         assert code == 1 and (tmp_path / "index.json").read_text() == text

@@ -1,0 +1,66 @@
+"""What several test files share: a tiny model, tiny shards, and ranks forked from this process."""
+
+import os
+import tempfile
+import traceback
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import train_gpt
+from train_gpt import Config
+
+TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=6, device_batch_size=2, vocab_size=64,
+            num_iterations=8, warmdown_iters=4, val_tokens=64, val_every=4, device="cpu", dtype="float32", compile="0")
+
+
+def tiny(**changes):
+    """A Config that trains in milliseconds."""
+    return Config(**TINY | changes)
+
+
+def write_shard(path, tokens):
+    """A shard written without the code under test."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path
+
+
+def run_ranks(world, work):
+    """Runs work(ranks) on `world` forked ranks in a gloo group and returns what each returned, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        children = [fork(rank, world, work, folder) for rank in range(world)]
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        assert codes == [0] * world, f"ranks ended with {codes}"
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def fork(rank, world, work, folder):
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        store = dist.FileStore(f"{folder}/store", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        torch.save(work(train_gpt.Ranks(rank, rank, world, world)), f"{folder}/{rank}.pt")
+        dist.barrier()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A dataset of three training shards and one for validation; returns the settings that name it."""
+    rng = np.random.default_rng(0)
+    pattern = rng.integers(0, 64, 97)  # repeats, so that there is something to learn
+    for i, size in enumerate((700, 500, 333)):
+        write_shard(tmp_path / f"toy_train_{i + 1:06d}.bin", np.resize(np.roll(pattern, i), size))
+    write_shard(tmp_path / "toy_val_000000.bin", np.resize(pattern, 400))
+    return {"input_bin": f"{tmp_path}/toy_train_*.bin", "input_val_bin": f"{tmp_path}/toy_val_*.bin"}
