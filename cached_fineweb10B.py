@@ -133,7 +133,7 @@ def fetch_all(folder: Path, names: list[str], revision: str | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code of one run with command line arguments; environment as in the docstring of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("N", nargs="?", type=int, default=TRAIN_SHARDS, help="training shards of 0.2 GB (default: all)")
+    parser.add_argument("N", nargs="?", type=int, default=TRAIN_SHARDS, help="training shards, 0.2 GB each (all)")
     count = parser.parse_args(argv).N
     if not 1 <= count <= TRAIN_SHARDS:
         parser.error(f"N: expected 1 to {TRAIN_SHARDS} training shards, found {count}")
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(os.environ.get("DATA_DIR") or "data/fineweb10B")
     try:
         if folder.is_symlink() and not folder.exists():
-            raise FetchError(f"{folder}: expected a folder, found a dead link: make {folder.readlink()} or relink it", 1)
+            raise FetchError(f"{folder}: expected a folder, found a dead link: make {folder.readlink()} or relink", 1)
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{folder}: checking {len(names)} shards, once no other fetch into this folder runs", flush=True)
         with FileLock(folder / ".fetch.lock") if os.access(folder, os.W_OK) else contextlib.nullcontext():

@@ -186,7 +186,7 @@ BOUNDS = {  # inclusive
     **dict.fromkeys("batch_size device_batch_size sequence_length num_iterations n_layer n_head n_embd log_every".split(),
                     (1, 2**31)),
     **dict.fromkeys("val_every max_epochs d_ff warmup_iters warmdown_iters seed".split(), (0, 2**31)),
-    **dict.fromkeys("lr embed_lr head_lr muon_lr".split(), (1e-12, 1e3)), **dict.fromkeys(("beta1", "beta2"), (0, 0.9999999)),
+    **dict.fromkeys("lr embed_lr head_lr muon_lr".split(), (1e-12, 1e30)), **dict.fromkeys(("beta1", "beta2"), (0, 0.9999999)),
     "vocab_size": (0, 65536), "val_tokens": (1, 2**40), "dropout": (0, 0.99), "muon_momentum": (0, 0.9999999),
     "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1), "peak_tflops": (1e-6, 1e6)}
 
@@ -307,7 +307,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale = (norm.square() / x.size(-1) + 1e-6).rsqrt()
         y = (x * scale).type_as(x)
         ctx.save_for_backward(y, scale)
@@ -685,9 +685,10 @@ class Muon:
         self.cfg, self.base_lr, self.world, self.stacks = cfg, lr, world, []
         for shape in dict.fromkeys(p.shape[-2:] for p in params):
             members = [p for p in params if p.shape[-2:] == shape]
-            count = sum(p[..., 0, 0].numel() for p in members)
-            share = math.ceil(count / world)
-            self.stacks.append({"params": members, "padding": members[0].new_zeros(share * world - count, *shape),
+            sizes = [p[..., 0, 0].numel() for p in members]
+            share = math.ceil(sum(sizes) / world)
+            padding = members[0].new_zeros(share * world - sum(sizes), *shape)
+            self.stacks.append({"params": members, "sizes": [*sizes, len(padding)], "padding": padding,
                                 "momentum": members[0].new_zeros(share, *shape), "grad": None})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32  # few CPUs multiply bfloat16 fast
 
@@ -712,7 +713,7 @@ class Muon:
             momentum.lerp_(grad, 1 - mu)
             update = zeropower_via_newtonschulz5(grad.lerp_(momentum, mu), self.dtype) * (1 - skip)
             scale = MUON_SCALES[self.cfg.muon_scale](*momentum.shape[-2:])
-            updates = all_gather(update, self.world).split([p[..., 0, 0].numel() for p in stack["params"]])
+            updates = all_gather(update, self.world).split(stack["sizes"])
             for p, u in zip(stack["params"], updates):
                 p.mul_(1 - lr * self.cfg.weight_decay * (1 - skip.double())) if self.cfg.weight_decay else p
                 p.add_(u.view_as(p), alpha=-lr * scale)
@@ -1199,7 +1200,7 @@ def setup(cfg, ranks):
     else:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **alone)
     run_id = [cfg.run_id or new_run_id(cfg.preset)]
     dist.broadcast_object_list(run_id, device=torch.device("cpu"))
@@ -1424,12 +1425,14 @@ def main(argv, env):
         status = getattr(error, "status", statuses.get(type(error), "crash"))
         if status == "crash":
             traceback.print_exc()
-        elif ranks.local_rank == 0:
+        elif ranks.local_rank == 0 or records is not None and status in ("data", "oom"):  # others would say the same
             print(f"{status}: {error or 'interrupted'}", file=sys.stderr)
         if records is not None and records.bar is not None:
             records.close(status, error=str(error))
         elif ranks.rank == 0 and status in ("config", "data") and not env.get("DRY_RUN"):
             refuse(env, error)
+        if ranks.rank:
+            time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
         return EXIT_CODES[status]
 
 

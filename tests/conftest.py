@@ -1,8 +1,11 @@
 """What several test files share: a tiny model, tiny shards, and ranks forked from this process."""
 
 import os
+import socket
+import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch.distributed as dist
 import train_gpt
 from train_gpt import Config
 
-TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=6, device_batch_size=2, vocab_size=64,
+TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=12, device_batch_size=2, vocab_size=64,
             num_iterations=8, warmdown_iters=4, val_tokens=64, val_every=4, device="cpu", dtype="float32", compile="0")
 
 
@@ -53,6 +56,53 @@ def fork(rank, world, work, folder):
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def launch(env, world=1):
+    """Runs train_gpt.main as torchrun would start it, on `world` forked ranks with these settings only. Returns (exit
+    codes by rank, what rank 0 printed on both streams)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    settings = {name: str(value) for name, value in env.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(world):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
+            whole = settings | (group if world > 1 else {}) | {name: str(value) for name, value in ranks.items()}
+            children.append(start(whole, f"{folder}/{rank}.txt"))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        return codes, Path(f"{folder}/0.txt").read_text()
+
+
+def start(env, output):
+    """A forked process that runs train_gpt.main in this environment; its id. Its output goes to a file."""
+    if child := os.fork():
+        return child
+    code = 70
+    try:
+        torch.set_num_threads(1)
+        os.environ.clear()
+        os.environ.update(env)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        code = train_gpt.main([], os.environ)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@pytest.fixture
+def settings(shards, tmp_path):
+    """The environment of a tiny run that leaves everything below tmp_path."""
+    return ({name.upper(): int(value) if isinstance(value, bool) else value for name, value in (TINY | shards).items()}
+            | {"LOG_DIR": tmp_path / "logs", "RESULTS_CSV": tmp_path / "results.csv", "RUN_ID": "toy", "LR": 0.01,
+               "MAX_EPOCHS": 0, "LOG_EVERY": 1})
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ class Hub:
     """A hub with one dataset that redirects to a CDN on another port; `faults` are used up one per request."""
 
     def __init__(self):
-        self.endpoint, self.cdn = (self.serve(answer) for answer in (self.answer_hub, self.answer_cdn))
+        self.servers = [self.serve(answer) for answer in (self.answer_hub, self.answer_cdn)]
+        self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
         self.reset()
 
     def reset(self):
@@ -80,7 +81,12 @@ class Hub:
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
+        return server
+
+    def close(self):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
 
     def requests(self, *kinds):
         """Paths' last parts, in order, of the requests of some kinds, such as "GET cdn"."""
@@ -189,7 +195,9 @@ class Worker:
 
 @pytest.fixture(scope="module")
 def the_hub():
-    return Hub()
+    hub = Hub()
+    yield hub
+    hub.close()
 
 
 @pytest.fixture
@@ -425,7 +433,7 @@ def test_revision_pins_and_a_folder_keeps_its_commit(hub, worker, tmp_path):
 
 
 def test_index_of_another_dataset_is_kept(hub, worker, tmp_path):
-    for text in ('{"source": "package:sympy"}', "{", "[]"):
+    for text in ('{"source": "package:sympy", "commit": null, "shards": []}', "{", "[]"):
         (tmp_path / "index.json").write_text(text)
         code, output = worker.run(tmp_path, "1")
         assert code == 1 and (tmp_path / "index.json").read_text() == text
@@ -445,6 +453,9 @@ def test_interrupt(hub, worker, tmp_path):
 
 
 def test_waits_for_another_fetch_into_the_folder(hub, worker, tmp_path):
+    worker.run(tmp_path, "1")  # the first run of a process spends seconds on imports
+    (tmp_path / TRAIN).unlink()
+    hub.log.clear()
     with FileLock(tmp_path / ".fetch.lock"):
         worker.start(tmp_path, "1")
         assert not worker.answers_within(0.5) and hub.log == []

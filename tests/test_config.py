@@ -1,0 +1,269 @@
+"""Config: the settings are the ones promised, every wrong one is refused by name, ordinary variables are left alone."""
+
+import ast
+import dataclasses
+import re
+
+import pytest
+
+import train_gpt
+from train_gpt import Config, ConfigError, axes, help_text, near_misses
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+PRESETS = {path.stem: path for path in (train_gpt.ROOT / "experiments/presets").glob("*.env")}
+ORDINARY = """
+    PATH HOME HOSTNAME HOSTTYPE USER LOGNAME SHELL SHLVL PWD OLDPWD TERM TERM_PROGRAM LANG LANGUAGE LC_ALL LC_CTYPE TZ
+    EDITOR VISUAL PAGER LESS LESSOPEN LESSCLOSE LS_COLORS MAIL MANPATH INFOPATH INPUTRC HISTSIZE HISTFILE HISTCONTROL PS1
+    DISPLAY XAUTHORITY XDG_RUNTIME_DIR XDG_SESSION_ID XDG_DATA_DIRS XDG_CONFIG_DIRS DBUS_SESSION_BUS_ADDRESS COLORTERM
+    COLUMNS LINES TMPDIR TEMP TMP MACHTYPE OSTYPE SSH_CLIENT SSH_CONNECTION SSH_TTY SSH_AUTH_SOCK SSH_AGENT_PID STY TMUX
+    TMUX_PANE SUDO_USER SUDO_COMMAND http_proxy https_proxy no_proxy HTTP_PROXY NO_PROXY _ LD_LIBRARY_PATH LD_PRELOAD
+    LIBRARY_PATH CPATH PKG_CONFIG_PATH MAKEFLAGS CC CXX CFLAGS CXXFLAGS LDFLAGS DEBIAN_FRONTEND container GPG_KEY
+    CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_DEVICE_MAX_CONNECTIONS CUDA_HOME CUDA_PATH CUDA_VERSION CUDA_LAUNCH_BLOCKING
+    NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES NVIDIA_REQUIRE_CUDA NVIDIA_PRODUCT_NAME NV_CUDA_LIB_VERSION
+    NCCL_VERSION NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_DISABLE NCCL_P2P_DISABLE GLOO_SOCKET_IFNAME CUBLAS_WORKSPACE_CONFIG
+    HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES GPU_DEVICE_ORDINAL PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
+    OMP_NUM_THREADS OMP_PROC_BIND MKL_NUM_THREADS OPENBLAS_NUM_THREADS KMP_AFFINITY TORCH_HOME TORCHINDUCTOR_CACHE_DIR
+    TORCH_LOGS TRITON_CACHE_DIR TORCH_NCCL_ASYNC_ERROR_HANDLING TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS
+    TORCHELASTIC_RESTART_COUNT TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE MASTER_ADDR MASTER_PORT RANK LOCAL_RANK
+    GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK
+    WANDB_NAME WANDB_PROJECT WANDB_ENTITY WANDB_MODE WANDB_DIR WANDB_RUN_ID WANDB_RUN_GROUP WANDB_NOTES WANDB_TAGS
+    HF_HOME HF_TOKEN HF_HUB_OFFLINE HF_DATASETS_CACHE TRANSFORMERS_CACHE TOKENIZERS_PARALLELISM TIKTOKEN_CACHE_DIR DATA_DIR
+    PYTHONPATH PYTHONHOME PYTHONUNBUFFERED PYTHONHASHSEED PYTHONDONTWRITEBYTECODE PYTHON_VERSION PYTEST_CURRENT_TEST
+    VIRTUAL_ENV VIRTUAL_ENV_PROMPT PYENV_ROOT PYENV_VERSION PIP_CACHE_DIR UV_CACHE_DIR JUPYTER_PATH MPLBACKEND
+    CONDA_EXE CONDA_PREFIX CONDA_PREFIX_1 CONDA_DEFAULT_ENV CONDA_PROMPT_MODIFIER CONDA_PYTHON_EXE CONDA_SHLVL _CE_CONDA _CE_M
+    CONDA_BUILD_SYSROOT CONDA_TOOLCHAIN_HOST MAMBA_EXE MAMBA_ROOT_PREFIX CMAKE_PREFIX_PATH CMAKE_ARGS
+    MODULEPATH MODULESHOME LOADEDMODULES LMOD_CMD LMOD_DIR LMOD_VERSION LMOD_SYSTEM_DEFAULT_MODULES _LMFILES_ BASH_ENV
+    SLURM_JOB_ID SLURM_JOBID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_NODELIST SLURM_JOB_NUM_NODES SLURM_NNODES SLURM_NTASKS
+    SLURM_NPROCS SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_STEP_ID SLURM_STEPID SLURM_CPUS_PER_TASK SLURM_CPUS_ON_NODE
+    SLURM_TASKS_PER_NODE SLURM_GPUS SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_JOB_GPUS SLURM_STEP_GPUS SLURM_MEM_PER_NODE
+    SLURM_SUBMIT_DIR SLURM_SUBMIT_HOST SLURM_CLUSTER_NAME SLURM_JOB_PARTITION SLURM_JOB_ACCOUNT SLURM_JOB_QOS SLURM_JOB_UID
+    SLURM_ARRAY_TASK_ID SLURM_ARRAY_JOB_ID SLURM_RESTART_COUNT SLURM_TMPDIR SLURM_EXPORT_ENV SLURMD_NODENAME SLURM_CONF
+    SBATCH_PARTITION SRUN_DEBUG PMI_RANK PMI_SIZE PMIX_RANK OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE LSB_JOBID PBS_JOBID
+    KUBERNETES_SERVICE_HOST KUBERNETES_SERVICE_PORT KUBERNETES_SERVICE_PORT_HTTPS KUBERNETES_PORT KUBERNETES_PORT_443_TCP
+    KUBERNETES_PORT_443_TCP_PROTO KUBERNETES_PORT_443_TCP_ADDR KUBECONFIG POD_NAME POD_IP POD_NAMESPACE NODE_NAME
+    JOB_NAME JOB_ID JOB_COMPLETION_INDEX TRAINER_SERVICE_HOST TRAINER_PORT_29500_TCP_PORT
+    CI GITHUB_ACTIONS GITHUB_RUN_ID GITHUB_REF_NAME GITHUB_WORKSPACE RUNNER_OS BUILD_ID AWS_REGION AWS_DEFAULT_REGION
+    AWS_ACCESS_KEY_ID GOOGLE_APPLICATION_CREDENTIALS AZURE_CLIENT_ID COLAB_GPU KAGGLE_KERNEL_RUN_TYPE RUNPOD_POD_ID
+""".split()
+
+
+def refused(env):
+    with pytest.raises(ConfigError) as error:
+        Config.from_env(env)
+    return str(error.value)
+
+
+def another(name):
+    """A valid value of a setting that is not its default."""
+    default = FIELDS[name].default
+    if name in axes():
+        return next((choice for choice in axes()[name] if choice != default), f"{default},{default}")
+    if isinstance(default, str):
+        return f"{default}x"
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return default // 2 if default > 1 else default + 1
+    return default / 2 if default else 0.5
+
+
+@pytest.fixture
+def preset(tmp_path, monkeypatch):
+    """Writes a preset into an otherwise empty folder of presets."""
+    def write(text, name="mine"):
+        folder = tmp_path / "experiments/presets"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.env").write_text(text)
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    write("# nothing but the defaults\n", "gpt2_small")
+    return write
+
+
+# Names and defaults
+
+
+def test_the_settings_are_exactly_these():
+    assert [name.upper() for name in FIELDS] == """
+        PRESET RUN_ID STAGE VARIANT NOTE SEED DRY_RUN INPUT_BIN INPUT_VAL_BIN SHUFFLE BATCH_SIZE DEVICE_BATCH_SIZE
+        SEQUENCE_LENGTH NUM_ITERATIONS MAX_EPOCHS VAL_EVERY VAL_TOKENS VOCAB_SIZE N_LAYER N_HEAD N_EMBD D_FF MIXER FFN NORM
+        POS QK_NORM BIAS TIE_EMBEDDINGS DROPOUT INIT ATTNGATE GATEPOS GATEACT OPTIMIZER LR EMBED_LR HEAD_LR MUON_LR
+        MUON_SCALE MUON_MOMENTUM BETA1 BETA2 WEIGHT_DECAY GRAD_CLIP LR_SCHEDULE WARMUP_ITERS WARMDOWN_ITERS MIN_LR_FRAC
+        DEVICE DTYPE COMPILE PEAK_TFLOPS LOG_DIR RESULTS_CSV LOG_EVERY""".split()
+
+
+def test_the_default_preset_spells_out_the_defaults():
+    settings = dict(line.split("=", 1) for line in PRESETS["gpt2_small"].read_text().splitlines()
+                    if line and not line.startswith("#"))
+    assert {name.lower() for name in settings} <= FIELDS.keys()
+    for name, text in settings.items():
+        assert Config.from_env({name: text}) == Config(), name
+    assert Config.from_env({}) == Config.from_env({"PRESET": "gpt2_small"}) == Config()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds(name):
+    cfg = Config.from_env({"PRESET": name})
+    assert cfg.preset == name
+    for line in PRESETS[name].read_text().splitlines():
+        key, sign, text = line.partition("=")
+        value = getattr(cfg, key.lower()) if sign and not line.startswith("#") else ""
+        assert not sign or str(value) == text or float(value) == float(text), line
+
+
+@pytest.mark.parametrize("axis, choice", [(axis, choice) for axis, choices in axes().items() for choice in choices])
+def test_every_named_choice_builds(axis, choice):
+    assert getattr(Config.from_env({axis.upper(): choice}), axis) == choice
+
+
+def test_tiled_choices_build():
+    assert Config.from_env({"FFN": "relu2,swiglu,gelu"}).ffn == "relu2,swiglu,gelu"
+
+
+# The environment
+
+
+def test_the_environment_wins_over_the_preset_and_that_over_the_defaults(preset):
+    preset("\n  # a comment\nLR=0.5\nN_LAYER=3\nNOTE=a=b # kept\n\n")
+    cfg = Config.from_env({"PRESET": "mine", "N_LAYER": "4", "HOME": "/"})
+    assert cfg == Config(preset="mine", lr=0.5, n_layer=4, note="a=b # kept")
+
+
+def test_values_have_the_type_of_their_setting():
+    cfg = Config.from_env({"BIAS": "1", "QK_NORM": "False", "SEED": "7", "LR": "1e-3", "EMBED_LR": "2", "STAGE": "3"})
+    assert [repr(value) for value in (cfg.bias, cfg.qk_norm, cfg.seed, cfg.lr, cfg.embed_lr, cfg.stage)] == [
+        "True", "False", "7", "0.001", "2.0", "'3'"]
+
+
+def test_a_blank_variable_counts_as_not_set(preset):
+    preset("LR=0.5\n")
+    assert Config.from_env({name.upper(): "" for name in FIELDS}) == Config()
+    assert Config.from_env({"PRESET": "mine", "LR": ""}).lr == 0.5
+
+
+def test_a_blank_line_of_a_preset_counts_as_not_set(preset):
+    preset("".join(f"{name.upper()}=\n" for name in FIELDS))
+    assert Config.from_env({"PRESET": "mine"}) == Config(preset="mine")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("setting, sentence", [
+    ("ATTNGATE=foo", "ATTNGATE=foo: choose one of none, headwise, elementwise, const"),
+    ("FFN=relu2,foo", "FFN=foo: choose one of relu2, gelu, swiglu"),
+    ("FFN=relu2,", "FFN=: choose one of relu2, gelu, swiglu"),
+    ("NORM=rms,layer", "NORM=rms,layer: choose one of rms, layer"),
+    ("PRESET=nope", f"PRESET=nope: choose one of {', '.join(sorted(PRESETS))}"),
+    ("LR=abc", "LR='abc': must be a number"),
+    ("LR=-1", "LR=-1.0: must lie between 1e-12 and 1000"),
+    ("LR=nan", "LR=nan: must lie between 1e-12 and 1000"),
+    ("MUON_LR=inf", "MUON_LR=inf: must lie between 1e-12 and 1000"),
+    ("BIAS=2", "BIAS='2': must be 0 or 1"),
+    ("N_LAYER=0", "N_LAYER=0: must lie between 1 and "),
+    ("N_LAYER=1.5", "N_LAYER='1.5': must be a whole number"),
+    ("DROPOUT=1", "DROPOUT=1.0: must lie between 0 and 0.99"),
+    ("BETA2=1", "BETA2=1.0: must lie between 0 and 0.9999999"),
+    ("RUN_ID=../x", "RUN_ID='../x': use 1 to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"),
+    ("RUN_ID=a/b", "RUN_ID='a/b': use 1 to 100 letters"),
+    ("RUN_ID=-x", "RUN_ID='-x': use 1 to 100 letters"),
+    ("RUN_ID=x\n", r"RUN_ID='x\n': use 1 to 100 letters"),
+    (f"RUN_ID={'x' * 101}", f"RUN_ID='{'x' * 101}': use 1 to 100 letters"),
+    ("N_EMBD=100", "N_EMBD=100: must be a multiple of N_HEAD=6; choose 96 or 102"),
+    ("N_EMBD=4", "N_EMBD=4: must be a multiple of N_HEAD=6; choose 6"),
+    ("N_EMBD=30", "N_EMBD=30 / N_HEAD=6 gives heads of an odd size; POS=rotary needs an even one"),
+    ("VAL_TOKENS=1023", "VAL_TOKENS=1023: must be at least SEQUENCE_LENGTH=1024"),
+])
+def test_a_wrong_value_is_refused_by_name_and_choices(setting, sentence):
+    name, _, text = setting.partition("=")
+    assert refused({name: text}).startswith(sentence)
+
+
+def test_the_longest_run_id_and_an_odd_head_with_learned_positions_are_taken():
+    assert Config.from_env({"RUN_ID": "x" * 100}).run_id == "x" * 100
+    assert Config.from_env({"N_EMBD": "30", "POS": "learned"}).n_embd == 30
+
+
+@pytest.mark.parametrize("name, ours", [
+    ("ATTN_GATE", "ATTNGATE"), ("GATE_ACT", "GATEACT"), ("NUMITERATIONS", "NUM_ITERATIONS"), ("NLAYER", "N_LAYER"),
+    *train_gpt.SYNONYMS.items()])
+def test_another_spelling_is_refused_and_ours_named(name, ours):
+    assert refused({name: "1"}) == f"{name} is no setting; the name here is {ours} (unset {name})"
+    assert ours.lower() in FIELDS
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("N_LAYER 3\n", ["mine.env", "'N_LAYER 3' is no line of the form KEY=value"]),
+    ("N_LAYERS=3\n", ["PRESET=mine", "N_LAYERS, which is no setting"]),
+    ("LEARNING_RATE=3\n", ["PRESET=mine", "LEARNING_RATE, which is no setting"]),
+    ("LR=fast\n", ["LR='fast': must be a number"]),
+])
+def test_a_wrong_line_of_a_preset_is_refused_by_name(preset, text, parts):
+    preset(text)
+    message = refused({"PRESET": "mine"})
+    assert all(part in message for part in parts), message
+    assert Config.from_env({}) == Config()
+
+
+def test_a_wrong_line_of_the_default_preset_is_refused_by_name(preset):
+    preset("N_LAYERS=3\n", "gpt2_small")
+    assert "PRESET=gpt2_small" in refused({})
+
+
+# Near misses
+
+
+@pytest.mark.parametrize("name, ours", [("GRAD_CLIPP", "GRAD_CLIP"), ("ATTNGATES", "ATTNGATE"), ("N_LAYERS", "N_LAYER"),
+                                        ("BATCH_SIZES", "BATCH_SIZE"), ("DROPUOT", "DROPOUT"), ("WARMDOWN_ITER", "WARMDOWN_ITERS")])
+def test_a_near_miss_is_a_warning(name, ours):
+    assert near_misses({"PATH": "/", name: "1"}) == [f"{name} is no setting and is ignored; did you mean {ours}?"]
+    assert Config.from_env({name: "1"}) == Config()
+
+
+def test_ordinary_variables_are_left_alone():
+    env = dict.fromkeys(ORDINARY, "1")
+    assert near_misses(env) == []
+    assert Config.from_env(env) == Config()
+    assert near_misses({name.upper(): "1" for name in FIELDS}) == []
+
+
+# What a Config tells
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().lr = 1.0
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_changes_are_exactly_what_differs(name):
+    assert Config(**{name: another(name)}).changes() == {name.upper(): another(name)}
+
+
+def test_defaults_have_no_changes():
+    assert Config().changes() == {}
+
+
+def test_hash_ignores_seed_labels_paths_and_logging_and_nothing_else():
+    same = {name for name in FIELDS if Config(**{name: another(name)}).hash() == Config().hash()}
+    assert same == set("""preset run_id stage variant note seed dry_run input_bin input_val_bin peak_tflops log_dir
+                          results_csv log_every""".split())
+    assert re.fullmatch("[0-9a-f]{8}", Config().hash())
+    hashes = {Config(lr=lr, embed_lr=embed_lr).hash() for lr in (0.1, 0.2) for embed_lr in (None, 0.1, 0.2)}
+    assert len(hashes) == 6
+
+
+def test_help_lists_every_setting_with_default_choices_and_comment():
+    body = next(node for node in ast.parse(train_gpt.SOURCE).body if getattr(node, "name", "") == "Config").body
+    source = train_gpt.SOURCE.splitlines()
+    comments = {node.target.id: source[node.end_lineno - 1].split("  # ")[1] for node in body
+                if isinstance(node, ast.AnnAssign)}
+    lines = {line.split()[0]: line for line in help_text().splitlines() if re.match("  [A-Z]", line)}
+    assert lines.keys() == {name.upper() for name in FIELDS}
+    for name, line in lines.items():
+        default = FIELDS[name.lower()].default
+        text = {True: "1", False: "0", None: "blank", "": "blank"}.get(default, str(default))
+        assert line.split()[1] == text
+        assert line.endswith(f" {comments[name.lower()]}")
+        choices = re.findall(r"\[(\S+)\]", line.removesuffix(comments[name.lower()]))
+        assert choices == (["|".join(axes()[name.lower()])] if name.lower() in axes() else [])
+    assert help_text().splitlines()[-1] == f"Presets: {', '.join(sorted(PRESETS))}"

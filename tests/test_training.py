@@ -1,0 +1,208 @@
+"""The program as users run it: what a run prints and leaves, on one rank and several, and how it refuses and ends."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import launch, start, write_shard
+
+import train_gpt
+
+ROOT = Path(train_gpt.__file__).parent
+
+
+def rows(settings):
+    with open(settings["RESULTS_CSV"], newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summary(settings):
+    return json.loads((settings["LOG_DIR"] / f"{settings['RUN_ID']}.json").read_text())
+
+
+def curve(settings, *columns):
+    with open(settings["LOG_DIR"] / f"{settings['RUN_ID']}.csv", newline="") as file:
+        return [tuple(row[column] for column in columns) for row in csv.DictReader(file)]
+
+
+def losses(settings):
+    return np.array([float(loss) for loss, in curve(settings, "train_loss")[1:]])
+
+
+def test_a_run_leaves_log_curve_summary_and_row(settings):
+    codes, out = launch(settings | {"NUM_ITERATIONS": 30, "VAL_EVERY": 10, "STAGE": "s", "VARIANT": "v", "NOTE": 'a, "b"'})
+    assert codes == [0], out
+    log = (settings["LOG_DIR"] / "toy.txt").read_text()
+    assert train_gpt.SOURCE in log
+    line = re.compile(r"^step:(\d+)/30 (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", re.M)
+    seen = [(int(step), kind) for step, kind in line.findall(out)]
+    assert seen == [(int(step), kind) for step, kind in line.findall(log)]
+    assert {step for step, kind in seen if kind == "val"} == {0, 10, 20, 30}
+    assert {step for step, kind in seen if kind == "train"} == set(range(1, 31))
+    steps = curve(settings, "step", "tokens", "val_loss")
+    assert [int(step) for step, _, _ in steps] == list(range(31)) and steps[30][1] == str(30 * 12 * 16)
+    told = summary(settings)
+    assert told["status"] == "ok" and told["final_loss"] == float(steps[30][2]) < 0.8 * float(steps[0][2])
+    assert told["best_loss"] <= told["final_loss"] and told["ppl"] == pytest.approx(np.exp(told["final_loss"]))
+    row, = rows(settings)
+    assert row["status"] == "ok" and row["final_loss"] == str(told["final_loss"]) and row["note"] == 'a, "b"'
+    assert row["mfu"] == row["compile_time"] == row["bits_per_byte"] == ""  # not known, so blank
+    assert all(row[name] for name in "started source_sha config_hash host torch world_size params_total flops_per_token "
+               "tokens train_time eval_time step_avg tokens_per_sec peak_mem data_fingerprint changes".split())
+    assert out.rstrip().split("---")[1].split() and f"row: {settings['RESULTS_CSV']}" in out
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_ranks_give_the_curve_of_one(settings, world):
+    assert launch(settings | {"RUN_ID": "one"})[0] == [0]
+    codes, out = launch(settings | {"RUN_ID": "many"}, world)
+    assert codes == [0] * world, out
+    one, many = (curve(settings | {"RUN_ID": name}, "train_loss", "val_loss", "grad_norm", "lr") for name in ("one", "many"))
+    for a, b in zip(one, many, strict=True):
+        assert all(x == y or abs(float(x) - float(y)) < 1e-4 for x, y in zip(a, b))
+    assert [row["run_id"] for row in rows(settings)] == ["one", "many"] and rows(settings)[1]["world_size"] == str(world)
+    assert out.count("step:8/8 val_loss") == 1
+
+
+def test_same_seed_same_curve(settings):
+    runs = {}
+    for name, changes in {"a": {}, "b": {}, "seed": {"SEED": 1}, "rare": {"VAL_EVERY": 0, "LOG_EVERY": 1},
+                          "shuffled": {"SHUFFLE": 1}}.items():
+        assert launch(settings | changes | {"RUN_ID": name, "DROPOUT": 0.1})[0] == [0]
+        runs[name] = losses(settings | {"RUN_ID": name})
+    assert np.array_equal(runs["a"], runs["b"]) and np.array_equal(runs["a"], runs["rare"])
+    assert not np.array_equal(runs["a"], runs["seed"]) and not np.array_equal(runs["a"], runs["shuffled"])
+
+
+def test_accumulation_does_not_change_the_curve(settings):
+    for size in (1, 12):
+        assert launch(settings | {"RUN_ID": f"micro{size}", "DEVICE_BATCH_SIZE": size})[0] == [0]
+    assert np.allclose(losses(settings | {"RUN_ID": "micro1"}), losses(settings | {"RUN_ID": "micro12"}), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_learns(settings, dtype):
+    codes, out = launch(settings | {"DTYPE": dtype, "NUM_ITERATIONS": 20})
+    assert codes == [0], out
+    assert losses(settings)[-1] < 0.9 * losses(settings)[0] and summary(settings)["bad_steps"] <= 2
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_run_equals_eager(settings):
+    short = settings | {"NUM_ITERATIONS": 3, "N_LAYER": 1, "VAL_TOKENS": 80}  # 80 / 16 = 5 samples: a last batch of one
+    assert launch(short | {"RUN_ID": "eager"})[0] == [0]
+    compiled = short | {"RUN_ID": "compiled", "COMPILE": 1, "PATH": os.environ["PATH"]}
+    codes, out = launch(compiled)
+    assert codes == [0], out
+    assert "compiling" in out and summary(compiled)["compile_time"] > 0
+    assert np.allclose(losses(compiled), losses(short | {"RUN_ID": "eager"}), atol=1e-4)
+
+
+REFUSED = [  # settings, exit code, what the one sentence says
+    ({"ATTNGATE": "foo"}, 2, ["ATTNGATE=foo", "none, headwise, elementwise, const"]),
+    ({"BATCH_SIZE": 7}, 2, ["BATCH_SIZE=7", "DEVICE_BATCH_SIZE=2", "4 or 8"]),
+    ({"LEARNING_RATE": 1}, 2, ["LEARNING_RATE", "LR"]),
+    ({"DEVICE": "cuda"}, 2, ["DEVICE=cuda"]),
+    ({"MAX_EPOCHS": 1, "NUM_ITERATIONS": 1000}, 3, ["NUM_ITERATIONS=1000", "12,000 samples", "prepare_data.py"]),
+    ({"VAL_TOKENS": 10**6}, 3, ["VAL_TOKENS=1000000", "62,500 samples"]),
+    ({"INPUT_BIN": "nowhere/fineweb_train_*.bin"}, 3, ["nowhere", "python cached_fineweb10B.py"]),
+    ({"VOCAB_SIZE": 63}, 3, ["token 63", "VOCAB_SIZE=63"]),
+    ({"VOCAB_SIZE": 0}, 3, ["VOCAB_SIZE=0", "index.json"])]
+
+
+@pytest.mark.skipif(train_gpt.torch.cuda.is_available(), reason="DEVICE=cuda is no mistake here")
+@pytest.mark.parametrize("changes, code, words", REFUSED, ids=lambda value: str(value)[:40])
+def test_a_refused_run_says_why_in_one_line_and_leaves_a_row(settings, changes, code, words):
+    began = time.perf_counter()
+    codes, out = launch(settings | changes, world=2)
+    assert codes == [code] * 2 and time.perf_counter() - began < 5
+    assert len(out.splitlines()) == 1 and all(word in out for word in words), out
+    row, = rows(settings)
+    assert row["status"] == {2: "config", 3: "data"}[code] and row["run_id"] == "toy" and words[0] in row["error"]
+
+
+def test_a_bad_shard_ends_every_rank(settings, tmp_path):
+    write_shard(tmp_path / "toy_train_000002.bin", range(10)).write_bytes(b"x" * 3000)
+    codes, out = launch(settings, world=2)
+    assert codes == [3, 3] and "toy_train_000002.bin: expected magic 20240520, found" in out
+
+
+def test_a_finished_run_id_is_not_used_again(settings):
+    assert launch(settings)[0] == [0]
+    before = rows(settings), (settings["LOG_DIR"] / "toy.txt").read_text()
+    codes, out = launch(settings)
+    assert codes == [2] and "RUN_ID=toy" in out and "toy.json exists" in out
+    assert (rows(settings), (settings["LOG_DIR"] / "toy.txt").read_text()) == before
+
+
+def test_divergence_ends_the_run(settings):
+    codes, out = launch(settings | {"LR": 1e30, "MUON_LR": 1e30, "NUM_ITERATIONS": 1000}, world=2)
+    assert codes == [4, 4] and "lower LR" in out
+    assert rows(settings)[0]["status"] == "diverged" and int(rows(settings)[0]["bad_steps"]) > 0
+
+
+def test_a_crash_leaves_its_traceback_and_a_row(settings, monkeypatch):
+    monkeypatch.setattr(train_gpt, "train_step", lambda *args: 1 / 0)
+    codes, out = launch(settings)
+    assert codes == [1] and "ZeroDivisionError" in out and rows(settings)[0]["status"] == "crash"
+
+
+def test_out_of_memory_has_its_own_status(settings, monkeypatch):
+    def fail(*args):
+        raise train_gpt.torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train_gpt, "train_step", fail)
+    assert launch(settings)[0] == [5] and rows(settings)[0]["status"] == "oom"
+
+
+def test_ctrl_c_ends_a_run_as_stopped(settings, tmp_path):
+    child = start({name: str(value) for name, value in (settings | {"NUM_ITERATIONS": 10**6}).items()}, f"{tmp_path}/out")
+    while "step:3/" not in Path(f"{tmp_path}/out").read_text() if Path(f"{tmp_path}/out").exists() else True:
+        time.sleep(0.05)
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and rows(settings)[0]["status"] == "stopped"
+
+
+def run(*command, **env):
+    return subprocess.run(command, cwd=ROOT, env={"PATH": os.environ["PATH"]} | env, capture_output=True, text=True)
+
+
+def test_dry_run_prints_the_plan_without_data_or_device():
+    result = run(sys.executable, "train_gpt.py", DRY_RUN="1")
+    told = dict(line.split(":", 1) for line in result.stdout.splitlines())
+    assert result.returncode == 0 and told["params_total"] == told["params_active"] == "123568128"
+    assert told["flops_per_token"] == "854654976" and told["tokens_needed"] == str(5100 * 524288 + 1)
+    assert told["n_layer"] == "12" and told["tokens_on_disk"].isdigit()
+
+
+def test_torchrun_trains_on_two_ranks(settings):
+    """The launcher itself; what the ranks compute is tested above without its four seconds."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
+    result = run(*torchrun, **{name: str(value) for name, value in settings.items()})
+    assert result.returncode == 0, result.stderr
+    assert rows(settings)[0]["status"] == "ok" and rows(settings)[0]["world_size"] == "2"
+
+
+EFFECTS = """
+import os, random, sys, threading
+before = dict(os.environ), random.getstate(), os.listdir('.'), threading.active_count()
+import torch
+rng, dtype, threads = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
+import train_gpt
+assert (dict(os.environ), random.getstate(), os.listdir('.'), threading.active_count()) == before
+assert torch.equal(torch.get_rng_state(), rng) and (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
+assert not torch.distributed.is_initialized() and 'torch._dynamo' not in sys.modules
+"""
+
+
+def test_import_has_no_effects():
+    result = run(sys.executable, "-c", EFFECTS, PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0 and result.stdout == result.stderr == "", result.stderr
