@@ -1120,6 +1120,7 @@ def refuse(env, error):
 #               Training               #
 ########################################
 
+MAX_BAD_STEPS = 20  # in a row; more end the run as diverged
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXIT_CODES = {"ok": 0, "stopped": 0, "preempted": 0, "crash": 1, "config": 2, "data": 3, "diverged": 4, "oom": 5}
 
@@ -1222,7 +1223,7 @@ class State:
     model: GPT
     optimizers: list
     loss_scale: LossScale
-    bad_steps: Tensor  # updates left out because a gradient was not finite
+    bad_steps: Tensor  # (2,): updates left out because a gradient was not finite, in all and in a row until now
     step: int = 0  # updates made
 
     @classmethod
@@ -1231,7 +1232,7 @@ class State:
         torch.manual_seed(cfg.seed)
         dtype, device = DTYPES[cfg.dtype], ranks.device(cfg)
         model = GPT(cfg, dtype).to(device)
-        return cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device), torch.zeros((), device=device))
+        return cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device), torch.zeros(2, device=device))
 
 
 def compile_model(model, cfg, device):
@@ -1268,7 +1269,8 @@ def train_step(state, cfg, inputs, targets):
         optimizer.step(lr_factor(state.step, cfg), grad_scale, skip)
     state.model.zero_grad()
     state.loss_scale.update(skip)
-    state.bad_steps += skip
+    if not state.loss_scale.active:  # where it is, an overflow is its way to find out how far it can go
+        state.bad_steps = (state.bad_steps + skip) * torch.stack((torch.ones_like(skip), skip))
     state.step += 1
     return loss, norm
 
@@ -1345,9 +1347,11 @@ class Meter:
         self.last = tokens, seconds
         self.records.point(values)
         self.records.summary |= self.totals(state, tokens, seconds, val_loss)
-        for name in "train_loss", "val_loss":
-            if not math.isfinite(values.get(name, 0.0)):
-                raise Diverged(f"{name} is {values[name]} at step {step}; lower LR or MUON_LR, or set GRAD_CLIP=1")
+        bad = [f"{name} is {values[name]}" for name in ("train_loss", "val_loss") if not math.isfinite(values.get(name, 0))]
+        bad += ["no gradient reaches any parameter"] * (values.get("grad_norm") == 0)
+        bad += ["gradients were not finite for too long"] * bool(state.bad_steps[1] > MAX_BAD_STEPS)
+        if bad:
+            raise Diverged(f"{' and '.join(bad)} at step {step}; lower LR or MUON_LR, or set GRAD_CLIP=1")
 
     def totals(self, state, tokens, seconds, val_loss):
         """The summary's figures so far."""
@@ -1358,7 +1362,7 @@ class Meter:
             "step_avg": 1000 * seconds / state.step if tokens else None, "data_wait": sum(self.waits),
             "data_wait_p99": float(np.percentile(self.waits, 99)) if self.waits else None,
             "mfu": model_flops_utilization(self.cfg, self.device, speed * self.flops) if tokens else None,
-            "peak_mem": peak_memory(self.device), "bad_steps": int(state.bad_steps)}
+            "peak_mem": peak_memory(self.device), "bad_steps": int(state.bad_steps[0])}
         if val_loss is not None:
             bits = val_loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
             figures |= {"final_loss": val_loss, "best_loss": self.best_loss, "bits_per_byte": bits,

@@ -144,10 +144,21 @@ def test_a_finished_run_id_is_not_used_again(settings):
     assert (rows(settings), (settings["LOG_DIR"] / "toy.txt").read_text()) == before
 
 
-def test_divergence_ends_the_run(settings):
-    codes, out = launch(settings | {"LR": 1e30, "MUON_LR": 1e30, "NUM_ITERATIONS": 1000}, world=2)
-    assert codes == [4, 4] and "lower LR" in out
-    assert rows(settings)[0]["status"] == "diverged" and int(rows(settings)[0]["bad_steps"]) > 0
+@pytest.mark.parametrize("changes, reason", [
+    ({"LR": 1e30, "MUON_LR": 1e30}, "no gradient reaches"),  # so large that the norms return zeros
+    ({"LR": 1e15, "MUON_LR": 1e15, "NORM": "layer", "QK_NORM": 0, "INIT": "gpt2"}, "train_loss is nan")], ids=str)
+def test_divergence_ends_the_run(settings, changes, reason):
+    codes, out = launch(settings | changes | {"NUM_ITERATIONS": 1000}, world=2)
+    assert codes == [4, 4] and reason in out and "lower LR" in out
+    assert rows(settings)[0]["status"] == "diverged" and int(rows(settings)[0]["tokens"]) < 100 * 12 * 16
+
+
+def test_gradients_that_stay_bad_end_the_run(settings, monkeypatch):
+    """Each is left out of the update and counted."""
+    monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: train_gpt.torch.tensor(np.nan))
+    codes, out = launch(settings | {"NUM_ITERATIONS": 1000})
+    assert codes == [4] and "not finite for too long" in out and rows(settings)[0]["bad_steps"] == "21"
+    assert len(set(losses(settings)[::3])) > 1 and summary(settings)["final_loss"] == float(curve(settings, "val_loss")[0][0])
 
 
 def test_a_crash_leaves_its_traceback_and_a_row(settings, monkeypatch):

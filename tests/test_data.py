@@ -1,0 +1,347 @@
+"""Data: shards are verified, and every sample comes in the documented order, whatever the ranks, the epoch, the thread.
+
+The order is checked against plain loops written here, shards are written by conftest.py and by hand.
+"""
+
+import hashlib
+import os
+import statistics
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, write_shard
+
+from train_gpt import DataError, ShardLoader, fingerprint, how_to_get, load_shard, shard_tokens
+
+CPU = torch.device("cpu")
+SIZES = [[17], [100, 37, 64], [5, 33, 3, 49, 16], [4, 4, 90, 4]]  # tokens of each shard; some hold no sample
+
+
+def write_shards(folder, sizes, seed=0):
+    """Shards of distinct-looking random tokens below 1000; returns the glob and the tokens."""
+    rng = np.random.default_rng(seed)
+    shards = [rng.integers(0, 1000, size) for size in sizes]
+    for i, tokens in enumerate(shards):
+        write_shard(folder / f"s_{i:03d}.bin", tokens)
+    return f"{folder}/s_*.bin", [tokens.tolist() for tokens in shards]
+
+
+def make(pattern, T=8, shuffle=False, **changes):
+    return ShardLoader(str(pattern), tiny(**dict(sequence_length=T, vocab_size=1000, val_tokens=2048) | changes), shuffle)
+
+
+def samples_of(shards, T):
+    """What the docstring of ShardLoader says, as a loop."""
+    samples = []
+    for tokens in shards:
+        start = 0
+        while start + T < len(tokens):
+            samples.append(tokens[start:start + T + 1])
+            start += T
+    return samples
+
+
+def message(call, *args):
+    with pytest.raises(DataError) as error:
+        call(*args)
+    return str(error.value)
+
+
+def header(magic=20240520, version=1, tokens=4):
+    return np.array([magic, version, tokens] + [0] * 253, dtype="<i4").tobytes()
+
+
+# Shards
+
+
+def test_a_shard_is_read_as_it_is_specified(tmp_path):
+    (tmp_path / "x.bin").write_bytes(header() + bytes([0, 0, 1, 0, 2, 1, 255, 255]))
+    tokens = load_shard(tmp_path / "x.bin")
+    assert (shard_tokens(str(tmp_path / "x.bin")), tokens.dtype, tokens.tolist()) == (4, np.uint16, [0, 1, 258, 65535])
+
+
+@pytest.mark.parametrize("raw, sentence", [
+    (header(magic=20240521) + bytes(8), "expected magic 20240520, found 20240521"),
+    (header(version=2) + bytes(8), "expected version 1, found 2"),
+    (header() + bytes(6), "expected 1032 bytes for the 4 tokens of its header, found 1030"),
+    (header() + bytes(10), "expected 1032 bytes for the 4 tokens of its header, found 1034"),
+    (header() + bytes(7), "expected 1032 bytes for the 4 tokens of its header, found 1031"),
+    (header(), "expected 1032 bytes for the 4 tokens of its header, found 1024"),
+    (header(tokens=0), "expected at least one token, found 0 in the header"),
+    (header(tokens=-4) + bytes(8), "expected at least one token, found -4 in the header"),
+    (header()[:1023], "expected a header of 1024 bytes, found a file of 1023"),
+    (b"", "expected a header of 1024 bytes, found a file of 0"),
+    ("a folder", "expected a shard file, found a directory"),
+    (None, "expected a shard file, found nothing"),
+], ids=str)
+def test_a_broken_shard_is_refused_with_what_was_expected_and_found(tmp_path, raw, sentence):
+    path = tmp_path / "x.bin"
+    if raw == "a folder":
+        path.mkdir()
+    elif raw is not None:
+        path.write_bytes(raw)
+    for call in shard_tokens, load_shard:
+        assert message(call, path).startswith(f"{path}: {sentence}")
+    if raw is not None:
+        assert message(make, path).startswith(f"{path}: {sentence}")
+
+
+def test_a_shard_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "x.bin", [1, 2])
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # nothing is denied to root
+        def denied(*args, **kwargs):
+            raise PermissionError(13, "Permission denied")
+        monkeypatch.setattr(np, "fromfile", denied)
+    assert message(load_shard, path) == f"{path}: cannot be read (Permission denied)"
+
+
+# Order
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("T", [1, 4, 8, 16])
+def test_samples_are_those_of_a_plain_loop(tmp_path, T, sizes):
+    pattern, shards = write_shards(tmp_path, sizes)
+    loader, samples = make(pattern, T), samples_of(shards, T)
+    assert (loader.samples, loader.tokens) == (len(samples), sum(sizes))
+    for first in (0, 1, len(samples) - 1, len(samples), 3 * len(samples) + 2):
+        for count in (1, 2, 7, 2 * len(samples) + 1):
+            batch = loader.read(first, count)
+            assert batch.dtype == np.int64
+            assert batch.tolist() == [samples[i % len(samples)] for i in range(first, first + count)]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_ranks_together_read_what_one_rank_reads(tmp_path, shuffle):
+    pattern, _ = write_shards(tmp_path, [100, 37, 64])  # 23 samples, so steps of 6 straddle shards and epochs
+    whole = make(pattern, shuffle=shuffle).read(0, 60).tolist()
+    for world in (1, 2, 3):
+        share, loaders = 6 // world, [make(pattern, shuffle=shuffle) for _ in range(world)]
+        read = [sample for step in range(10) for rank in range(world)
+                for sample in loaders[rank].read(6 * step + rank * share, share).tolist()]
+        assert read == whole
+
+
+def test_shuffling_is_a_permutation_of_each_epoch_by_seed(tmp_path):
+    pattern, shards = write_shards(tmp_path, [100, 37, 64])
+    samples = samples_of(shards, 8)
+    n = len(samples)
+
+    def epochs(seed):
+        read = make(pattern, shuffle=True, seed=seed).read(0, 3 * n).tolist()
+        return [read[i:i + n] for i in (0, n, 2 * n)]
+    orders = [*epochs(0), *epochs(1)]
+    for order in orders:
+        assert sorted(order) == sorted(samples) and order != samples
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+    assert epochs(0) == orders[:3]
+
+
+def test_shuffled_order_is_the_same_for_any_slicing_forwards_and_backwards(tmp_path):
+    pattern, _ = write_shards(tmp_path, [100, 37, 64])
+    whole, loader = make(pattern, shuffle=True).read(0, 100).tolist(), make(pattern, shuffle=True)
+    for count in (1, 5, 23, 50):
+        pieces = {first: loader.read(first, min(count, 100 - first)).tolist() for first in reversed(range(0, 100, count))}
+        assert [sample for first in sorted(pieces) for sample in pieces[first]] == whole
+
+
+# Tokens out of the vocabulary
+
+
+def test_a_token_outside_the_vocabulary_is_refused_and_the_last_one_inside_is_not(tmp_path):
+    tokens = np.zeros((2, 50), int)
+    tokens[1, 21] = 999
+    for i in range(2):
+        write_shard(tmp_path / f"s_{i}.bin", tokens[i])
+    good, bad = make(tmp_path / "s_*.bin", vocab_size=1000), make(tmp_path / "s_*.bin", vocab_size=999)
+    good.check_tokens()
+    assert good.read(0, 12).max() == 999
+    sentence = f"{tmp_path}/s_1.bin: token 999 at offset 21 is not below VOCAB_SIZE=999; set VOCAB_SIZE to "
+    assert message(bad.check_tokens).startswith(sentence)
+    assert message(bad.read, 0, 12).startswith(sentence)
+    assert bad.read(0, 6).max() == 0
+
+
+def test_a_vocabulary_of_all_that_uint16_holds(tmp_path):
+    write_shard(tmp_path / "s.bin", [65535] * 9)
+    loader = make(tmp_path / "s.bin", vocab_size=65536)
+    loader.check_tokens()
+    assert loader.read(0, 1).min() == 65535
+
+
+# Reading ahead
+
+
+SLICES = [(first, 3) for first in range(0, 36, 3)]
+
+
+@pytest.fixture
+def new_threads():
+    """How many threads there are that were not there at the start of the test, after a moment for them to end."""
+    before = set(threading.enumerate())
+
+    def count(moment=2.0):
+        deadline = time.monotonic() + moment
+        while (new := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return len(new)
+    return count
+
+
+@pytest.mark.parametrize("depth", [1, 4, 100])
+def test_prefetch_yields_what_read_returns_in_order(tmp_path, new_threads, depth):
+    pattern, _ = write_shards(tmp_path, [100, 37, 64])
+    batches = list(make(pattern).prefetch(iter(SLICES), CPU, depth))
+    loader = make(pattern)
+    assert len(batches) == len(SLICES)
+    for (inputs, targets, _), piece in zip(batches, SLICES):
+        expected = loader.read(*piece)
+        assert inputs.tolist() == expected[:, :-1].tolist() and targets.tolist() == expected[:, 1:].tolist()
+    assert new_threads() == 0
+
+
+def test_prefetch_reads_no_more_than_depth_ahead(tmp_path):
+    pattern, _ = write_shards(tmp_path, [100])
+    taken = []
+    batches = make(pattern).prefetch((taken.append(i) or (i, 1) for i in range(1000)), CPU, 3)
+    next(batches)
+    next(batches)
+    batches.close()
+    assert taken == [0, 1, 2, 3, 4]
+
+
+def test_prefetch_passes_on_a_data_error_after_the_batches_before_it(tmp_path, new_threads):
+    tokens = np.zeros(200, int)
+    tokens[150] = 5000
+    write_shard(tmp_path / "a.bin", np.zeros(100, int))
+    write_shard(tmp_path / "b.bin", tokens)
+    batches, got = make(tmp_path / "?.bin").prefetch(SLICES, CPU), []
+    with pytest.raises(DataError, match="b.bin: token 5000 at offset 150"):
+        for inputs, _, _ in batches:
+            got.append(inputs)
+    assert len(got) == 10  # sample 30 holds it
+    assert new_threads() == 0
+
+
+def test_prefetch_closed_early_leaves_no_thread(tmp_path, new_threads):
+    pattern, _ = write_shards(tmp_path, [100])
+    batches = make(pattern).prefetch(((0, 1) for _ in range(10**9)), CPU)
+    next(batches)
+    assert new_threads(moment=0) == 1
+    batches.close()
+    assert new_threads() == 0
+
+
+def test_a_slow_consumer_never_waits_and_a_slow_reader_is_waited_for(tmp_path):
+    pattern, _ = write_shards(tmp_path, [100])
+    loader, waits = make(pattern), []
+    for _, _, waited in loader.prefetch(SLICES[:6], CPU):
+        waits.append(waited)
+        time.sleep(0.03)
+    assert waits[1:] == [0.0] * 5
+    read = loader.read
+    loader.read = lambda first, count: time.sleep(0.02) or read(first, count)
+    start = time.perf_counter()
+    waits = [waited for _, _, waited in loader.prefetch(SLICES[:6], CPU)]
+    assert min(waits) > 0.01 and sum(waits) <= time.perf_counter() - start
+
+
+# Data that is missing
+
+
+def test_a_glob_without_files_names_the_command(tmp_path):
+    assert message(make, f"{tmp_path}/fineweb10B/fineweb_train_*.bin") == (
+        f"no file matches {tmp_path}/fineweb10B/fineweb_train_*.bin; "
+        f"fetch it: DATA_DIR={tmp_path}/fineweb10B python cached_fineweb10B.py 9")
+    assert message(make, f"{tmp_path}/toy/toy_train_*.bin") == (
+        f"no file matches {tmp_path}/toy/toy_train_*.bin; make it: python scripts/prepare_data.py "
+        f"--source package:sympy --tokenizer bytes --out {tmp_path}/toy")
+    assert "--out ." in how_to_get("toy_*.bin")
+
+
+def test_require_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
+    for i in range(2):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", np.zeros(81, int))
+    loader = make(tmp_path / "fineweb_train_*.bin")  # 10 samples a shard
+    loader.require("NUM_ITERATIONS", 5, 20)
+    for samples, shards in (21, 3), (30, 3), (31, 4), (10**6, 103):  # there are no more than 103
+        sentence = message(loader.require, "NUM_ITERATIONS", 5, samples)
+        assert sentence.startswith(f"NUM_ITERATIONS=5 needs {samples:,} samples of 8 tokens, but ")
+        assert "has 20; lower NUM_ITERATIONS, or set MAX_EPOCHS=0 to repeat the data, or fetch it: " in sentence
+        assert sentence.endswith(f"DATA_DIR={tmp_path} python cached_fineweb10B.py {shards}")
+    assert "lower VAL_TOKENS, or " in message(loader.require, "VAL_TOKENS", 800, 100)
+    assert "MAX_EPOCHS" not in message(loader.require, "VAL_TOKENS", 800, 100)
+
+
+def test_require_refuses_data_without_a_single_sample(tmp_path):
+    write_shard(tmp_path / "s.bin", [1] * 8)
+    assert "needs 1 samples of 8 tokens" in message(make(tmp_path / "s.bin").require, "NUM_ITERATIONS", 5, 0)
+
+
+# Fingerprints
+
+
+def loaders_of(folder, changes=()):
+    folder.mkdir(exist_ok=True)
+    for name in ("a.bin", "b.bin"):
+        write_shard(folder / name, [dict(changes).get(name, 0)] * 9)
+    return [SimpleNamespace(files=[f"{folder}/a.bin"]), SimpleNamespace(files=[f"{folder}/b.bin"])]
+
+
+def test_fingerprint_is_of_names_and_contents_not_of_folders(tmp_path):
+    one = fingerprint(loaders_of(tmp_path / "one"), tmp_path)
+    assert one == fingerprint(loaders_of(tmp_path / "two"), tmp_path) == fingerprint(loaders_of(tmp_path / "one"), tmp_path / "n")
+    others = [fingerprint(loaders_of(tmp_path / name, {name: 1}), tmp_path) for name in ("a.bin", "b.bin")]
+    assert len({one, *others}) == 3
+    (tmp_path / "two/b.bin").rename(tmp_path / "two/c.bin")
+    renamed = [SimpleNamespace(files=[f"{tmp_path}/two/a.bin", f"{tmp_path}/two/c.bin"])]
+    assert fingerprint(renamed, tmp_path) not in {one, *others}
+
+
+def test_fingerprint_covers_files_of_one_name_in_two_folders(tmp_path):
+    def of(train):
+        for folder, token in ("train", train), ("val", 7):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            write_shard(tmp_path / folder / "0.bin", [token] * 9)
+        return fingerprint([SimpleNamespace(files=[f"{tmp_path}/{folder}/0.bin"]) for folder in ("train", "val")],
+                           tmp_path / str(train))
+    assert of(1) != of(2)
+
+
+def test_fingerprint_reads_a_file_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    loaders, digest, read = loaders_of(tmp_path / "data"), hashlib.file_digest, []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    first = fingerprint(loaders, tmp_path)
+    assert [os.path.basename(name) for name in read] == ["a.bin", "b.bin"]
+    assert fingerprint(loaders, tmp_path) == first and len(read) == 2
+    loaders_of(tmp_path / "data", {"b.bin": 1})  # writes both anew, of the size they had
+    for name, seconds in ("a.bin", 10), ("b.bin", 20):
+        os.utime(tmp_path / "data" / name, (seconds, seconds))
+    second = fingerprint(loaders, tmp_path)
+    assert second != first and len(read) == 4
+    os.utime(tmp_path / "data/b.bin", (30, 30))
+    assert fingerprint(loaders, tmp_path) == second and len(read) == 5
+
+
+# Speed
+
+
+@pytest.mark.parametrize("T, shuffle", [(1024, False), (1024, True), (64, False)])
+def test_reading_is_fast(tmp_path, T, shuffle):
+    write_shard(tmp_path / "s.bin", np.random.default_rng(0).integers(0, 50000, 20_000_000, dtype=np.uint16))
+    loader, seconds = make(tmp_path / "s.bin", T, shuffle, vocab_size=50304), []
+    loader.read(0, loader.samples)  # warm
+    batches = range(0, min(loader.samples, 6400) - 63, 64)
+    for _ in range(5):
+        start = time.perf_counter()
+        for first in batches:
+            loader.read(first, 64)
+        seconds.append(time.perf_counter() - start)
+    speed = len(batches) * 64 * T / statistics.median(seconds)
+    print(f"T={T} shuffle={shuffle}: {speed / 1e6:.0f} million tokens/s")
+    assert speed > 50e6

@@ -1,0 +1,276 @@
+"""Records: the table loses nothing whoever writes it at once, files are whole or absent, a run leaves what it promises."""
+
+import csv
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+
+import pytest
+from conftest import launch, tiny
+
+import train_gpt
+from scripts import rebuild_results
+from train_gpt import CURVE, ConfigError, DataError, Records, refuse, update_results, write_whole
+
+AWKWARD = ["a,b", 'say "no"', "two\nlines", "carriage\rreturn", "both\r\n", "=1+1", " spaces ", "é 日本", "'", "\t"]
+
+
+def read(path):
+    """The table as {run_id: row}; fails where it is torn."""
+    with open(path, newline="", encoding="utf-8") as file:
+        columns, *rows = csv.reader(file)
+    assert len(set(columns)) == len(columns) and all(len(row) == len(columns) for row in rows)
+    table = [dict(zip(columns, row)) for row in rows]
+    assert len({row["run_id"] for row in table}) == len(table)
+    return {row["run_id"]: row for row in table}
+
+
+def names(folder):
+    """What a folder holds, locks left out."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
+def strict(path):
+    """JSON without the NaN and Infinity that only Python takes."""
+    def refuse_constant(name):
+        raise AssertionError(f"{path} holds {name}")
+    return json.loads(path.read_text(), parse_constant=refuse_constant)
+
+
+def start(folder, run_id="r", writes=True, facts=None, **changes):
+    """The open records of a run."""
+    cfg = tiny(**dict(log_dir=f"{folder}/logs", results_csv=f"{folder}/results.csv") | changes)
+    records = Records(cfg, run_id, writes)
+    records.open({"changes": "LR=1"} | (facts or {}), ["mind the gap"])
+    return records
+
+
+def use_all(records):
+    """Every method that a run calls after open()."""
+    records.print("a line")
+    records.point({"step": 0, "val_loss": 4.0})
+    records.point({"step": 1, "train_loss": 0.1 + 0.2, "tokens_per_sec": 1 / 3})
+    records.close("ok", final_loss=1 / 3)
+
+
+def rebuild(folder, results, code=0):
+    assert rebuild_results.main(["--log-dir", str(folder), "--results", str(results)]) == code
+
+
+# The table
+
+
+def test_many_processes_at_once_lose_no_row_and_no_reader_sees_a_torn_table(tmp_path):
+    path, fork = tmp_path / "new/results.csv", multiprocessing.get_context("fork")
+    barrier = fork.Barrier(32)
+
+    def work(i):
+        barrier.wait()
+        update_results(path, [{"run_id": f"run{i}", "note": f"{i}," * 20000, f"own{i % 4}": i}])
+    children = [fork.Process(target=work, args=(i,)) for i in range(32)]
+    for child in children:
+        child.start()
+    seen = [0]
+    while any(child.is_alive() for child in children):
+        if path.exists():
+            seen.append(len(read(path)))
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 32
+    assert seen == sorted(seen) and len(set(seen)) > 2
+    table = read(path)
+    assert table.keys() == {f"run{i}" for i in range(32)}
+    for i in range(32):
+        assert table[f"run{i}"] == {"run_id": f"run{i}", "note": f"{i}," * 20000} | {f"own{k}": "" for k in range(4)} | {
+            f"own{i % 4}": str(i)}
+    assert names(tmp_path) == ["new/results.csv"]
+
+
+def test_a_run_has_one_row_of_its_latest_values(tmp_path):
+    path = tmp_path / "results.csv"
+    update_results(path, [{"run_id": "a", "status": "running", "lr": 0.1}, {"run_id": "b", "status": "ok"}])
+    update_results(path, [{"run_id": "a", "status": "ok", "loss": 1 / 3}])
+    update_results(path, [])
+    assert list(read(path).values()) == [{"run_id": "a", "status": "ok", "lr": "0.1", "loss": repr(1 / 3)},
+                                         {"run_id": "b", "status": "ok", "lr": "", "loss": ""}]
+    assert path.read_text().startswith("run_id,status,lr,loss\n")
+
+
+def test_cells_come_back_as_they_went(tmp_path):
+    path = tmp_path / "results.csv"
+    row = {"run_id": "a", "none": None, "yes": True, "no": False, "zero": 0, "text": ""} | {
+        f"column {i}{text}": text for i, text in enumerate(AWKWARD)}
+    update_results(path, [row])
+    expected = row | {"none": "", "yes": "1", "no": "0", "zero": "0"}
+    for _ in range(3):
+        assert read(path) == {"a": expected}
+        update_results(path, [{"run_id": "a", "zero": 0}])
+    update_results(path, [{"run_id": "a", "yes": None}])
+    assert read(path)["a"]["yes"] == ""
+
+
+# Whole files
+
+
+def test_write_whole_replaces_a_file_and_leaves_nothing_else(tmp_path):
+    for text in "old", "new,\r\n", "":
+        write_whole(tmp_path / "a/b.json", text)
+        assert (tmp_path / "a/b.json").read_bytes() == text.encode()
+    assert names(tmp_path) == ["a/b.json"]
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, monkeypatch, name):
+    write_whole(tmp_path / "x.json", "old")
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, name, full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "x.json", "new")
+    assert (tmp_path / "x.json").read_text() == "old"
+    assert names(tmp_path) == ["x.json"]
+
+
+# A run
+
+
+def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
+    records = start(tmp_path, facts={"params_total": 5})
+    assert read(tmp_path / "results.csv")["r"]["status"] == strict(tmp_path / "logs/r.json")["status"] == "running"
+    use_all(records)
+    assert names(tmp_path) == ["logs/r.csv", "logs/r.json", "logs/r.txt", "results.csv"]
+
+    rule, log = "=" * 100, (tmp_path / "logs/r.txt").read_text()
+    assert log.startswith(f"{rule}\n{train_gpt.SOURCE}\n{rule}\nPython ") and len(train_gpt.SOURCE) > 10000
+    settings, _, lines = log.removeprefix(f"{rule}\n{train_gpt.SOURCE}\n{rule}\n").partition(f"\n{rule}\n")
+    assert json.loads(settings.partition("settings: ")[2])["params_total"] == 5
+    assert lines.startswith("run_id:r\nchanges: LR=1\nwarning: mind the gap\na line\n---\nstatus: ok\nfinal_loss: 0.333")
+    assert capsys.readouterr().out == lines
+
+    curve = (tmp_path / "logs/r.csv").read_text().splitlines()
+    assert curve == [",".join(CURVE), "0,,,,4.0,,,,,", "1,,,0.30000000000000004,,,,,0.3333333333333333,"]
+
+    summary = strict(tmp_path / "logs/r.json")
+    assert summary["run_id"] == "r" and summary["status"] == "ok" and summary["final_loss"] == 1 / 3
+    assert summary["source_sha"] == hashlib.sha256(train_gpt.SOURCE.encode()).hexdigest()[:12]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", summary["started"])
+    assert set(vars(tiny())) <= summary.keys()
+    row = read(tmp_path / "results.csv")["r"]
+    assert row.keys() == summary.keys()
+    assert (row["params_total"], row["bias"], row["embed_lr"], float(row["final_loss"])) == ("5", "0", "", 1 / 3)
+
+
+def test_another_rank_writes_nothing(tmp_path, capsys):
+    use_all(start(tmp_path, writes=False))
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_id_that_exists_is_refused_and_its_files_stay(tmp_path):
+    use_all(start(tmp_path))
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    with pytest.raises(ConfigError) as error:
+        start(tmp_path, seed=1)
+    assert str(error.value) == f"RUN_ID=r: {tmp_path}/logs/r.json exists; choose another RUN_ID or leave it blank"
+    refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, error.value)
+    assert before == {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+
+
+@pytest.mark.parametrize("place", ["log_dir", "results_csv"])
+def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path, place):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=f"{place.upper()}={tmp_path}/file/x.*: cannot be written .*name other places"):
+        start(tmp_path, **{place: f"{tmp_path}/file/x"})
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_log_dir_that_is_a_file_ends_a_run_with_code_2(tmp_path, settings):
+    (tmp_path / "logs").write_text("in the way")
+    codes, output = launch(settings)
+    assert codes == [2] and f"config: LOG_DIR={tmp_path}/logs" in output, output
+
+
+def test_a_table_that_cannot_be_written_leaves_a_summary_that_says_so(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    table = f"{tmp_path}/file/results.csv"
+    with pytest.raises(ConfigError) as error:
+        start(tmp_path, results_csv=table)
+    refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": table}, error.value)
+    assert strict(tmp_path / "logs/r.json")["status"] == "config"
+
+
+def test_a_diverged_run_leaves_strict_json_and_a_row_that_can_be_rebuilt(tmp_path):
+    start(tmp_path).close("diverged", final_loss=math.nan, best_loss=math.inf, ppl=None)
+    assert strict(tmp_path / "logs/r.json")["status"] == "diverged"
+    rebuild(tmp_path / "logs", tmp_path / "rebuilt.csv")
+    assert read(tmp_path / "rebuilt.csv") == read(tmp_path / "results.csv")
+
+
+# A run that does not start
+
+
+def test_a_refused_run_leaves_a_summary_and_a_row(tmp_path):
+    env = {"RUN_ID": "mine", "NOTE": "why\nnot", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}
+    refuse(env, ConfigError("LR=-1: no"))
+    refuse(env | {"RUN_ID": "../x"}, DataError("no shard"))
+    refuse(env | {"RUN_ID": "mine"}, ConfigError("a second time"))
+    mine, other = read(tmp_path / "results.csv").values()
+    assert (mine["run_id"], mine["status"], mine["error"], mine["note"]) == ("mine", "config", "LR=-1: no", "why\nnot")
+    assert (other["status"], other["error"]) == ("data", "no shard")
+    assert re.fullmatch(r"refused-\d{8}-\d{6}-[0-9a-f]{4}", other["run_id"])
+    assert names(tmp_path) == ["logs/mine.json", f"logs/{other['run_id']}.json", "results.csv"]
+    assert strict(tmp_path / "logs/mine.json") == mine
+
+
+def test_a_refusal_that_cannot_be_written_is_no_second_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refuse({"LOG_DIR": f"{tmp_path}/file", "RESULTS_CSV": f"{tmp_path}/file/x.csv"}, ConfigError("LR=-1: no"))
+    assert names(tmp_path) == ["file"]
+
+
+# scripts/rebuild_results.py
+
+
+def test_rebuilt_table_is_the_one_that_the_runs_wrote(tmp_path, capsys):
+    for i, note in enumerate(AWKWARD):
+        records = start(tmp_path, f"r{i}", note=note, bias=True)
+        if i % 2:
+            records.close("ok", final_loss=i / 3, mfu=None, bad_steps=i)
+    refuse({"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, ConfigError("LR=-1: no"))
+    (tmp_path / "logs/shard_hashes.json").write_text('{"/data/x.bin:1:2": "ab"}')
+    (tmp_path / "logs/list.json").write_text("[1]")
+    (tmp_path / "logs/torn.json").write_text((tmp_path / "logs/r1.json").read_text()[:100])
+    capsys.readouterr()
+    rebuild(tmp_path / "logs", tmp_path / "rebuilt.csv")
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path}/rebuilt.csv: 11 runs of 14 files\n"
+    assert err.count("\n") == 1 and f"{tmp_path}/logs/torn.json is skipped" in err
+    assert read(tmp_path / "rebuilt.csv") == read(tmp_path / "results.csv")
+    assert len(read(tmp_path / "rebuilt.csv")) == 11
+
+
+def test_rebuilding_orders_new_rows_by_start_and_keeps_rows_without_a_summary(tmp_path):
+    for run_id, started in ("a", "2026-01-03"), ("b", "2026-01-01"), ("c", "2026-01-02"):
+        write_whole(tmp_path / f"{run_id}.json", json.dumps({"run_id": run_id, "started": started, "loss": 1}))
+    rebuild(tmp_path, tmp_path / "results.csv")
+    assert list(read(tmp_path / "results.csv")) == ["b", "c", "a"]
+    update_results(tmp_path / "other.csv", [{"run_id": "gone", "note": "kept"}, {"run_id": "a", "note": "kept", "loss": 2}])
+    rebuild(tmp_path, tmp_path / "other.csv")
+    table = read(tmp_path / "other.csv")
+    assert list(table) == ["gone", "a", "b", "c"]
+    assert (table["gone"]["note"], table["a"]["note"], table["a"]["loss"]) == ("kept", "kept", "1")
+
+
+@pytest.mark.parametrize("text", [None, '{"x.bin:1:2": "ab"}', '{"run_id": "to'])
+def test_without_a_summary_nothing_is_rebuilt(tmp_path, capsys, text):
+    (tmp_path / "logs").mkdir()
+    if text:
+        (tmp_path / "logs/x.json").write_text(text)
+    rebuild(tmp_path / "logs", tmp_path / "results.csv", code=3)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"rebuild_results.py: error: no summary of a run in {tmp_path}/logs; name its --log-dir")
+    assert not (tmp_path / "results.csv").exists()
