@@ -166,7 +166,7 @@ class Config:
         if unknown := [name for name in settings if name not in fields]:
             raise ConfigError(f"PRESET={env.get('PRESET')}: its file sets {unknown[0]}, which is no setting; "
                               "see python train_gpt.py --help")
-        return cls(**{fields[name].name: parse(fields[name], text) for name, text in settings.items()})
+        return cls(**{fields[name].name: parse(fields[name], text) for name, text in settings.items() if text})
 
     def changes(self):
         """What differs from the defaults: {variable: value}."""
@@ -268,7 +268,7 @@ def help_text():
     comments = dict(re.findall(r"^    (\w+): [^=]+ = .*?  # (.*)$", SOURCE, re.M))
     lines = [__doc__.strip(), "", "Settings (environment variables; a blank one counts as not set):"]
     for field in dataclasses.fields(Config):
-        default = {None: "blank", True: 1, False: 0, "": "blank"}.get(field.default, field.default)
+        default = int(field.default) if field.type is bool else "blank" if field.default in (None, "") else field.default
         choices = f"[{'|'.join(axes()[field.name])}] " if field.name in axes() else ""
         lines.append(f"  {field.name.upper():18} {default!s:38} {choices}{comments[field.name]}")
     presets = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
@@ -692,9 +692,6 @@ class Muon:
                                 "momentum": members[0].new_zeros(share, *shape), "grad": None})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32  # few CPUs multiply bfloat16 fast
 
-    def params(self):
-        return [p for stack in self.stacks for p in stack["params"]]
-
     def reduce_grads(self):
         """Sums the gradients over the ranks; returns the squared norm () of this rank's share."""
         for stack in self.stacks:
@@ -715,8 +712,10 @@ class Muon:
             scale = MUON_SCALES[self.cfg.muon_scale](*momentum.shape[-2:])
             updates = all_gather(update, self.world).split(stack["sizes"])
             for p, u in zip(stack["params"], updates):
-                p.mul_(1 - lr * self.cfg.weight_decay * (1 - skip.double())) if self.cfg.weight_decay else p
+                if self.cfg.weight_decay:
+                    p.mul_(1 - lr * self.cfg.weight_decay * (1 - skip.double()))
                 p.add_(u.view_as(p), alpha=-lr * scale)
+            stack["grad"] = None  # its memory is for the next backward pass
 
 
 class AdamW:
@@ -736,9 +735,6 @@ class AdamW:
         self.steps = [torch.zeros((), device=p.device) for p in self.own]
         self.grads = []
 
-    def params(self):
-        return self.sliced + self.whole
-
     def reduce_grads(self):
         """Sums the gradients over the ranks; returns the squared norm () of this rank's share."""
         sliced = [reduce_scatter(p.grad.view(-1), self.world) for p in self.sliced]
@@ -756,6 +752,7 @@ class AdamW:
         adamw(self.own, self.grads, self.exp_avg, self.exp_avg_sq, [], self.steps, fused=True, amsgrad=False,
               maximize=False, beta1=self.cfg.beta1, beta2=self.cfg.beta2, eps=1e-8, lr=self.base_lr * factor,
               weight_decay=self.weight_decay, grad_scale=grad_scale, found_inf=skip)
+        self.grads = []  # their memory is for the next backward pass
         for p, own in zip(self.sliced, self.own):
             if self.world > 1:
                 p.data.view(-1).copy_(all_gather(own, self.world))

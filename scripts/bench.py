@@ -1,7 +1,7 @@
 """Measures what a configuration of train_gpt.py costs on this machine; the settings are the same environment variables.
 
     PRESET=quickstart python scripts/bench.py --json experiments/bench/quickstart.json
-    torchrun --standalone --nproc_per_node=8 scripts/bench.py --only step,peak        # every rank measures, rank 0 tells
+    torchrun --standalone --nproc_per_node=8 scripts/bench.py     # all but the start; every rank measures, rank 0 tells
 
 Tokens are random, so no data is needed, but VOCAB_SIZE=0 asks for the dataset's index.json. All files except that of
 --json are temporary; TMPDIR chooses the disk they are on, and so the disk the loader is measured on.
@@ -9,8 +9,6 @@ Tokens are random, so no data is needed, but VOCAB_SIZE=0 asks for the dataset's
 
 import argparse
 import contextlib
-import dataclasses
-import itertools
 import json
 import os
 import resource
@@ -18,141 +16,175 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import ConfigError, DataError, Ranks, ShardLoader
 
-SECTIONS = ["step", "peak", "loader", "start"]
-LOADER_TOKENS, READS, WAITS, RECORD_CALLS, PRODUCTS = 2**25, 1000, 50, 200, 5  # how much of each is measured
+SECTIONS = {"step", "peak", "loader", "start"}
+TOKENS, READS, WAITS, RECORDS, PRODUCTS = 2**25, 1000, 50, 200, 5  # how much of each is measured
 
 
 def figure(unit, values, value=None):
     """A row: the median of what was measured, or another `value` of it, and the range; blank where nothing was."""
-    row = [np.median(values) if value is None else value, np.min(values), np.max(values)] if len(values) else [np.nan] * 3
-    return dict(zip(("value", "min", "max"), (None if np.isnan(x) else float(x) for x in row))) | {"unit": unit}
+    row = [np.median(values) if value is None else value, min(values), max(values)] if len(values) else [None] * 3
+    return {key: x if x is None else float(x) for key, x in zip(("value", "min", "max"), row)} | {"unit": unit}
 
 
-def mark(device):
-    """A point in time. On CUDA it is an event in the stream, so that timing never makes the device wait for Python."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def intervals(marks):
-    """Seconds between neighbouring marks, once the device has reached the last."""
-    if isinstance(marks[0], float):
-        return np.diff(marks)
-    torch.cuda.synchronize()
-    return np.array([a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)])
+def now(device):
+    """Seconds on some clock, after the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def timed(call, count, device=torch.device("cpu")):
     """Seconds that each of `count` calls took, after one that is not timed."""
     call()
-    marks = [mark(device)]
+    marks = [now(device)]
     for _ in range(count):
         call()
-        marks.append(mark(device))
-    return intervals(marks)
+        marks.append(now(device))
+    return np.diff(marks)
 
 
-def step_parts(state, cfg, ranks, args):
-    """Seconds (steps, 3) of train_step: forward and backward, gradient reduction, the rest. The first optimizer sets
-    marks, so these are the parts of the very steps that are timed."""
+def bench_step(state, cfg, ranks, args):
+    """Times train_step. The first optimizer notes the end of the backward pass, in the very steps that are timed."""
     device, marks, first = ranks.device(cfg), [], state.optimizers[0]
     batch = torch.randint(cfg.vocab_size, (cfg.batch_size // ranks.world_size, cfg.sequence_length + 1), device=device)
-
-    def marked(method):
-        return lambda *values: (marks.append(mark(device)), method(*values))[1]
-
-    first.reduce_grads, first.step = marked(first.reduce_grads), marked(first.step)
+    reduce_grads = first.reduce_grads
+    first.reduce_grads = lambda: (marks.append(now(device)), reduce_grads())[1]
     for _ in range(args.warmup + args.steps):
-        marks.append(mark(device))
+        marks.append(now(device))
         train_gpt.train_step(state, cfg, batch[:, :-1], batch[:, 1:])
-    marks.append(mark(device))
-    del first.reduce_grads, first.step  # uncovers the methods of the class
-    return intervals(marks[3 * args.warmup:]).reshape(-1, 3)
-
-
-def bench_step(state, cfg, ranks, args, plan):
-    parts = step_parts(state, cfg, ranks, args)
-    seconds, tokens = parts.sum(1), plan["tokens_per_step"]
-    speed, teraflops = tokens / np.median(seconds), plan["flops_per_token"] / 1e12
-    mfu = train_gpt.model_flops_utilization(cfg, ranks.device(cfg), 1e12 * teraflops * speed / ranks.world_size)
-    shares = zip(("forward_backward", "gradient_reduction", "optimizer"), (100 * parts / seconds[:, None]).T)
+    first.reduce_grads = reduce_grads
+    backward, optimizer = np.diff([*marks, now(device)]).reshape(-1, 2)[args.warmup:].T
+    seconds, tokens = backward + optimizer, cfg.batch_size * cfg.sequence_length
+    speed, flops = tokens / np.median(seconds), state.model.flops_per_token() / ranks.world_size
+    mfu = train_gpt.model_flops_utilization(cfg, device, flops * speed)
     return {"step_time": figure("ms", 1000 * seconds), "tokens_per_sec": figure("tokens/s", tokens / seconds, speed),
-            "flops": figure("TFLOP/s", teraflops * tokens / seconds, teraflops * speed),
+            "flops": figure("TFLOP/s a rank", flops * tokens / 1e12 / seconds, flops * speed / 1e12),
             "mfu": figure("%", [] if mfu is None else [100 * mfu]),
-            **{name: figure("% of step", share) for name, share in shares}}
+            "forward_backward": figure("% of step", 100 * backward / seconds),
+            "reduce_and_optimizer": figure("% of step", 100 * optimizer / seconds)}
 
 
 def bench_records(folder, cfg, step_ms):
-    """What a logged step pays for its line and its point of the curve."""
-    cfg = dataclasses.replace(cfg, log_dir=str(folder), results_csv=str(folder / "results.csv"))
+    """What a step that is logged pays for its line and its point of the curve."""
+    cfg = replace(cfg, log_dir=folder, results_csv=f"{folder}/results.csv")
     records, values = train_gpt.Records(cfg, "bench", writes=True), dict.fromkeys(train_gpt.CURVE, 1 / 3) | {"step": 1}
-    line = "step:1/1 train_loss:3.3333 train_time:333ms step_avg:333.33ms"
-    with open(folder / "terminal", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with open(f"{folder}/terminal", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         records.open({"changes": ""}, [])
-        seconds = timed(lambda: (records.print(line), records.point(values)), RECORD_CALLS)
-    return {"records": figure("us", 1e6 * seconds), "records_share": figure("% of a logged step", 1e5 * seconds / step_ms)}
+        seconds = timed(lambda: (records.print("step:1/9 train_loss:3.3333"), records.point(values)), RECORDS)
+    return {"records": figure("us", 1e6 * seconds), "records_share": figure("% of step", 1e5 * seconds / step_ms)}
 
 
 def bench_peak(cfg, device):
     """The fastest of some matrix products in the run's dtype: large squares, and the two of an FFN."""
-    tokens, hidden = cfg.device_batch_size * cfg.sequence_length, cfg.d_ff or 4 * cfg.n_embd
-    squares, repeats = ((4096, 8192), 20) if device.type == "cuda" else ((2048,), 1)  # a lone kernel shows its launch
-    figures = {}
+    tokens, hidden, figures = cfg.device_batch_size * cfg.sequence_length, cfg.d_ff or 4 * cfg.n_embd, {}
+    squares, repeats = ((4096, 8192), 20) if device.type == "cuda" else ((2048,), 1)  # hides the launches
     for m, k, n in *((size,) * 3 for size in squares), (tokens, cfg.n_embd, hidden), (tokens, hidden, cfg.n_embd):
         a, b = (torch.randn(rows, k, device=device, dtype=train_gpt.DTYPES[cfg.dtype]) for rows in (m, n))
-        seconds = timed(lambda a=a, b=b: [F.linear(a, b) for _ in range(repeats)], PRODUCTS, device)
+        seconds = timed(lambda a=a, b=b: [a @ b.mT for _ in range(repeats)], PRODUCTS, device)
         figures[f"product_{m}x{k}x{n}"] = figure("TFLOP/s", 2e-12 * m * k * n * repeats / seconds)
     return figures | {"peak": figure("TFLOP/s", [max(product["max"] for product in figures.values())])}
 
 
-def write_random_shard(path, tokens, vocab_size):
-    header = np.zeros(train_gpt.HEADER_INTS, dtype="<i4")
-    header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, tokens
-    path.write_bytes(header.tobytes() + np.random.default_rng(0).integers(0, vocab_size, tokens, dtype="<u2").tobytes())
-    return str(path)
-
-
-def open_loader(file, cfg, cold):
-    """A loader of one shard, which is dropped from the page cache first if `cold`; no map of it may be open then."""
-    if cold and hasattr(os, "posix_fadvise"):
+def bench_loader(file, state, cfg, ranks, kind):
+    """Training steps' waits for their batches, and the speed of reading the next ones, with the shard in the page
+    cache ("warm") or dropped from it ("cold"); blank where it cannot be dropped."""
+    if kind == "cold" and hasattr(os, "posix_fadvise"):
         with open(file, "rb") as shard:
-            os.fsync(shard.fileno())  # what waits to be written cannot be dropped
+            os.fsync(shard.fileno())  # what has yet to be written stays in the cache
             os.posix_fadvise(shard.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return ShardLoader(file, cfg, cfg.shuffle)
+    loader, blocks = train_gpt.ShardLoader(file, cfg, cfg.shuffle), resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+    waits, count = [], cfg.batch_size // ranks.world_size
+    for inputs, targets, waited in loader.prefetch([(i * count, count) for i in range(WAITS)], ranks.device(cfg)):
+        waits.append(1000 * waited)
+        train_gpt.train_step(state, cfg, inputs, targets)[0].item()  # late is late for the device, not for Python
+    starts, batch = iter(range(WAITS * count, 2**62, count)), count * cfg.sequence_length
+    seconds = timed(lambda: loader.read(next(starts), count), max(1, min(READS, loader.samples // count - WAITS - 1)))
+    from_disk = 512 * (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - blocks)
+    known = kind == "warm" or from_disk > batch * (WAITS + len(seconds))  # more than half of the bytes
+    waits, speeds = (waits[1:], batch / seconds) if known else ([], [])  # the first batch cannot be read ahead
+    return {f"data_wait_{kind}": figure("ms, 99th percentile", waits, np.percentile(waits or [0], 99)),
+            f"read_{kind}": figure("tokens/s", speeds, batch * len(seconds) / seconds.sum())}
 
 
-def bench_loader(file, state, cfg, ranks, cold):
-    """Speed of reading batches, and how long training steps wait for theirs; blank where cold is not to be had."""
-    loader, count, firsts = open_loader(file, cfg, cold), cfg.batch_size // ranks.world_size, itertools.count(0, ...)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
-    seconds = timed(lambda: loader.read(next(firsts), count), min(READS, loader.samples // count))
-    from_disk = 512 * (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - before)
-    tokens, waits = count * loader.length, []
-    if cold and from_disk < tokens * len(seconds):  # not even half of the bytes
-        seconds = seconds[:0]
-    ...
-
-
-def bench_start(env, one_step):
+def bench_start(env):
     """Seconds from the launch of train_gpt.py to the losses of its first validation and its first step."""
-    env, seen, began = env | {name.upper(): str(value) for name, value in one_step.items()}, {}, time.perf_counter()
-    command = [sys.executable, train_gpt.ROOT / "train_gpt.py"]
+    command, seen, began = [sys.executable, train_gpt.ROOT / "train_gpt.py"], {}, time.perf_counter()
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
             seen.setdefault(line.partition("/")[0], time.perf_counter() - began)
     if run.returncode:
         sys.exit(run.returncode)  # it has said why
     return {"start_to_validation": figure("s", [seen["step:0"]]), "start_to_step": figure("s", [seen["step:1"]])}
+
+
+def bench(args, env, ranks, folder):
+    """What was measured, where and with what. Raises ConfigError, DataError."""
+    asked = train_gpt.Config.from_env(env)
+    cfg = train_gpt.resolve(asked)
+    file, device, figures = f"{folder}/random.bin", ranks.device(cfg), {}
+    header = [train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, TOKENS] + [0] * (train_gpt.HEADER_INTS - 3)
+    tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=TOKENS, dtype="<u2")
+    np.append(np.array(header, dtype="<i4").view("<u2"), tokens).tofile(file)
+    one_step = env | {"INPUT_BIN": file, "INPUT_VAL_BIN": file, "VOCAB_SIZE": str(cfg.vocab_size), "MAX_EPOCHS": "0",
+                      "NUM_ITERATIONS": "1", "VAL_TOKENS": str(cfg.device_batch_size * cfg.sequence_length),
+                      "LOG_DIR": f"{folder}/one_step", "RESULTS_CSV": f"{folder}/one_step.csv"}
+    train_gpt.preflight(train_gpt.resolve(train_gpt.Config.from_env(one_step)), ranks)
+    if "start" in args.only and "MASTER_ADDR" not in env:  # before this process takes the device
+        figures |= bench_start(one_step)
+    train_gpt.setup(cfg, ranks)
+    cfg = replace(cfg, num_iterations=2**31)  # no end for the learning rate to go to
+    state = train_gpt.State.build(cfg, ranks)
+    if cfg.compile == "1" and {"step", "loader"} & args.only:
+        train_gpt.compile_model(state.model, cfg, device)
+    if "step" in args.only:
+        figures |= bench_step(state, cfg, ranks, args)
+        figures |= bench_records(folder, cfg, figures["step_time"]["value"])
+    if "peak" in args.only:
+        figures |= bench_peak(cfg, device)
+    if {"step", "peak"} <= args.only:
+        figures["share_of_peak"] = figure("%", [100 * figures["flops"]["value"] / figures["peak"]["value"]])
+    if "loader" in args.only:
+        figures |= bench_loader(file, state, cfg, ranks, "warm") | bench_loader(file, state, cfg, ranks, "cold")
+    torch.distributed.destroy_process_group()
+    return {"command": f"python {' '.join(sys.argv)}", "changes": asked.changes(), "finished": train_gpt.utc_now(),
+            **dict(zip(("git", "dirty"), train_gpt.git_state())), "versions": train_gpt.machine_text().splitlines()[0],
+            "device": train_gpt.device_name(device), "dtype": cfg.dtype, "ranks": ranks.world_size, "figures": figures}
+
+
+def main(argv, env):
+    """Measures, prints the table and writes the report; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="timed training steps")
+    parser.add_argument("--warmup", type=int, default=3, help="training steps before them")
+    parser.add_argument("--only", type=lambda text: set(text.split(",")), default=SECTIONS, help="like step,peak")
+    parser.add_argument("--json", help="file for the report; without it the table is all")
+    args, ranks = parser.parse_args(argv), train_gpt.Ranks.from_env(env)
+    if not args.only <= SECTIONS or min(args.steps, args.warmup) < 1:
+        parser.error(f"--only takes some of {','.join(sorted(SECTIONS))}; --steps and --warmup are at least 1")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = bench(args, env | {"DRY_RUN": ""}, ranks, folder)
+    except (train_gpt.ConfigError, train_gpt.DataError) as error:
+        if ranks.local_rank == 0:
+            print(f"{error.status}: {error}", file=sys.stderr)
+        time.sleep(ranks.rank > 0)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
+        return train_gpt.EXIT_CODES[error.status]
+    if ranks.rank == 0:
+        print(f"{report['device']}, {report['dtype']}".ljust(28) + f"{'value':>12}{'min':>12}{'max':>12}  unit")
+        for name, row in report["figures"].items():
+            cells = ["" if row[key] is None else f"{row[key]:,.4g}" for key in ("value", "min", "max")]
+            print(f"{name:28}{cells[0]:>12}{cells[1]:>12}{cells[2]:>12}  {row['unit']}")
+        if args.json:
+            train_gpt.write_whole(args.json, json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))
