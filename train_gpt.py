@@ -164,7 +164,7 @@ class Config:
         settings = read_preset(env.get("PRESET") or cls.preset)
         settings |= {name: env[name] for name in fields if env.get(name)}
         if unknown := [name for name in settings if name not in fields]:
-            raise ConfigError(f"PRESET={env.get('PRESET')}: its file sets {unknown[0]}, which is no setting; "
+            raise ConfigError(f"PRESET={settings['PRESET']}: its file sets {unknown[0]}, which is no setting; "
                               "see python train_gpt.py --help")
         return cls(**{fields[name].name: parse(fields[name], text) for name, text in settings.items() if text})
 
@@ -200,7 +200,7 @@ def check(cfg):
     for name, (low, high) in BOUNDS.items():
         value = getattr(cfg, name)
         if value is not None and not low <= value <= high:
-            raise ConfigError(f"{name.upper()}={value}: must lie between {low:g} and {high:g}")
+            raise ConfigError(f"{name.upper()}={value}: must lie between {low} and {high}")
     if cfg.run_id and not re.fullmatch(RUN_ID_PATTERN, cfg.run_id):
         raise ConfigError(f"RUN_ID={cfg.run_id!r}: use 1 to 100 letters, digits, '.', '_' and '-', "
                           "the first no '.' or '-'")
@@ -279,9 +279,40 @@ def help_text():
 #                Layers                #
 ########################################
 
+def normal_(w, std):
+    """Fills w with normal numbers, but on the meta device, where it would load seconds of code to do nothing."""
+    return w if w.is_meta else nn.init.normal_(w, std=std)
+
+
 INITS = {  # how a weight (..., rows, fan in) starts: (cfg, weight, whether it ends a residual branch or is the head)
     "zero_proj": lambda cfg, w, ends: nn.init.zeros_(w) if ends else nn.init.uniform_(w, -w.size(-1)**-0.5, w.size(-1)**-0.5),
-    "gpt2": lambda cfg, w, ends: nn.init.normal_(w, std=0.02 / (2 * cfg.n_layer)**0.5 if ends else 0.02)}
+    "gpt2": lambda cfg, w, ends: normal_(w, 0.02 / (2 * cfg.n_layer)**0.5 if ends else 0.02)}
+
+
+CPUINFO = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+# On AMD's AVX-512 processors MKL, torch's default, runs AVX2 code: oneDNN multiplies float32 matrices twice as fast there.
+ONEDNN = "AuthenticAMD" in CPUINFO and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def product(a, b):
+    """a (..., k) times the transpose of b (n, k): (..., n), by the faster of the CPU's two libraries."""
+    if ONEDNN and a.is_cpu and a.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.mT
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """F.linear without bias through `product`, forward and backward: oneDNN's operator brings no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return product(grad, weight.mT), product(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)
 
 
 class Linear(nn.Module):
@@ -295,8 +326,9 @@ class Linear(nn.Module):
         INITS[cfg.init](cfg, self.weight, ends)
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.type_as(x)
-        return F.linear(x, self.weight.flatten(0, -2).type_as(x), bias)
+        weight = self.weight.flatten(0, -2).type_as(x)
+        y = OneDNNLinear.apply(x, weight) if ONEDNN and x.is_cpu else F.linear(x, weight)
+        return y if self.bias is None else y + self.bias.type_as(x)
 
     def flops_per_token(self):
         return 6 * self.weight.numel()
@@ -367,7 +399,7 @@ class LearnedPosition(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(cfg.sequence_length, cfg.n_embd).normal_(std=0.02))
+        self.weight = nn.Parameter(normal_(torch.empty(cfg.sequence_length, cfg.n_embd), 0.02))
 
     def forward(self, x):
         return x + self.weight[:x.size(1)].type_as(x)
@@ -558,7 +590,7 @@ class GPT(nn.Module):
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.head = None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         if self.head is not None and cfg.init == "zero_proj":
-            nn.init.normal_(self.embed)  # nothing but its own rows to reach through the first norm
+            normal_(self.embed, 1.0)  # nothing but its own rows to reach through the first norm
         else:
             INITS[cfg.init](cfg, self.embed, False)
         if self.head is not None:
@@ -589,15 +621,10 @@ LOSS_CHUNK = {"cuda": 2**28, "cpu": 2**23}  # logits at a time: a large product 
 
 def loss_chunk(x, head, targets):
     """Summed loss () of x (n, C) against targets (n,), and its gradient softmax - onehot for the logits (n, V)."""
-    logp = F.log_softmax(F.linear(x, head).float(), dim=-1)
+    logp = F.log_softmax(product(x, head).float(), dim=-1)
     target_logp = logp.gather(-1, targets[:, None])
     grad = logp.exp_().type_as(x)
     return -target_logp.sum(), grad.scatter_(-1, targets[:, None], target_logp.expm1().type_as(x))
-
-
-def add_product_(total, a, b):
-    """total += a b, the product in the dtype of a and b, the sum in that of total."""
-    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -613,8 +640,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss, grad_logits = chunk(xs, weight, ts)
             total += loss
             if training:
-                torch.mm(grad_logits, weight, out=grad_xs)
-                add_product_(grad_head, grad_logits.mT, xs)
+                grad_xs.copy_(product(grad_logits, weight.mT))
+                grad_head.add_(product(grad_logits.mT, xs.mT))
         ctx.save_for_backward(grad_x, grad_head)
         return total / len(x)
 
@@ -644,10 +671,19 @@ def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
     X = G.to(dtype).reshape(-1, *G.shape[-2:])
     X = X.mT if tall else X
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # spectral norm at most 1
-    for _ in range(steps):
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+    if dtype == torch.float32 and X.size(-1) >= 2 * X.size(-2):
+        # the same polynomial, accumulated as a small square P with X <- P X at the end; half the work, but not for bfloat16
+        identity = torch.eye(X.size(-2), device=X.device)
+        A, P = X @ X.mT, identity
+        for _ in range(steps):
+            Q = torch.baddbmm(A, A, A, beta=b, alpha=c) + a * identity
+            A, P = Q @ A @ Q, Q @ P
+        X = P @ X
+    else:
+        for _ in range(steps):
+            A = X @ X.mT
+            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if tall else X).reshape(G.shape)
 
 
@@ -656,7 +692,7 @@ def reduce_scatter(full, world):
     if world == 1:
         return full
     own = full.new_empty(len(full) // world, *full.shape[1:])
-    dist.reduce_scatter_tensor(own, full)
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full)  # the older name goes after torch 2.13
     return own
 
 
@@ -665,7 +701,7 @@ def all_gather(own, world):
     if world == 1:
         return own
     full = own.new_empty(len(own) * world, *own.shape[1:])
-    dist.all_gather_into_tensor(full, own)
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own)
     return full
 
 
@@ -888,12 +924,11 @@ class ShardLoader:
 
     def require(self, name, value, samples):
         """Raises DataError where there are fewer samples than the setting `name` needs."""
-        if self.samples < max(1, samples):
+        if self.samples < (samples := max(1, samples)):
             shards = math.ceil(len(self.shards) * samples / max(1, self.samples))
-            repeat = "set MAX_EPOCHS=0 to repeat the data, or " if name == "NUM_ITERATIONS" else ""
+            more = f", or set MAX_EPOCHS=0 to repeat the data, or {how_to_get(self.files[0], shards)}"
             raise DataError(f"{name}={value} needs {samples:,} samples of {self.length} tokens, but {self.files[0]} and "
-                            f"what else matches has {self.samples:,}; lower {name}, or {repeat}"
-                            f"{how_to_get(self.files[0], shards)}")
+                            f"what else matches has {self.samples:,}; lower {name}{more * (name == 'NUM_ITERATIONS')}")
 
     def order(self, epoch):
         if self.permutation[0] != epoch:
@@ -939,24 +974,30 @@ def how_to_get(pattern, shards=9):
 
 
 def dataset_index(pattern):
-    """index.json of the folder of a glob, {} where there is none."""
+    """index.json of the folder of a glob, {} where there is none. Raises DataError."""
     path = Path(pattern).parent / "index.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        raise DataError(f"{path}: expected JSON, found something else; {how_to_get(pattern)}") from None
 
 
 def fingerprint(loaders, folder):
     """SHA-256 over names and contents of the loaders' shards, hex; hashes are cached in folder by path, size and time."""
-    cache, hashes = folder / "shard_hashes.json", {}
-    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    cache = folder / "shard_hashes.json"
+    known, hashes = {}, []
+    with contextlib.suppress(OSError, ValueError):  # no cache yet, or a damaged one
+        known = json.loads(cache.read_text())
     for file in (file for loader in loaders for file in loader.files):
         stat = os.stat(file)
         key = f"{os.path.realpath(file)}:{stat.st_size}:{stat.st_mtime_ns}"
         if key not in known:
             with open(file, "rb") as shard:
                 known[key] = hashlib.file_digest(shard, "sha256").hexdigest()
-        hashes[os.path.basename(file)] = known[key]
-    write_whole(cache, json.dumps(known))
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+        hashes.append((os.path.basename(file), known[key]))
+    with contextlib.suppress(OSError):  # Records.open says what is wrong with the folder
+        write_whole(cache, json.dumps(known))
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 ########################################
@@ -974,11 +1015,14 @@ def write_whole(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def update_results(path, rows):
@@ -994,11 +1038,16 @@ def update_results(path, rows):
         for row in rows:
             cells = {k: "" if v is None else int(v) if isinstance(v, bool) else v for k, v in row.items()}
             table[row["run_id"]] = table.get(row["run_id"], {}) | cells
-        text, columns = io.StringIO(), dict.fromkeys(column for row in table.values() for column in row)
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table.values())
-        write_whole(path, text.getvalue())
+        columns = dict.fromkeys(column for row in table.values() for column in row)
+        lines = [columns, *([row.get(column) for column in columns] for row in table.values())]
+        write_whole(path, "".join(map(csv_line, lines)))
+
+
+def csv_line(cells):
+    """A line of a table. Python 3.11 quotes a carriage return only where lines end in one."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def git_state():
@@ -1006,7 +1055,7 @@ def git_state():
     def git(*words):
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
     try:
-        commit = git("rev-parse", "HEAD")
+        commit = git("rev-parse", "--verify", "--quiet", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/*.csv", ":!logs")
         return commit, bool(changed) if commit else ""
     except OSError:  # no git here
@@ -1025,8 +1074,7 @@ def machine_text():
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    names = re.findall(r"model name\s*: (.+)", CPUINFO)
     return f"cpu: {names[0] if names else platform.processor() or platform.machine()}"
 
 
@@ -1083,9 +1131,10 @@ class Records:
                 self.bar.update(values["step"] - self.bar.n)
 
     def save(self):
-        """Writes summary and row."""
-        write_whole(self.json, json.dumps(self.summary, indent=1) + "\n")
-        update_results(self.results_csv, [self.summary])
+        """Writes row and summary; in both a number that is not finite is a blank, for JSON has none."""
+        summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.summary.items()}
+        update_results(self.results_csv, [summary])
+        write_whole(self.json, json.dumps(summary, indent=1) + "\n")
 
     def close(self, status, **values):
         """The run's last words: a block of figures and files, the summary, the row."""
@@ -1147,8 +1196,8 @@ def resolve(cfg):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     if device == "cuda" and not (cfg.dry_run or torch.cuda.is_available()):
         raise ConfigError("DEVICE=cuda: torch finds no CUDA device here; set DEVICE=cpu or auto")
-    half = "bfloat16" if device == "cpu" or torch.cuda.is_bf16_supported() else "float16"
-    dtype = {"cpu": "float32", "cuda": half}[device] if cfg.dtype == "auto" else cfg.dtype
+    old = device == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = {"cpu": "float32", "cuda": "float16" if old else "bfloat16"}[device] if cfg.dtype == "auto" else cfg.dtype
     vocab_size = cfg.vocab_size or dataset_index(cfg.input_bin).get("vocab_size")
     if not vocab_size:
         raise DataError(f"VOCAB_SIZE=0 is read from index.json beside {cfg.input_bin}, which is not there; "
@@ -1169,11 +1218,8 @@ def make_plan(cfg, ranks):
             "grad_accumulation": cfg.batch_size // (cfg.device_batch_size * ranks.world_size)}
 
 
-def preflight(cfg, ranks):
-    """Loaders for training and validation, after all that can be checked has been. Raises ConfigError, DataError."""
-    if cfg.device == "cuda" and ranks.local_world_size > torch.cuda.device_count():
-        raise ConfigError(f"{ranks.local_world_size} ranks on this machine but {torch.cuda.device_count()} CUDA devices; "
-                          f"start torchrun with --nproc_per_node={torch.cuda.device_count()} or set DEVICE=cpu")
+def check_batch(cfg, ranks):
+    """Raises ConfigError where the ranks cannot share the batch in whole micro-batches."""
     at_once = cfg.device_batch_size * ranks.world_size
     if cfg.batch_size % at_once:
         fits = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % (n * ranks.world_size) == 0]
@@ -1181,6 +1227,13 @@ def preflight(cfg, ranks):
         raise ConfigError(f"BATCH_SIZE={cfg.batch_size}: must be a multiple of DEVICE_BATCH_SIZE={cfg.device_batch_size} x "
                           f"{ranks.world_size} ranks; set BATCH_SIZE={nearest_multiples(cfg.batch_size, at_once)}"
                           + f" or DEVICE_BATCH_SIZE={' or '.join(map(str, near))}" * bool(near))
+
+
+def preflight(cfg, ranks):
+    """Loaders for training and validation, after all that can be checked has been. Raises ConfigError, DataError."""
+    if cfg.device == "cuda" and ranks.local_world_size > torch.cuda.device_count():
+        raise ConfigError(f"{ranks.local_world_size} ranks on this machine but {torch.cuda.device_count()} CUDA devices; "
+                          f"start torchrun with --nproc_per_node={torch.cuda.device_count()} or set DEVICE=cpu")
     train, val = ShardLoader(cfg.input_bin, cfg, cfg.shuffle), ShardLoader(cfg.input_val_bin, cfg)
     epochs = cfg.max_epochs or math.inf
     train.require("NUM_ITERATIONS", cfg.num_iterations, math.ceil(cfg.num_iterations * cfg.batch_size / epochs))
@@ -1384,7 +1437,8 @@ def train(cfg, ranks, loaders, records):
         with meter.off_the_clock("eval"):
             return evaluate(state.model, val_loader, cfg, ranks)
 
-    meter.point(state, None, validate())
+    if cfg.val_every:
+        meter.point(state, None, validate())
     meter.start = meter.now()
     with contextlib.closing(train_loader.prefetch(slices, meter.device)) as batches:
         for inputs, targets, waited in batches:
@@ -1406,6 +1460,7 @@ def main(argv, env):
             raise ConfigError(f"{argv[0]}: takes no arguments; every setting is an environment variable, see --help")
         asked = Config.from_env(env)
         cfg = resolve(asked)
+        check_batch(cfg, ranks)
         plan = make_plan(cfg, ranks)
         if cfg.dry_run:
             print("\n".join(f"{key}:{value}" for key, value in (dataclasses.asdict(cfg) | plan).items()))

@@ -10,7 +10,6 @@ install_into_venv() {
     if ! grep -qsxF "$wanted" .venv/installed; then
         echo "installing into .venv (a few minutes the first time)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "$@"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
         echo "$wanted" >> .venv/installed
     fi
 }

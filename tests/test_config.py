@@ -274,8 +274,8 @@ def test_help_lists_every_setting_with_default_choices_and_comment():
     assert lines.keys() == {name.upper() for name in FIELDS}
     for name, line in lines.items():
         default = FIELDS[name.lower()].default
-        text = {True: "1", False: "0", None: "blank", "": "blank"}.get(default, str(default))
-        assert line.split()[1] == text
+        default = int(default) if isinstance(default, bool) else "blank" if default in (None, "") else default
+        assert line.split()[1] == str(default)
         assert line.endswith(f" {comments[name.lower()]}")
         choices = re.findall(r"\[(\S+)\]", line.removesuffix(comments[name.lower()]))
         assert choices == (["|".join(axes()[name.lower()])] if name.lower() in axes() else [])
