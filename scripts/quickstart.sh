@@ -10,9 +10,8 @@ export PRESET=quickstart
 .venv/bin/torchrun --standalone --nproc_per_node=1 train_gpt.py
 cat <<'TEXT'
 
-Three commands to try next:
-  source .venv/bin/activate
+Next, after `source .venv/bin/activate`:
   PRESET=quickstart ATTNGATE=elementwise torchrun --standalone --nproc_per_node=1 train_gpt.py   # change one thing
-  DRY_RUN=1 python train_gpt.py                                                                  # what the default run would be
-  python train_gpt.py --help                                                                     # everything that can be set
+  DRY_RUN=1 python train_gpt.py                                                                  # the default run's plan
+  python train_gpt.py --help                                                                     # all that can be set
 TEXT

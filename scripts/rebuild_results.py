@@ -9,8 +9,6 @@ import json
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parent.parent))  # where train_gpt.py is
 from train_gpt import Config, update_results
 
 
