@@ -87,7 +87,7 @@ def bench_peak(cfg, device):
     squares, repeats = ((4096, 8192), 20) if device.type == "cuda" else ((2048,), 1)  # hides the launches
     for m, k, n in *((size,) * 3 for size in squares), (tokens, cfg.n_embd, hidden), (tokens, hidden, cfg.n_embd):
         a, b = (torch.randn(rows, k, device=device, dtype=train_gpt.DTYPES[cfg.dtype]) for rows in (m, n))
-        seconds = timed(lambda a=a, b=b: [a @ b.mT for _ in range(repeats)], PRODUCTS, device)
+        seconds = timed(lambda a=a, b=b: [train_gpt.product(a, b) for _ in range(repeats)], PRODUCTS, device)
         figures[f"product_{m}x{k}x{n}"] = figure("TFLOP/s", 2e-12 * m * k * n * repeats / seconds)
     return figures | {"peak": figure("TFLOP/s", [max(product["max"] for product in figures.values())])}
 
@@ -133,8 +133,9 @@ def bench(args, env, ranks, folder):
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=TOKENS, dtype="<u2")
     np.append(np.array(header, dtype="<i4").view("<u2"), tokens).tofile(file)
     one_step = env | {"INPUT_BIN": file, "INPUT_VAL_BIN": file, "VOCAB_SIZE": str(cfg.vocab_size), "MAX_EPOCHS": "0",
-                      "NUM_ITERATIONS": "1", "VAL_TOKENS": str(cfg.device_batch_size * cfg.sequence_length),
+                      "NUM_ITERATIONS": "1", "VAL_EVERY": "1", "VAL_TOKENS": str(cfg.device_batch_size * cfg.sequence_length),
                       "LOG_DIR": f"{folder}/one_step", "RESULTS_CSV": f"{folder}/one_step.csv"}
+    train_gpt.check_batch(cfg, ranks)
     train_gpt.preflight(train_gpt.resolve(train_gpt.Config.from_env(one_step)), ranks)
     if "start" in args.only and "MASTER_ADDR" not in env:  # before this process takes the device
         figures |= bench_start(one_step)
