@@ -17,7 +17,7 @@ BLOCK = re.compile(r"(<!-- results: .*?-->\n).*?(<!-- /results -->)", re.S)
 
 
 def table(rows):
-    """Markdown: a line per variant, mean and standard deviation over the seeds of its finished runs, best loss first."""
+    """Markdown: mean and standard deviation over the seeds of each variant, best loss first."""
     groups, lines = defaultdict(list), []
     for row in rows:
         if row["stage"] == "readme" and row["status"] == "ok":

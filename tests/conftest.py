@@ -68,9 +68,9 @@ def launch(env, world=1):
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(world):
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
-            whole = settings | (group if world > 1 else {}) | {name: str(value) for name, value in ranks.items()}
-            children.append(start(whole, f"{folder}/{rank}.txt"))
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            ranks = {name: str(value) for name, value in ranks.items()} | group
+            children.append(start(settings | (ranks if world > 1 else {}), f"{folder}/{rank}.txt"))
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         return codes, Path(f"{folder}/0.txt").read_text()
 

@@ -19,7 +19,8 @@ from train_gpt import Config, axes
 ROOT = Path(train_gpt.__file__).parent
 README = (ROOT / "README.md").read_text()
 PYTHON = sorted(path for path in ROOT.rglob("*.py") if not {".venv", "build"} & set(path.relative_to(ROOT).parts))
-NODES = [(f"{path.relative_to(ROOT)}:{node.name}", node) for path in PYTHON for node in ast.walk(ast.parse(path.read_text()))
+NODES = [(f"{path.relative_to(ROOT)}:{node.name}", node)
+         for path in PYTHON for node in ast.walk(ast.parse(path.read_text()))
          if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
 
 
@@ -42,8 +43,9 @@ def test_the_trainer_imports_no_script_and_scripts_need_no_path_tricks():
 @pytest.mark.parametrize("preset", sorted((ROOT / "experiments" / "presets").glob("*.env")), ids=lambda path: path.stem)
 def test_a_shell_reads_the_same_preset(preset):
     script = f"set -a; . {preset}; {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
-    shell = subprocess.run(["bash", "-c", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True)
-    assert Config.from_env(json.loads(shell.stdout) | {"PRESET": preset.stem}) == Config.from_env({"PRESET": preset.stem})
+    shell = subprocess.run(["bash", "-c", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, check=True)
+    name = {"PRESET": preset.stem}
+    assert Config.from_env(json.loads(shell.stdout) | name) == Config.from_env(name)
 
 
 def test_readme_axes_are_those_of_the_code():

@@ -39,7 +39,7 @@ def losses(settings):
 
 
 def test_a_run_leaves_log_curve_summary_and_row(settings):
-    codes, out = launch(settings | {"NUM_ITERATIONS": 30, "VAL_EVERY": 10, "STAGE": "s", "VARIANT": "v", "NOTE": 'a, "b"'})
+    codes, out = launch(settings | {"NUM_ITERATIONS": 30, "VAL_EVERY": 10, "STAGE": "s", "NOTE": 'a, "b"'})
     assert codes == [0], out
     log = (settings["LOG_DIR"] / "toy.txt").read_text()
     assert train_gpt.SOURCE in log
@@ -56,8 +56,9 @@ def test_a_run_leaves_log_curve_summary_and_row(settings):
     row, = rows(settings)
     assert row["status"] == "ok" and row["final_loss"] == str(told["final_loss"]) and row["note"] == 'a, "b"'
     assert row["mfu"] == row["compile_time"] == row["bits_per_byte"] == ""  # not known, so blank
-    assert all(row[name] for name in "started source_sha config_hash host torch world_size params_total flops_per_token "
-               "tokens train_time eval_time step_avg tokens_per_sec peak_mem data_fingerprint changes".split())
+    assert all(row[name] for name in "started source_sha config_hash host torch world_size params_total stage "
+               "flops_per_token tokens train_time eval_time step_avg tokens_per_sec peak_mem data_fingerprint "
+               "changes".split())
     assert out.rstrip().split("---")[1].split() and f"row: {settings['RESULTS_CSV']}" in out
 
 
@@ -66,10 +67,12 @@ def test_several_ranks_give_the_curve_of_one(settings, world):
     assert launch(settings | {"RUN_ID": "one"})[0] == [0]
     codes, out = launch(settings | {"RUN_ID": "many"}, world)
     assert codes == [0] * world, out
-    one, many = (curve(settings | {"RUN_ID": name}, "train_loss", "val_loss", "grad_norm", "lr") for name in ("one", "many"))
+    columns = "train_loss", "val_loss", "grad_norm", "lr"
+    one, many = (curve(settings | {"RUN_ID": name}, *columns) for name in ("one", "many"))
     for a, b in zip(one, many, strict=True):
         assert all(x == y or abs(float(x) - float(y)) < 1e-4 for x, y in zip(a, b))
-    assert [row["run_id"] for row in rows(settings)] == ["one", "many"] and rows(settings)[1]["world_size"] == str(world)
+    assert [row["run_id"] for row in rows(settings)] == ["one", "many"]
+    assert rows(settings)[1]["world_size"] == str(world)
     assert out.count("step:8/8 val_loss") == 1
 
 
@@ -158,7 +161,8 @@ def test_gradients_that_stay_bad_end_the_run(settings, monkeypatch):
     monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: train_gpt.torch.tensor(np.nan))
     codes, out = launch(settings | {"NUM_ITERATIONS": 1000})
     assert codes == [4] and "not finite for too long" in out and rows(settings)[0]["bad_steps"] == "21"
-    assert len(set(losses(settings)[::3])) > 1 and summary(settings)["final_loss"] == float(curve(settings, "val_loss")[0][0])
+    validations = {loss for loss, in curve(settings, "val_loss") if loss}
+    assert len(validations) == 1  # no update was made
 
 
 def test_a_crash_leaves_its_traceback_and_a_row(settings, monkeypatch):
@@ -175,8 +179,9 @@ def test_out_of_memory_has_its_own_status(settings, monkeypatch):
 
 
 def test_ctrl_c_ends_a_run_as_stopped(settings, tmp_path):
-    child = start({name: str(value) for name, value in (settings | {"NUM_ITERATIONS": 10**6}).items()}, f"{tmp_path}/out")
-    while "step:3/" not in Path(f"{tmp_path}/out").read_text() if Path(f"{tmp_path}/out").exists() else True:
+    out = tmp_path / "out"
+    child = start({name: str(value) for name, value in (settings | {"NUM_ITERATIONS": 10**6}).items()}, out)
+    while not (out.exists() and "step:3/" in out.read_text()):
         time.sleep(0.05)
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and rows(settings)[0]["status"] == "stopped"
@@ -209,7 +214,8 @@ import torch
 rng, dtype, threads = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
 import train_gpt
 assert (dict(os.environ), random.getstate(), os.listdir('.'), threading.active_count()) == before
-assert torch.equal(torch.get_rng_state(), rng) and (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
+assert torch.equal(torch.get_rng_state(), rng)
+assert (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
 assert not torch.distributed.is_initialized() and 'torch._dynamo' not in sys.modules
 """
 
