@@ -33,6 +33,7 @@ import platform
 import re
 import resource
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -58,34 +59,28 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 RUN_ID_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
-SYNONYMS = {"LEARNING_RATE": "LR", "BLOCK_SIZE": "SEQUENCE_LENGTH", "SEQ_LEN": "SEQUENCE_LENGTH",
+SYNONYMS = {"LEARNING_RATE": "LR", "OPTIMISER": "OPTIMIZER", "GRADIENT_CLIP": "GRAD_CLIP", "EPOCHS": "MAX_EPOCHS",
+            "N_LAYERS": "N_LAYER", "N_HEADS": "N_HEAD", "SEQ_LENGTH": "SEQUENCE_LENGTH", "WARMUP_STEPS": "WARMUP_ITERS",
+            "BLOCK_SIZE": "SEQUENCE_LENGTH", "SEQ_LEN": "SEQUENCE_LENGTH",
             "MAX_ITERS": "NUM_ITERATIONS", "MAX_STEPS": "NUM_ITERATIONS", "NUM_STEPS": "NUM_ITERATIONS",
             "NUM_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "D_MODEL": "N_EMBD", "MODEL_DIM": "N_EMBD",
             "MICRO_BATCH_SIZE": "DEVICE_BATCH_SIZE", "COOLDOWN_ITERS": "WARMDOWN_ITERS"}
 
-
 class ConfigError(ValueError):
     """A setting that cannot be used: says which, its value, the choices and what to do."""
-
     status = "config"
-
 
 class DataError(ValueError):
     """Data that cannot be trained on: says which file, what was expected, what was found and what to do."""
-
     status = "data"
-
 
 class Diverged(ArithmeticError):
     """The loss is no longer a finite number."""
-
     status = "diverged"
-
 
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. The environment variable is the field's name in capitals."""
-
     # what this run is
     preset: str = "gpt2_small"  # experiments/presets/<name>.env is read first; the environment wins over it
     run_id: str = ""  # names the log, curve and row; blank: <preset>-<UTC time>-<4 hex>
@@ -120,7 +115,7 @@ class Config:
     bias: bool = False  # biases in linear layers and layer norms
     tie_embeddings: bool = True  # one matrix for embedding and head
     dropout: float = 0.0  # probability, on embeddings, attention weights and branches
-    init: str = "zero_proj"  # zero_proj: uniform 1/sqrt(fan in), zero projections; gpt2: normal 0.02, scaled projections
+    init: str = "zero_proj"  # zero_proj: uniform 1/sqrt(fan in), projections 0; gpt2: normal 0.02, projections scaled
     # attention gates, arXiv 2505.06708
     attngate: str = "none"  # what a gate is computed for: each channel, each head, or a learned constant
     gatepos: str = "sdpa"  # on the attention output, or on the values before it
@@ -131,7 +126,7 @@ class Config:
     embed_lr: float | None = None  # of the embedding; blank: LR
     head_lr: float | None = None  # of an untied head; blank: LR
     muon_lr: float | None = None  # blank: 0.1 LR
-    muon_scale: str = "unit"  # of Muon's update: unit mean square, or torch's max(1, rows/cols)^.5 or .2 max(rows, cols)^.5
+    muon_scale: str = "unit"  # of Muon's update: unit mean square; torch's max(1, rows/cols)^.5, .2 max(rows, cols)^.5
     muon_momentum: float = 0.95  # Nesterov momentum of Muon
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -156,10 +151,12 @@ class Config:
 
     @classmethod
     def from_env(cls, env):
-        """Config from a mapping of environment variables, over the preset's file, over the defaults. Raises ConfigError."""
+        """Config from a mapping of environment variables, over the preset, over the defaults. Raises ConfigError."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        by_letters = {name.replace("_", ""): name for name in fields}
         for name in env:
-            if ours := SYNONYMS.get(name) or next((f for f in fields if name != f and same_letters(name, f)), None):
+            ours = SYNONYMS.get(name) or by_letters.get(name.replace("_", ""), name)
+            if ours != name:
                 raise ConfigError(f"{name} is no setting; the name here is {ours} (unset {name})")
         settings = read_preset(env.get("PRESET") or cls.preset)
         settings |= {name: env[name] for name in fields if env.get(name)}
@@ -170,26 +167,22 @@ class Config:
 
     def changes(self):
         """What differs from the defaults: {variable: value}."""
-        return {f.name.upper(): getattr(self, f.name) for f in dataclasses.fields(self)
-                if getattr(self, f.name) != f.default}
+        return {name.upper(): value for name, value in vars(self).items() if value != getattr(Config, name)}
 
     def hash(self):
-        """Eight hex digits that two runs share when they train the same model the same way, whatever seed and labels."""
-        labels = {"preset", "run_id", "stage", "variant", "note", "seed", "dry_run", "input_bin", "input_val_bin",
-                  "peak_tflops", "log_dir", "results_csv", "log_every"}
-        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in labels}
+        """Eight hex digits that runs share when they train the same model the same way, whatever seed and labels."""
+        others = {*LABELS, "preset", "seed", "input_bin", "input_val_bin", "peak_tflops", "log_every"}
+        kept = {name: value for name, value in vars(self).items() if name not in others}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
-
+LABELS = ("run_id", "stage", "variant", "note", "dry_run", "log_dir", "results_csv")  # say nothing of what is trained
 TILED = ("mixer", "ffn")
 BOUNDS = {  # inclusive
-    **dict.fromkeys("batch_size device_batch_size sequence_length num_iterations n_layer n_head n_embd log_every".split(),
-                    (1, 2**31)),
-    **dict.fromkeys("val_every max_epochs d_ff warmup_iters warmdown_iters seed".split(), (0, 2**31)),
-    **dict.fromkeys("lr embed_lr head_lr muon_lr".split(), (1e-12, 1e30)), **dict.fromkeys(("beta1", "beta2"), (0, 0.9999999)),
-    "vocab_size": (0, 65536), "val_tokens": (1, 2**40), "dropout": (0, 0.99), "muon_momentum": (0, 0.9999999),
-    "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1), "peak_tflops": (1e-6, 1e6)}
-
+    "batch_size device_batch_size sequence_length num_iterations n_layer n_head n_embd log_every": (1, 2**31),
+    "val_every max_epochs d_ff warmup_iters warmdown_iters seed": (0, 2**31), "vocab_size": (0, 65536),
+    "lr embed_lr head_lr muon_lr": (1e-12, 1e30), "beta1 beta2 muon_momentum": (0, 0.9999999), "dropout": (0, 0.99),
+    "val_tokens": (1, 2**40), "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1),
+    "peak_tflops": (1e-6, 1e6)}
 
 def check(cfg):
     """Raises ConfigError for a value that no run can use."""
@@ -197,10 +190,11 @@ def check(cfg):
         for value in getattr(cfg, name).split(",") if name in TILED else [getattr(cfg, name)]:
             if value not in choices:
                 raise ConfigError(f"{name.upper()}={value}: choose one of {', '.join(choices)}")
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(cfg, name)
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"{name.upper()}={value}: must lie between {low} and {high}")
+    for names, (low, high) in BOUNDS.items():
+        for name in names.split():
+            value = getattr(cfg, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{name.upper()}={value}: must lie between {low} and {high}")
     if cfg.run_id and not re.fullmatch(RUN_ID_PATTERN, cfg.run_id):
         raise ConfigError(f"RUN_ID={cfg.run_id!r}: use 1 to 100 letters, digits, '.', '_' and '-', "
                           "the first no '.' or '-'")
@@ -213,7 +207,6 @@ def check(cfg):
     if cfg.val_tokens < cfg.sequence_length:
         raise ConfigError(f"VAL_TOKENS={cfg.val_tokens}: must be at least SEQUENCE_LENGTH={cfg.sequence_length}")
 
-
 def axes():
     """Choices of every setting that has a list of them: {field: names}."""
     return {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "pos": POSITIONS, "init": INITS, "attngate": GATES,
@@ -221,17 +214,15 @@ def axes():
             "lr_schedule": SCHEDULES, "device": ("auto", "cpu", "cuda"), "dtype": ("auto", *DTYPES),
             "compile": ("auto", "0", "1")}
 
-
-def same_letters(a, b):
-    return a.replace("_", "") == b.replace("_", "")
-
-
-def near_misses(env):
-    """One sentence for every variable that is nearly, but not, one of ours."""
-    fields = [field.name.upper() for field in dataclasses.fields(Config)]
-    near = {name: difflib.get_close_matches(name, fields, 1, 0.85) for name in env if len(name) > 4 and name not in fields}
-    return [f"{name} is no setting and is ignored; did you mean {match[0]}?" for name, match in near.items() if match]
-
+def cautions(env, cfg):
+    """One sentence for every variable that is nearly one of ours, and for a schedule that never reaches its peak."""
+    ours = [field.name.upper() for field in dataclasses.fields(Config)]
+    found = [f"{name} is no setting and is ignored; did you mean {match}?" for name in env
+             if len(name) > 4 and name not in ours for match in difflib.get_close_matches(name, ours, 1, 0.85)]
+    if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
+        found.append(f"WARMDOWN_ITERS={cfg.warmdown_iters} exceeds NUM_ITERATIONS={cfg.num_iterations}: the learning "
+                     f"rate starts at {lr_factor(0, cfg):.0%} of its peak")
+    return found
 
 def parse(field, text):
     """The value of a setting from its text. Raises ConfigError."""
@@ -244,31 +235,31 @@ def parse(field, text):
         wanted = {bool: "0 or 1", int: "a whole number"}.get(kind, "a number")
         raise ConfigError(f"{name}={text!r}: must be {wanted}") from None
 
-
 def read_preset(name):
     """Settings of experiments/presets/<name>.env: {variable: text}. Raises ConfigError."""
     files = {path.stem: path for path in sorted((ROOT / "experiments" / "presets").glob("*.env"))}
     if name not in files:
         raise ConfigError(f"PRESET={name}: choose one of {', '.join(files)}")
-    lines = [line.strip() for line in files[name].read_text().splitlines()]
-    settings = [line.partition("=") for line in lines if line and not line.startswith("#")]
-    if bad := [key for key, sign, _ in settings if not sign]:
-        raise ConfigError(f"{files[name]}: {bad[0]!r} is no line of the form KEY=value")
-    return {key: value for key, _, value in settings} | {"PRESET": name}
-
+    settings = {}
+    for line in map(str.strip, files[name].read_text().splitlines()):
+        if line and not line.startswith("#"):
+            key, sign, settings[key] = line.partition("=")
+            if not sign:
+                raise ConfigError(f"{files[name]}: {line!r} is no line of the form KEY=value")
+    return settings | {"PRESET": name}
 
 def nearest_multiples(value, factor):
     """'6 or 12': the multiples of `factor` next to `value`, at least one `factor`."""
     below = value // factor * factor
     return " or ".join(str(n) for n in (below, below + factor) if n)
 
-
 def help_text():
     """The table of settings, read from the source: variable, default, choices and the comment of its line."""
     comments = dict(re.findall(r"^    (\w+): [^=]+ = .*?  # (.*)$", SOURCE, re.M))
     lines = [__doc__.strip(), "", "Settings (environment variables; a blank one counts as not set):"]
     for field in dataclasses.fields(Config):
-        default = int(field.default) if field.type is bool else "blank" if field.default in (None, "") else field.default
+        default = "blank" if field.default in (None, "") else field.default
+        default = int(default) if field.type is bool else default
         choices = f"[{'|'.join(axes()[field.name])}] " if field.name in axes() else ""
         lines.append(f"  {field.name.upper():18} {default!s:38} {choices}{comments[field.name]}")
     presets = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
@@ -283,27 +274,27 @@ def normal_(w, std):
     """Fills w with normal numbers, but on the meta device, where it would load seconds of code to do nothing."""
     return w if w.is_meta else nn.init.normal_(w, std=std)
 
+def fan_in_uniform_(w):
+    """Fills w (..., rows, fan in) with uniform numbers between plus and minus 1 / sqrt(fan in)."""
+    return nn.init.uniform_(w, -w.size(-1)**-0.5, w.size(-1)**-0.5)
 
 INITS = {  # how a weight (..., rows, fan in) starts: (cfg, weight, whether it ends a residual branch or is the head)
-    "zero_proj": lambda cfg, w, ends: nn.init.zeros_(w) if ends else nn.init.uniform_(w, -w.size(-1)**-0.5, w.size(-1)**-0.5),
+    "zero_proj": lambda cfg, w, ends: nn.init.zeros_(w) if ends else fan_in_uniform_(w),
     "gpt2": lambda cfg, w, ends: normal_(w, 0.02 / (2 * cfg.n_layer)**0.5 if ends else 0.02)}
 
-
 CPUINFO = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-# On AMD's AVX-512 processors MKL, torch's default, runs AVX2 code: oneDNN multiplies float32 matrices twice as fast there.
+# On AMD's AVX-512 processors MKL, torch's default, runs AVX2 code: oneDNN multiplies float32 matrices twice as fast.
 ONEDNN = "AuthenticAMD" in CPUINFO and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
-
 def product(a, b):
-    """a (..., k) times the transpose of b (n, k): (..., n), by the faster of the CPU's two libraries."""
-    if ONEDNN and a.is_cpu and a.dtype == torch.float32:
+    """a (..., k) times the transpose of b (n, k): (..., n), by the faster of the CPU's two libraries; torch.compile can
+    lower this operator only for a constant b, and gets the plain product."""
+    if ONEDNN and a.is_cpu and a.dtype == torch.float32 and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.mT
 
-
 class OneDNNLinear(torch.autograd.Function):
     """F.linear without bias through `product`, forward and backward: oneDNN's operator brings no gradient."""
-
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
@@ -314,11 +305,9 @@ class OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         return product(grad, weight.mT), product(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)
 
-
 class Linear(nn.Module):
     """Linear layer in its input's dtype: (..., fan_in) -> (..., parts * fan_out). `parts` matrices that read the same
     input share one product, and Muon still orthogonalises each by itself."""
-
     def __init__(self, cfg, fan_in, fan_out, parts=1, ends=False, bias=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*[parts] * (parts > 1), fan_out, fan_in))
@@ -333,10 +322,8 @@ class Linear(nn.Module):
     def flops_per_token(self):
         return 6 * self.weight.numel()
 
-
 class RMSNormFunction(torch.autograd.Function):
     """x / rms(x) over the last dimension. By hand, because eager PyTorch makes some 15 passes of it on a CPU."""
-
     @staticmethod
     def forward(ctx, x):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -350,20 +337,16 @@ class RMSNormFunction(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         return (torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1) * scale).type_as(y)
 
-
 class RMSNorm(nn.Module):
     """Root mean square norm without gains (arXiv 1910.07467): (..., C) -> same."""
-
     def __init__(self, cfg):
         super().__init__()
 
     def forward(self, x):
         return RMSNormFunction.apply(x)
 
-
 class LayerNorm(nn.Module):
     """Layer norm with a gain, and a bias if cfg.bias (arXiv 1607.06450)."""
-
     def __init__(self, cfg):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(cfg.n_embd))
@@ -373,13 +356,10 @@ class LayerNorm(nn.Module):
         bias = None if self.bias is None else self.bias.type_as(x)
         return F.layer_norm(x, self.weight.shape, self.weight.type_as(x), bias)
 
-
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
-
 class Rotary(nn.Module):
-    """Rotary position embedding, base 10000, halves paired as in GPT-NeoX (arXiv 2104.09864): (B, T, ..., D) -> same."""
-
+    """Rotary embedding, base 10000, halves paired as in GPT-NeoX, arXiv 2104.09864: (B, T, ..., D) -> same."""
     def __init__(self, cfg):
         super().__init__()
         half = cfg.n_embd // cfg.n_head // 2
@@ -393,17 +373,14 @@ class Rotary(nn.Module):
         x1, x2 = x.chunk(2, dim=-1)
         return torch.addcmul(x * cos, torch.cat((x2, x1), dim=-1), sin).type_as(x)
 
-
 class LearnedPosition(nn.Module):
     """Adds an embedding of the position: (B, T, C) -> same."""
-
     def __init__(self, cfg):
         super().__init__()
         self.weight = nn.Parameter(normal_(torch.empty(cfg.sequence_length, cfg.n_embd), 0.02))
 
     def forward(self, x):
         return x + self.weight[:x.size(1)].type_as(x)
-
 
 POSITIONS = {"rotary": (nn.Identity, Rotary), "learned": (LearnedPosition, nn.Identity)}  # (on embeddings, on q and k)
 
@@ -415,20 +392,13 @@ POSITIONS = {"rotary": (nn.Identity, Rotary), "learned": (LearnedPosition, nn.Id
 GATE_ACTS = {"sigmoid": torch.sigmoid, "ns_sigmoid": lambda x: 0.5 + 0.5 * torch.sigmoid(x)}
 GATE_POSITIONS = ("sdpa", "value")
 
-
-class NoGate(nn.Module):
-    """Leaves y (B, T, H, D) as it is. Every gate takes y and the normed hidden state x (B, T, C) and returns gated y."""
-
-    def __init__(self, cfg):
-        super().__init__()
-
+class NoGate(nn.Identity):
+    """Leaves y (B, T, H, D) as it is. Every gate takes y and the normed hidden state x (B, T, C), returns gated y."""
     def forward(self, y, x):
         return y
 
-
 class ElementwiseGate(nn.Module):
     """One gate for each channel of each head, computed from x."""
-
     def __init__(self, cfg):
         super().__init__()
         self.act, self.score = GATE_ACTS[cfg.gateact], Linear(cfg, cfg.n_embd, cfg.n_embd, bias=False)
@@ -436,10 +406,8 @@ class ElementwiseGate(nn.Module):
     def forward(self, y, x):
         return y * self.act(self.score(x)).view_as(y)
 
-
 class HeadwiseGate(nn.Module):
     """One gate for each head, computed from x."""
-
     optim = "adamw"  # (heads, n_embd) is too flat to be orthogonalised
 
     def __init__(self, cfg):
@@ -449,10 +417,8 @@ class HeadwiseGate(nn.Module):
     def forward(self, y, x):
         return y * self.act(self.score(x)).unsqueeze(-1)
 
-
 class ConstGate(nn.Module):
     """One learned gate for each channel of each head, the same for every input; starts at act(0)."""
-
     optim = "adamw"
 
     def __init__(self, cfg):
@@ -462,7 +428,6 @@ class ConstGate(nn.Module):
     def forward(self, y, x):
         return y * self.act(self.score).type_as(y)
 
-
 GATES = {"none": NoGate, "headwise": HeadwiseGate, "elementwise": ElementwiseGate, "const": ConstGate}
 
 
@@ -470,10 +435,8 @@ GATES = {"none": NoGate, "headwise": HeadwiseGate, "elementwise": ElementwiseGat
 #                Mixers                #
 ########################################
 
-
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention with optional QK norm and gate: (B, T, C) -> same."""
-
     def __init__(self, cfg):
         super().__init__()
         self.n_head, self.dropout = cfg.n_head, cfg.dropout
@@ -497,7 +460,6 @@ class CausalSelfAttention(nn.Module):
     def flops_per_token(self):
         return self.attention_flops  # scores and their product with the values, forward and backward, no causal halving
 
-
 MIXERS = {"attention": CausalSelfAttention}
 
 
@@ -505,10 +467,8 @@ MIXERS = {"attention": CausalSelfAttention}
 #                 FFNs                 #
 ########################################
 
-
 class MLP(nn.Module):
     """Two-layer FFN, the base of the kinds below: (..., C) -> same."""
-
     parts = 1
 
     def __init__(self, cfg):
@@ -523,10 +483,8 @@ class MLP(nn.Module):
     def default_width(self, n_embd):
         return 4 * n_embd
 
-
 class ReLU2Function(torch.autograd.Function):
     """relu(h)^2. By hand, because its gradient 2 relu(h) needs neither a comparison nor a power."""
-
     @staticmethod
     def forward(ctx, h):
         positive = F.relu(h)
@@ -537,14 +495,11 @@ class ReLU2Function(torch.autograd.Function):
     def backward(ctx, grad):
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
-
 class ReLU2(MLP):
     act = staticmethod(ReLU2Function.apply)
 
-
 class GELU(MLP):
     act = staticmethod(functools.partial(F.gelu, approximate="tanh"))
-
 
 class SwiGLU(MLP):
     parts = 2
@@ -556,7 +511,6 @@ class SwiGLU(MLP):
     def default_width(self, n_embd):
         return 64 * math.ceil(8 * n_embd / 3 / 64)
 
-
 FFNS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU}
 
 
@@ -564,10 +518,8 @@ FFNS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU}
 #                Model                 #
 ########################################
 
-
 class Block(nn.Module):
     """A mixer and an FFN, each a residual branch behind a norm: (B, T, C) -> same."""
-
     def __init__(self, cfg, layer):
         super().__init__()
         mixers, ffns = cfg.mixer.split(","), cfg.ffn.split(",")
@@ -579,11 +531,9 @@ class Block(nn.Module):
         x = x + self.dropout(self.mixer(self.mixer_norm(x)))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-
 class GPT(nn.Module):
     """Decoder-only transformer: tokens (B, T) -> logits (B, T, V) in float32, or with targets (B, T) the mean loss ().
     The residual stream and the matrix products are in `dtype`, parameters in float32."""
-
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype, self.loss_chunk = dtype, loss_chunk
@@ -612,12 +562,10 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Training FLOPs a token: 6 per weight of a matrix product, head included, and 12 C T per attention layer."""
-        return 6 * self.embed.numel() + sum(part.flops_per_token() for i in self.order for part in self.blocks[i].modules()
-                                            if hasattr(part, "flops_per_token"))
-
+        parts = [part for i in self.order for part in self.blocks[i].modules() if hasattr(part, "flops_per_token")]
+        return 6 * self.embed.numel() + sum(part.flops_per_token() for part in parts)
 
 LOSS_CHUNK = {"cuda": 2**28, "cpu": 2**23}  # logits at a time: a large product on a GPU, the last-level cache on a CPU
-
 
 def loss_chunk(x, head, targets):
     """Summed loss () of x (n, C) against targets (n,), and its gradient softmax - onehot for the logits (n, V)."""
@@ -626,11 +574,9 @@ def loss_chunk(x, head, targets):
     grad = logp.exp_().type_as(x)
     return -target_logp.sum(), grad.scatter_(-1, targets[:, None], target_logp.expm1().type_as(x))
 
-
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x (N, C) times head (V, C) against targets (N,), never holding all (N, V) logits. The
     gradients are made on the way, chunk by chunk, as in Liger-Kernel (arXiv 2410.10989)."""
-
     @staticmethod
     def forward(ctx, x, head, targets, chunk):
         weight, total, training = head.type_as(x), x.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
@@ -656,12 +602,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 #              Optimizers              #
 ########################################
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero, kellerjordan.github.io/posts/muon
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic, steepest slope at zero: kellerjordan.github.io/posts/muon
 MUON_SCALES = {  # factor on the orthogonalised update of a matrix (rows, cols)
     "unit": lambda rows, cols: max(rows, cols)**0.5,  # unit mean square; modded-nanogpt, record of 2024-10-14
     "original": lambda rows, cols: max(1, rows / cols)**0.5,  # torch.optim.Muon
     "match_rms_adamw": lambda rows, cols: 0.2 * max(rows, cols)**0.5}  # Moonlight, arXiv 2502.16982; torch.optim.Muon
-
 
 def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
     """Nearly the closest orthogonal matrix to each of a batch of matrices (..., m, n), in `dtype`: singular values end
@@ -672,7 +617,7 @@ def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
     X = X.mT if tall else X
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # spectral norm at most 1
     if dtype == torch.float32 and X.size(-1) >= 2 * X.size(-2):
-        # the same polynomial, accumulated as a small square P with X <- P X at the end; half the work, but not for bfloat16
+        # the same polynomial, accumulated as a small square P, X <- P X at the end; half the work, but not for bfloat16
         identity = torch.eye(X.size(-2), device=X.device)
         A, P = X @ X.mT, identity
         for _ in range(steps):
@@ -686,44 +631,39 @@ def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
             X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if tall else X).reshape(G.shape)
 
-
 def reduce_scatter(full, world):
     """Sum over the ranks of full (world * n, ...), of which each keeps its own n rows. One rank keeps what it has."""
     if world == 1:
         return full
     own = full.new_empty(len(full) // world, *full.shape[1:])
-    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full)  # the older name goes after torch 2.13
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(own, full)  # torch 2.13 renames both
     return own
-
 
 def all_gather(own, world):
     """The ranks' own (n, ...) one after another: (world * n, ...)."""
     if world == 1:
         return own
     full = own.new_empty(len(own) * world, *own.shape[1:])
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(full, own.contiguous())  # nccl refuses the transposed strides that Newton-Schulz leaves on tall matrices
     return full
-
 
 def squared_norm(tensors):
     """Sum of squares () over a list of tensors, 0.0 for none."""
     return torch.stack(torch._foreach_norm(tensors)).square().sum() if tensors else 0.0
-
 
 class Muon:
     """MomentUm Orthogonalized by Newton-Schulz (kellerjordan.github.io/posts/muon) for matrices, sharded over ranks.
 
     Parameters (..., m, n) of one shape form a stack. Its gradients are reduce-scattered, each rank orthogonalises its
     share in one batched product and keeps only that share's momentum, and the updates are all-gathered."""
-
     def __init__(self, params, cfg, lr, ranks):
-        world = ranks.world_size
-        self.cfg, self.base_lr, self.world, self.stacks = cfg, lr, world, []
+        self.cfg, self.base_lr, self.world, self.stacks = cfg, lr, ranks.world_size, []
         for shape in dict.fromkeys(p.shape[-2:] for p in params):
             members = [p for p in params if p.shape[-2:] == shape]
             sizes = [p[..., 0, 0].numel() for p in members]
-            share = math.ceil(sum(sizes) / world)
-            padding = members[0].new_zeros(share * world - sum(sizes), *shape)
+            share = math.ceil(sum(sizes) / self.world)
+            padding = members[0].new_zeros(share * self.world - sum(sizes), *shape)
             self.stacks.append({"params": members, "sizes": [*sizes, len(padding)], "padding": padding,
                                 "momentum": members[0].new_zeros(share, *shape), "grad": None})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32  # few CPUs multiply bfloat16 fast
@@ -737,8 +677,9 @@ class Muon:
 
     @torch.no_grad()
     def step(self, factor, grad_scale, skip):
-        """One update at `factor` of the learning rate, of gradients divided by grad_scale (), none where skip () is 1."""
+        """One update at `factor` of the learning rate, of gradients over grad_scale (), none where skip () is 1."""
         lr, mu = self.base_lr * factor, self.cfg.muon_momentum
+        decay = 1 - lr * self.cfg.weight_decay * (1 - skip.double())
         for stack in self.stacks:
             momentum = stack["momentum"]
             grad = stack["grad"] if grad_scale is None else stack["grad"] / grad_scale
@@ -749,23 +690,20 @@ class Muon:
             updates = all_gather(update, self.world).split(stack["sizes"])
             for p, u in zip(stack["params"], updates):
                 if self.cfg.weight_decay:
-                    p.mul_(1 - lr * self.cfg.weight_decay * (1 - skip.double()))
+                    p.mul_(decay)
                 p.add_(u.view_as(p), alpha=-lr * scale)
             stack["grad"] = None  # its memory is for the next backward pass
-
 
 class AdamW:
     """AdamW (arXiv 1711.05101) as torch computes it, fused, sharded over ranks.
 
-    A large parameter whose size the ranks divide is updated in slices: its gradient is reduce-scattered, each rank holds
-    the moments of its slice, and the slices are all-gathered. Any other parameter is updated whole on every rank."""
-
+    A large parameter whose size the ranks divide is updated in slices: its gradient is reduce-scattered, each rank
+    holds the moments of its slice, and the slices are all-gathered. Any other is updated whole on every rank."""
     def __init__(self, params, cfg, lr, ranks, weight_decay=0.0):
-        world = ranks.world_size
-        self.cfg, self.base_lr, self.world, self.weight_decay = cfg, lr, world, weight_decay
-        self.sliced = [p for p in params if p.numel() >= 2**16 and p.numel() % world == 0]
-        self.whole = [p for p in params if not any(p is q for q in self.sliced)]
-        self.own = [p.data.view(-1).chunk(world)[ranks.rank] for p in self.sliced] + [p.data for p in self.whole]
+        self.cfg, self.base_lr, self.world, self.weight_decay = cfg, lr, ranks.world_size, weight_decay
+        self.sliced = [p for p in params if p.numel() >= 2**16 and p.numel() % self.world == 0]
+        self.whole = [p for p in params if p.numel() < 2**16 or p.numel() % self.world]
+        self.own = [p.data.view(-1).chunk(self.world)[ranks.rank] for p in self.sliced] + [p.data for p in self.whole]
         self.exp_avg = [torch.zeros_like(p) for p in self.own]
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.own]
         self.steps = [torch.zeros((), device=p.device) for p in self.own]
@@ -784,24 +722,22 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, factor, grad_scale, skip):
-        """One update at `factor` of the learning rate, of gradients divided by grad_scale (), none where skip () is 1."""
+        """One update at `factor` of the learning rate, of gradients over grad_scale (), none where skip () is 1."""
         adamw(self.own, self.grads, self.exp_avg, self.exp_avg_sq, [], self.steps, fused=True, amsgrad=False,
               maximize=False, beta1=self.cfg.beta1, beta2=self.cfg.beta2, eps=1e-8, lr=self.base_lr * factor,
               weight_decay=self.weight_decay, grad_scale=grad_scale, found_inf=skip)
         self.grads = []  # their memory is for the next backward pass
-        for p, own in zip(self.sliced, self.own):
-            if self.world > 1:
+        if self.world > 1:
+            for p, own in zip(self.sliced, self.own):
                 p.data.view(-1).copy_(all_gather(own, self.world))
-
 
 OPTIMIZERS = {  # of the matrices inside the blocks
     "muon": lambda params, cfg, ranks: Muon(params, cfg, 0.1 * cfg.lr if cfg.muon_lr is None else cfg.muon_lr, ranks),
     "adamw": lambda params, cfg, ranks: AdamW(params, cfg, cfg.lr, ranks, cfg.weight_decay)}
 
-
 def split_params(model):
-    """Every parameter in exactly one group: {"matrices", "embed", "head", "vectors": [Parameter]}. Matrices are what the
-    blocks hold with two dimensions or more, but for modules whose class says optim = "adamw"."""
+    """Every parameter in exactly one group: {"matrices", "embed", "head", "vectors": [Parameter]}. Matrices are what
+    the blocks hold with two dimensions or more, but for modules whose class says optim = "adamw"."""
     opted_out = {id(p) for m in model.modules() if getattr(m, "optim", "") == "adamw" for p in m.parameters()}
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2 and id(p) not in opted_out]
     groups = {"matrices": matrices, "embed": [model.embed], "head": [] if model.head is None else [model.head]}
@@ -810,29 +746,24 @@ def split_params(model):
     assert sum(len(group) for group in groups.values()) == len(list(model.parameters()))
     return groups
 
-
 def build_optimizers(model, cfg, ranks):
     """The optimizers of cfg over the groups of split_params, learning rates as in the settings."""
     groups = split_params(model)
-    embed_lr, head_lr = (cfg.lr if lr is None else lr for lr in (cfg.embed_lr, cfg.head_lr))
     optimizers = [OPTIMIZERS[cfg.optimizer](groups["matrices"], cfg, ranks)]
-    for name, lr, decay in ("embed", embed_lr, cfg.weight_decay), ("head", head_lr, cfg.weight_decay), ("vectors", cfg.lr, 0):
+    for name, lr in ("embed", cfg.embed_lr), ("head", cfg.head_lr), ("vectors", None):
         if groups[name]:
-            optimizers.append(AdamW(groups[name], cfg, lr, ranks, decay))
+            decay = 0 if name == "vectors" else cfg.weight_decay
+            optimizers.append(AdamW(groups[name], cfg, cfg.lr if lr is None else lr, ranks, decay))
     return optimizers
-
 
 def trapezoid(step, cfg):
     return min(1.0, (cfg.num_iterations - step) / max(1, cfg.warmdown_iters))
-
 
 def cosine(step, cfg):
     progress = (step - cfg.warmup_iters) / max(1, cfg.num_iterations - cfg.warmup_iters)
     return cfg.min_lr_frac + (1 - cfg.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
 
-
 SCHEDULES = {"trapezoid": trapezoid, "cosine": cosine}
-
 
 def lr_factor(step, cfg):
     """Fraction of the peak learning rate for the update that follows `step` updates."""
@@ -840,11 +771,9 @@ def lr_factor(step, cfg):
         return (step + 1) / cfg.warmup_iters
     return SCHEDULES[cfg.lr_schedule](step, cfg)
 
-
 class LossScale:
     """Factor on the loss that keeps float16 gradients from vanishing (arXiv 1710.03740): halved when they overflow,
     doubled after 2000 good steps; 1 for other dtypes. Lives on the device, so that no step waits for it."""
-
     def __init__(self, dtype, device):
         self.active = dtype == torch.float16
         self.value = torch.tensor(2.0**16 if self.active else 1.0, device=device)
@@ -853,9 +782,9 @@ class LossScale:
     def update(self, skip):
         if self.active:
             self.good_steps = (self.good_steps + 1) * (1 - skip)
-            doubled = torch.where(self.good_steps >= 2000, 2.0, 1.0)
-            self.value *= torch.where(skip > 0, 0.5, doubled)
-            self.good_steps *= doubled < 2
+            doubles = self.good_steps >= 2000
+            self.value *= torch.where(skip > 0, 0.5, 1.0 + doubles)
+            self.good_steps *= ~doubles
 
 
 ########################################
@@ -863,7 +792,6 @@ class LossScale:
 ########################################
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the shard format of llm.c and modded-nanogpt
-
 
 def shard_tokens(path):
     """Number of tokens of a shard, after its header and size are verified. Raises DataError."""
@@ -886,22 +814,20 @@ def shard_tokens(path):
                         f"found {size}; fetch or make the shard again")
     return tokens
 
-
 def load_shard(path):
     """Memory map of a shard's tokens, (n,) uint16. Raises DataError."""
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(shard_tokens(path),))
-
 
 class ShardLoader:
     """Samples of sequence_length + 1 tokens from the shards that match a glob, in one order for any number of ranks.
 
     Sample i of a shard starts at token i * sequence_length; a tail too short for a sample is dropped. A global sample
     index runs through all shards and on into the next epoch. Raises DataError."""
-
     def __init__(self, pattern, cfg, shuffle=False):
         self.files = sorted(glob.glob(pattern))
         if not self.files:
-            raise DataError(f"no file matches {pattern}; {how_to_get(pattern)}")
+            shards = math.ceil(cfg.num_iterations * cfg.batch_size * cfg.sequence_length / 1e8)  # as FineWeb's are
+            raise DataError(f"no file matches {pattern} (looked from {os.getcwd()}); {how_to_get(pattern, shards)}")
         self.shards = [load_shard(file) for file in self.files]
         self.length, self.vocab_size, self.seed, self.shuffle = cfg.sequence_length, cfg.vocab_size, cfg.seed, shuffle
         self.ends = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
@@ -919,33 +845,31 @@ class ShardLoader:
             windows = np.lib.stride_tricks.sliding_window_view(self.shards[shard], self.length + 1)[::self.length]
             batch[which == shard] = windows[index[which == shard] - (self.ends[shard - 1] if shard else 0)]
         if batch.max() >= self.vocab_size:
-            self.raise_bad_token(np.unique(which))
+            self.check_tokens(np.unique(which))
         return batch
 
     def require(self, name, value, samples):
         """Raises DataError where there are fewer samples than the setting `name` needs."""
         if self.samples < (samples := max(1, samples)):
             shards = math.ceil(len(self.shards) * samples / max(1, self.samples))
-            more = f", or set MAX_EPOCHS=0 to repeat the data, or {how_to_get(self.files[0], shards)}"
-            raise DataError(f"{name}={value} needs {samples:,} samples of {self.length} tokens, but {self.files[0]} and "
-                            f"what else matches has {self.samples:,}; lower {name}{more * (name == 'NUM_ITERATIONS')}")
+            more = f", or set MAX_EPOCHS=0 to repeat the data, or get more; {how_to_get(self.files[0], shards)}"
+            more *= name == "NUM_ITERATIONS"
+            raise DataError(f"{name}={value} needs {samples:,} samples of {self.length} tokens, but {self.files[0]} "
+                            f"and what else matches has {self.samples:,}; lower {name}{more}")
 
     def order(self, epoch):
         if self.permutation[0] != epoch:
             self.permutation = epoch, np.random.default_rng((self.seed, int(epoch))).permutation(self.samples)
         return self.permutation[1]
 
-    def check_tokens(self):
-        """Scans every token. Raises DataError."""
-        for shard, tokens in enumerate(self.shards):
+    def check_tokens(self, shards=None):
+        """Scans every token of the shards with these numbers, or of all. Raises DataError."""
+        for shard in range(len(self.shards)) if shards is None else shards:
+            tokens = self.shards[shard]
             if tokens.max() >= self.vocab_size:
-                self.raise_bad_token([shard])
-
-    def raise_bad_token(self, shards):
-        for shard in shards:
-            if len(bad := np.flatnonzero(self.shards[shard] >= self.vocab_size)):
-                raise DataError(f"{self.files[shard]}: token {self.shards[shard][bad[0]]} at offset {bad[0]} is not below "
-                                f"VOCAB_SIZE={self.vocab_size}; set VOCAB_SIZE to the tokenizer's size, or 0 to read it")
+                bad = np.argmax(tokens >= self.vocab_size)
+                raise DataError(f"{self.files[shard]}: token {tokens[bad]} at offset {bad} is not below VOCAB_SIZE="
+                                f"{self.vocab_size}; set VOCAB_SIZE to the tokenizer's size, or 0 to read it")
 
     def prefetch(self, slices, device, depth=4):
         """Yields (inputs (n, T), targets (n, T), seconds waited) for each (first, count), read ahead by a thread."""
@@ -964,14 +888,14 @@ class ShardLoader:
                 batch = batch.to(device, non_blocking=True)
                 yield batch[:, :-1], batch[:, 1:], waited
 
-
 def how_to_get(pattern, shards=9):
-    """The command that makes or fetches the data of a glob."""
+    """What makes or fetches the data of a glob."""
     folder = os.path.dirname(pattern) or "."
     if "fineweb" in pattern:
         return f"fetch it: DATA_DIR={folder} python cached_fineweb10B.py {min(max(shards, 1), 103)}"
-    return f"make it: python scripts/prepare_data.py --source package:sympy --tokenizer bytes --out {folder}"
-
+    if os.path.basename(folder) == "sympy":
+        return f"make it: python scripts/prepare_data.py --source package:sympy --tokenizer bytes --out {folder}"
+    return f"make it from your text: python scripts/prepare_data.py --source ... --out {folder}"
 
 def dataset_index(pattern):
     """index.json of the folder of a glob, {} where there is none. Raises DataError."""
@@ -981,14 +905,13 @@ def dataset_index(pattern):
     except ValueError:
         raise DataError(f"{path}: expected JSON, found something else; {how_to_get(pattern)}") from None
 
-
 def fingerprint(loaders, folder):
-    """SHA-256 over names and contents of the loaders' shards, hex; hashes are cached in folder by path, size and time."""
+    """SHA-256 over names and contents of the loaders' shards, hex; they are cached in folder by path, size and time."""
     cache = folder / "shard_hashes.json"
     known, hashes = {}, []
     with contextlib.suppress(OSError, ValueError):  # no cache yet, or a damaged one
         known = json.loads(cache.read_text())
-    for file in (file for loader in loaders for file in loader.files):
+    for file in itertools.chain.from_iterable(loader.files for loader in loaders):
         stat = os.stat(file)
         key = f"{os.path.realpath(file)}:{stat.st_size}:{stat.st_mtime_ns}"
         if key not in known:
@@ -1009,7 +932,6 @@ PEAK_TFLOPS = {  # dense bfloat16 by the name CUDA gives the device, the more pa
     "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200 NVL": 836, "H200": 989, "GB200": 2500, "B200": 2250,
     "A100": 312, "L40S": 362, "RTX 4090": 165.2, "RTX 5090": 209.5, "RTX 3090": 71}
 
-
 def write_whole(path, text):
     """Replaces a file at one stroke, so that no reader and no crash ever sees half of it."""
     path = Path(path)
@@ -1024,7 +946,6 @@ def write_whole(path, text):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def update_results(path, rows):
     """Merges rows into the results table, one per run_id, under a lock: columns are united, nothing is lost. None is a
     blank, truth values are 0 and 1."""
@@ -1033,8 +954,12 @@ def update_results(path, rows):
     with FileLock(f"{path}.lock"):
         table = {}
         if path.is_file():
-            with open(path, newline="") as file:
-                table = {row["run_id"]: row for row in csv.DictReader(file)}
+            try:
+                with open(path, newline="") as file:
+                    table = {row["run_id"]: row for row in csv.DictReader(file)}
+            except (KeyError, UnicodeDecodeError, csv.Error):
+                raise ConfigError(f"RESULTS_CSV={path}: expected a table with a column run_id; mend it, or "
+                                  "name another RESULTS_CSV") from None
         for row in rows:
             cells = {k: "" if v is None else int(v) if isinstance(v, bool) else v for k, v in row.items()}
             table[row["run_id"]] = table.get(row["run_id"], {}) | cells
@@ -1042,13 +967,11 @@ def update_results(path, rows):
         lines = [columns, *([row.get(column) for column in columns] for row in table.values())]
         write_whole(path, "".join(map(csv_line, lines)))
 
-
 def csv_line(cells):
     """A line of a table. Python 3.11 quotes a carriage return only where lines end in one."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\r\n").writerow(cells)
     return line.getvalue().removesuffix("\r\n") + "\n"
-
 
 def git_state():
     """(commit, whether tracked files other than records differ from it); blanks outside a repository."""
@@ -1061,15 +984,14 @@ def git_state():
     except OSError:  # no git here
         return "", ""
 
-
 def machine_text():
     """Versions and the device, as the log shows them: nvidia-smi where it runs, else the CPU's name."""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, numpy {np.__version__}"
+    versions = (f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+                f"numpy {np.__version__}")
     try:
         return f"{versions}\n{subprocess.run(['nvidia-smi'], capture_output=True, text=True, check=True).stdout}"
     except (OSError, subprocess.CalledProcessError):
         return f"{versions}\n{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-
 
 def device_name(device):
     if device.type == "cuda":
@@ -1077,14 +999,11 @@ def device_name(device):
     names = re.findall(r"model name\s*: (.+)", CPUINFO)
     return f"cpu: {names[0] if names else platform.processor() or platform.machine()}"
 
-
 def utc_now():
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-
 class Records:
     """What a run leaves: log, curve, summary and row. Rank 0 writes them; on other ranks every method does nothing."""
-
     def __init__(self, cfg, run_id, writes):
         self.writes, self.bar, self.results_csv = writes, None, cfg.results_csv
         self.log, self.curve, self.json = (Path(cfg.log_dir) / f"{run_id}.{kind}" for kind in ("txt", "csv", "json"))
@@ -1092,23 +1011,31 @@ class Records:
 
     def open(self, facts, warnings):
         """Starts the files of the run. Raises ConfigError where they exist or cannot be written."""
+        self.summary |= facts
         if not self.writes:
             return
-        if self.json.exists():
-            raise ConfigError(f"RUN_ID={self.summary['run_id']}: {self.json} exists; choose another RUN_ID or leave it blank")
         commit, dirty = git_state()
-        self.summary = {"run_id": "", "stage": "", "variant": "", "preset": "", "status": "running", "started": utc_now(),
-                        "git": commit, "dirty": dirty, "source_sha": hashlib.sha256(SOURCE.encode()).hexdigest()[:12],
-                        "host": socket.gethostname(), "torch": torch.__version__} | facts | self.summary
+        self.summary = dict.fromkeys(("run_id", "stage", "variant", "preset")) | {
+            "status": "running", "started": utc_now(), "git": commit, "dirty": dirty,
+            "source_sha": hashlib.sha256(SOURCE.encode()).hexdigest()[:12], "host": socket.gethostname(),
+            "torch": torch.__version__} | facts | self.summary
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             rule, settings = "=" * 100, json.dumps(self.summary, indent=1)
-            self.log.write_text("\n".join([rule, SOURCE, rule, machine_text(), f"settings: {settings}", rule, ""]))
+            with open(self.log, "x") as log:  # of two runs that start at once, one owns the id
+                log.write("\n".join([rule, SOURCE, rule, machine_text(), f"settings: {settings}", rule, ""]))
+        except OSError as error:
+            if self.log.exists():
+                raise ConfigError(f"RUN_ID={self.summary['run_id']}: {self.log} exists; choose another RUN_ID or "
+                                  "leave it blank") from None
+            raise ConfigError(f"LOG_DIR={self.log.parent}: cannot be written ({error}); name another folder") from None
+        try:
             self.curve.write_text(",".join(CURVE) + "\n")
             self.save()
-        except OSError as error:
-            raise ConfigError(f"LOG_DIR={self.log.parent}, RESULTS_CSV={self.results_csv}: cannot be written "
-                              f"({error.strerror}: {error.filename}); name other places") from None
+        except (OSError, ConfigError) as error:
+            for file in (self.log, self.curve, self.json):
+                file.unlink(missing_ok=True)
+            raise ConfigError(f"RESULTS_CSV={self.results_csv}: cannot be written ({error}); name another") from None
         self.print("\n".join([f"run_id:{self.summary['run_id']}", f"changes: {facts['changes'] or 'none'}",
                               *(f"warning: {warning}" for warning in warnings)]))
         self.bar = tqdm(total=self.summary["num_iterations"], unit="step", disable=not sys.stderr.isatty())
@@ -1118,8 +1045,9 @@ class Records:
         if self.writes:
             with open(self.log, "a") as log:
                 log.write(line + "\n")
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # a reader that has gone away ends no run
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
 
     def point(self, values):
         """A row of the curve; what is not given stays blank."""
@@ -1127,14 +1055,15 @@ class Records:
             with open(self.curve, "a") as curve:
                 curve.write(",".join(repr(values[name]) if name in values else "" for name in CURVE) + "\n")
             if "train_loss" in values:
-                self.bar.set_postfix_str(f"loss {values['train_loss']:.4f}, {values['tokens_per_sec']:,.0f} tokens/s", False)
+                loss, speed = values["train_loss"], values["tokens_per_sec"]
+                self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
                 self.bar.update(values["step"] - self.bar.n)
 
     def save(self):
-        """Writes row and summary; in both a number that is not finite is a blank, for JSON has none."""
+        """Writes summary and row; in both a number that is not finite is a blank, for JSON has none."""
         summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.summary.items()}
-        update_results(self.results_csv, [summary])
         write_whole(self.json, json.dumps(summary, indent=1) + "\n")
+        update_results(self.results_csv, [summary])
 
     def close(self, status, **values):
         """The run's last words: a block of figures and files, the summary, the row."""
@@ -1144,10 +1073,13 @@ class Records:
             told = "status final_loss best_loss bits_per_byte tokens train_time eval_time compile_time step_avg".split()
             told += "tokens_per_sec mfu peak_mem data_wait bad_steps error".split()
             files = {"log": self.log, "curve": self.curve, "summary": self.json, "row": self.results_csv}
-            lines = {key: self.summary[key] for key in told if self.summary.get(key) is not None} | files
+            try:
+                self.save()
+            except (OSError, ConfigError) as error:
+                files["row"] = f"not written ({error}); mend the table and run python scripts/rebuild_results.py"
+            lines = {key: self.summary[key] for key in told if self.summary.get(key) not in (None, "")} | files
+            lines = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in lines.items()}
             self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
-            self.save()
-
 
 def refuse(env, error):
     """Leaves a summary and a row for a run that did not start, with what is known of it."""
@@ -1170,10 +1102,8 @@ MAX_BAD_STEPS = 20  # in a row; more end the run as diverged
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXIT_CODES = {"ok": 0, "stopped": 0, "preempted": 0, "crash": 1, "config": 2, "data": 3, "diverged": 4, "oom": 5}
 
-
 class Ranks(NamedTuple):
     """Where this process stands among those that torchrun started; alone without torchrun."""
-
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -1186,13 +1116,11 @@ class Ranks(NamedTuple):
     def device(self, cfg):
         return torch.device("cuda", self.local_rank) if cfg.device == "cuda" else torch.device("cpu")
 
-
 def new_run_id(preset):
     return f"{preset}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
-
 def resolve(cfg):
-    """cfg with what "auto" and 0 leave open decided: device, dtype, compile and vocab_size. Raises ConfigError, DataError."""
+    """cfg with what auto and 0 leave open: device, dtype, compile and vocab_size. Raises ConfigError, DataError."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     if device == "cuda" and not (cfg.dry_run or torch.cuda.is_available()):
         raise ConfigError("DEVICE=cuda: torch finds no CUDA device here; set DEVICE=cpu or auto")
@@ -1205,7 +1133,6 @@ def resolve(cfg):
     compiled = str(int(device == "cuda")) if cfg.compile == "auto" else cfg.compile
     return dataclasses.replace(cfg, device=device, dtype=dtype, compile=compiled, vocab_size=vocab_size)
 
-
 def make_plan(cfg, ranks):
     """What a run of cfg on these ranks will be, without touching a device: counts as plain integers."""
     with torch.device("meta"):
@@ -1217,32 +1144,36 @@ def make_plan(cfg, ranks):
             "tokens_on_disk": sum(shard_tokens(file) for file in glob.glob(cfg.input_bin)),
             "grad_accumulation": cfg.batch_size // (cfg.device_batch_size * ranks.world_size)}
 
-
 def check_batch(cfg, ranks):
     """Raises ConfigError where the ranks cannot share the batch in whole micro-batches."""
     at_once = cfg.device_batch_size * ranks.world_size
     if cfg.batch_size % at_once:
         fits = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % (n * ranks.world_size) == 0]
         near = sorted(fits, key=lambda n: abs(n - cfg.device_batch_size))[:2]
-        raise ConfigError(f"BATCH_SIZE={cfg.batch_size}: must be a multiple of DEVICE_BATCH_SIZE={cfg.device_batch_size} x "
-                          f"{ranks.world_size} ranks; set BATCH_SIZE={nearest_multiples(cfg.batch_size, at_once)}"
+        raise ConfigError(f"BATCH_SIZE={cfg.batch_size}: must be a multiple of DEVICE_BATCH_SIZE="
+                          f"{cfg.device_batch_size} x {ranks.world_size} ranks; "
+                          f"set BATCH_SIZE={nearest_multiples(cfg.batch_size, at_once)}"
                           + f" or DEVICE_BATCH_SIZE={' or '.join(map(str, near))}" * bool(near))
-
 
 def preflight(cfg, ranks):
     """Loaders for training and validation, after all that can be checked has been. Raises ConfigError, DataError."""
-    if cfg.device == "cuda" and ranks.local_world_size > torch.cuda.device_count():
-        raise ConfigError(f"{ranks.local_world_size} ranks on this machine but {torch.cuda.device_count()} CUDA devices; "
-                          f"start torchrun with --nproc_per_node={torch.cuda.device_count()} or set DEVICE=cpu")
+    if cfg.device == "cuda" and ranks.local_world_size > (devices := torch.cuda.device_count()):
+        raise ConfigError(f"{ranks.local_world_size} ranks on this machine but {devices} CUDA devices; "
+                          f"start torchrun with --nproc_per_node={devices} or set DEVICE=cpu")
     train, val = ShardLoader(cfg.input_bin, cfg, cfg.shuffle), ShardLoader(cfg.input_val_bin, cfg)
     epochs = cfg.max_epochs or math.inf
     train.require("NUM_ITERATIONS", cfg.num_iterations, math.ceil(cfg.num_iterations * cfg.batch_size / epochs))
     val.require("VAL_TOKENS", cfg.val_tokens, cfg.val_tokens // cfg.sequence_length)
+    if both := {os.path.realpath(file) for file in train.files} & {os.path.realpath(file) for file in val.files}:
+        raise DataError(f"{sorted(both)[0]} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
+    sizes = [dataset_index(pattern).get("vocab_size") for pattern in (cfg.input_bin, cfg.input_val_bin)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise DataError(f"INPUT_BIN has a vocabulary of {sizes[0]} tokens, INPUT_VAL_BIN one of {sizes[1]}; "
+                        "name shards of one dataset in both")
     for loader in (train, val):
         if 2 * loader.tokens < 2**30:  # bytes; larger data is checked batch by batch
             loader.check_tokens()
     return train, val
-
 
 def setup(cfg, ranks):
     """Joins the ranks in a process group, of one without torchrun, and agrees on the run's id, which is returned."""
@@ -1257,19 +1188,27 @@ def setup(cfg, ranks):
     dist.broadcast_object_list(run_id, device=torch.device("cpu"))
     return run_id[0]
 
+def agree(work):
+    """Runs work on every rank; a ConfigError of rank 0 is raised by all."""
+    problem = [None]
+    try:
+        work()
+    except ConfigError as error:
+        problem = [str(error)]
+    dist.broadcast_object_list(problem, device=torch.device("cpu"))
+    if problem[0]:
+        raise ConfigError(problem[0])
 
 def keep_freed_memory():
     """Lets glibc keep what is freed for the next step: getting large tensors' pages anew takes a tenth of a step."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc, (trim_threshold, mmap_max) = ctypes.CDLL("libc.so.6"), (-1, -4)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 @dataclass
 class State:
     """What a step changes."""
-
     model: GPT
     optimizers: list
     loss_scale: LossScale
@@ -1284,12 +1223,11 @@ class State:
         model = GPT(cfg, dtype).to(device)
         return cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device), torch.zeros(2, device=device))
 
-
 def compile_model(model, cfg, device):
-    """Compiles blocks and loss, and runs them once forward, backward and in evaluation, so that no step waits for it."""
+    """Compiles blocks and loss, runs them once forward, backward and in evaluation, so that no step waits for it."""
     for block in model.blocks:
         block.compile()
-    model.loss_chunk = torch.compile(loss_chunk)
+    model.loss_chunk = torch.compile(loss_chunk, dynamic=False)  # two sizes, of which the last chunk has its own
     tokens = torch.zeros(cfg.device_batch_size, cfg.sequence_length, dtype=torch.int64, device=device)
     model(tokens, tokens).backward()
     model.zero_grad()
@@ -1298,10 +1236,9 @@ def compile_model(model, cfg, device):
     model.train()
     dist.barrier()
 
-
 def train_step(state, cfg, inputs, targets):
-    """One update from this rank's part of the global batch, inputs and targets (n, T). Returns the mean loss () over the
-    batch and the global gradient norm (), on the device; nothing here waits for it."""
+    """One update from this rank's part of the global batch, inputs and targets (n, T). Returns the mean loss () over
+    the batch and the global gradient norm (), on the device; nothing here waits for it."""
     micro, scale = cfg.device_batch_size, state.loss_scale.value
     weight = micro / (len(inputs) * dist.get_world_size())
     losses = []
@@ -1324,7 +1261,6 @@ def train_step(state, cfg, inputs, targets):
     state.step += 1
     return loss, norm
 
-
 @torch.no_grad()
 def evaluate(model, loader, cfg, ranks):
     """Mean loss over the first VAL_TOKENS of the validation shards, each rank taking a share of the samples."""
@@ -1340,13 +1276,11 @@ def evaluate(model, loader, cfg, ranks):
     dist.all_reduce(total)
     return total.item() / samples
 
-
 def peak_memory(device):
     """Most memory in use at once, GiB: of the device, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
 
 def model_flops_utilization(cfg, device, flops_per_sec):
     """Share of the device's peak; None where the peak is not known, for it is never guessed."""
@@ -1354,10 +1288,8 @@ def model_flops_utilization(cfg, device, flops_per_sec):
     peak = cfg.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
     return flops_per_sec / (peak * 1e12) if peak else None
 
-
 class Meter:
     """Turns what the loop measures into lines, points of the curve and the summary."""
-
     def __init__(self, cfg, ranks, records, samples):
         self.cfg, self.device, self.records, self.samples = cfg, ranks.device(cfg), records, samples
         self.waits, self.best_loss, self.last = [], math.inf, (0, 0.0)  # last: (tokens, train time) of the last point
@@ -1376,8 +1308,9 @@ class Meter:
         """Times work of another kind, for which the clock of the training stands still."""
         began = self.now()
         yield
-        self.seconds[kind] += self.now() - began
-        self.start += self.now() - began
+        spent = self.now() - began
+        self.seconds[kind] += spent
+        self.start += spent
 
     def point(self, state, stats, val_loss):
         """Logs a step: stats (loss, gradient norm) of its update or None, and the validation loss after it or None."""
@@ -1397,7 +1330,8 @@ class Meter:
         self.last = tokens, seconds
         self.records.point(values)
         self.records.summary |= self.totals(state, tokens, seconds, val_loss)
-        bad = [f"{name} is {values[name]}" for name in ("train_loss", "val_loss") if not math.isfinite(values.get(name, 0))]
+        losses = {name: values[name] for name in ("train_loss", "val_loss") if name in values}
+        bad = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         bad += ["no gradient reaches any parameter"] * (values.get("grad_norm") == 0)
         bad += ["gradients were not finite for too long"] * bool(state.bad_steps[1] > MAX_BAD_STEPS)
         if bad:
@@ -1418,7 +1352,6 @@ class Meter:
             figures |= {"final_loss": val_loss, "best_loss": self.best_loss, "bits_per_byte": bits,
                         "ppl": math.exp(val_loss) if val_loss < 700 else None}
         return figures
-
 
 def train(cfg, ranks, loaders, records):
     """The run. What it measures is in records.summary, kept current on the way."""
@@ -1448,7 +1381,6 @@ def train(cfg, ranks, loaders, records):
             if validating or state.step == 1 or state.step % cfg.log_every == 0:
                 meter.point(state, stats, validate() if validating else None)
 
-
 def main(argv, env):
     """One run as the environment sets it; returns the exit code."""
     if "-h" in argv or "--help" in argv:
@@ -1457,21 +1389,22 @@ def main(argv, env):
     ranks, records = Ranks.from_env(env), None
     try:
         if argv:
-            raise ConfigError(f"{argv[0]}: takes no arguments; every setting is an environment variable, see --help")
+            raise ConfigError(f"{argv[0]} is no option; settings go before the command: LR=0.003 python train_gpt.py")
         asked = Config.from_env(env)
         cfg = resolve(asked)
         check_batch(cfg, ranks)
-        plan = make_plan(cfg, ranks)
+        plan, warnings = make_plan(cfg, ranks), cautions(env, cfg)
         if cfg.dry_run:
+            print("".join(f"warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
             print("\n".join(f"{key}:{value}" for key, value in (dataclasses.asdict(cfg) | plan).items()))
             return 0
         loaders = preflight(cfg, ranks)
+        data = fingerprint(loaders, Path(cfg.log_dir)) if ranks.rank == 0 else ""  # before others wait in the group
         records = Records(cfg, setup(cfg, ranks), writes=ranks.rank == 0)
-        changes = " ".join(f"{name}={value}" for name, value in asked.changes().items())
-        data = fingerprint(loaders, Path(cfg.log_dir)) if records.writes else ""
+        changes = " ".join(f"{name}={shlex.quote(str(int(value) if value is True or value is False else value))}"
+                           for name, value in asked.changes().items() if name.lower() not in LABELS)
         facts = plan | {"device_name": device_name(ranks.device(cfg)), "changes": changes, "data_fingerprint": data}
-        records.summary |= facts
-        records.open(facts, near_misses(env))
+        agree(functools.partial(records.open, facts, warnings))
         train(cfg, ranks, loaders, records)
         records.close("ok")
         dist.destroy_process_group()
@@ -1479,18 +1412,21 @@ def main(argv, env):
     except (Exception, KeyboardInterrupt) as error:
         statuses = {torch.OutOfMemoryError: "oom", KeyboardInterrupt: "stopped"}
         status = getattr(error, "status", statuses.get(type(error), "crash"))
+        reason = (str(error) or "interrupted").strip().splitlines()[0][:300]
         if status == "crash":
+            reason = f"{type(error).__name__}: {reason}"
             traceback.print_exc()
         elif ranks.local_rank == 0 or records is not None and status in ("data", "oom"):  # others would say the same
-            print(f"{status}: {error or 'interrupted'}", file=sys.stderr)
+            print(f"{status}: {reason}", file=sys.stderr)
         if records is not None and records.bar is not None:
-            records.close(status, error=str(error))
-        elif ranks.rank == 0 and status in ("config", "data") and not env.get("DRY_RUN"):
+            with open(records.log, "a") as log:
+                log.write(traceback.format_exc())
+            records.close(status, error=reason)
+        elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
             refuse(env, error)
         if ranks.rank:
             time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
         return EXIT_CODES[status]
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], os.environ))

@@ -132,9 +132,11 @@ def bench(args, env, ranks, folder):
     header = [train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, TOKENS] + [0] * (train_gpt.HEADER_INTS - 3)
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=TOKENS, dtype="<u2")
     np.append(np.array(header, dtype="<i4").view("<u2"), tokens).tofile(file)
-    one_step = env | {"INPUT_BIN": file, "INPUT_VAL_BIN": file, "VOCAB_SIZE": str(cfg.vocab_size), "MAX_EPOCHS": "0",
-                      "NUM_ITERATIONS": "1", "VAL_TOKENS": str(cfg.device_batch_size * cfg.sequence_length),
-                      "VAL_EVERY": "1", "LOG_DIR": f"{folder}/one_step", "RESULTS_CSV": f"{folder}/one_step.csv"}
+    os.link(file, f"{folder}/val.bin")
+    one_step = env | {"INPUT_BIN": file, "INPUT_VAL_BIN": f"{folder}/val.bin", "MAX_EPOCHS": "0",
+                      "VAL_TOKENS": str(cfg.device_batch_size * cfg.sequence_length), "VAL_EVERY": "1",
+                      "VOCAB_SIZE": str(cfg.vocab_size), "NUM_ITERATIONS": "1",
+                      "LOG_DIR": f"{folder}/one_step", "RESULTS_CSV": f"{folder}/one_step.csv"}
     train_gpt.check_batch(cfg, ranks)
     train_gpt.preflight(train_gpt.resolve(train_gpt.Config.from_env(one_step)), ranks)
     if "start" in args.only and "MASTER_ADDR" not in env:  # before this process takes the device

@@ -26,6 +26,8 @@ def table(rows):
         loss, bits = ([float(run[column]) for run in runs] for column in ("final_loss", "bits_per_byte"))
         lines.append((statistics.mean(loss), f"| {variant} | {len(runs)} | {int(runs[0]['params_total']):,} | "
                       f"{statistics.mean(loss):.4f} | {statistics.stdev(loss):.4f} | {statistics.mean(bits):.4f} |"))
+    if not lines:
+        sys.exit("update_readme.py: experiments/results.csv has no finished run of STAGE=readme")
     devices = sorted({f"{run['device_name']}, torch {run['torch']}" for runs in groups.values() for run in runs})
     head = ["| `PRESET=quickstart` with | seeds | parameters | val loss | sd | bits per byte |", "|-|-|-|-|-|-|"]
     return "\n".join([*head, *(line for _, line in sorted(lines)), "", f"Measured on {' / '.join(devices)}.", ""])

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import train_gpt
-from train_gpt import Config, ConfigError, axes, help_text, near_misses
+from train_gpt import Config, ConfigError, axes, cautions, help_text
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 PRESETS = {path.stem: path for path in (train_gpt.ROOT / "experiments/presets").glob("*.env")}
@@ -225,18 +225,19 @@ def test_a_wrong_line_of_the_default_preset_is_refused_by_name(preset):
 
 
 @pytest.mark.parametrize("name, ours", [
-    ("GRAD_CLIPP", "GRAD_CLIP"), ("ATTNGATES", "ATTNGATE"), ("N_LAYERS", "N_LAYER"), ("BATCH_SIZES", "BATCH_SIZE"),
+    ("GRAD_CLIPP", "GRAD_CLIP"), ("ATTNGATES", "ATTNGATE"), ("SHUFFLES", "SHUFFLE"), ("BATCH_SIZES", "BATCH_SIZE"),
     ("DROPUOT", "DROPOUT"), ("WARMDOWN_ITER", "WARMDOWN_ITERS")])
 def test_a_near_miss_is_a_warning(name, ours):
-    assert near_misses({"PATH": "/", name: "1"}) == [f"{name} is no setting and is ignored; did you mean {ours}?"]
+    sentence = f"{name} is no setting and is ignored; did you mean {ours}?"
+    assert cautions({"PATH": "/", name: "1"}, Config()) == [sentence]
     assert Config.from_env({name: "1"}) == Config()
 
 
 def test_ordinary_variables_are_left_alone():
     env = dict.fromkeys(ORDINARY, "1")
-    assert near_misses(env) == []
+    assert cautions(env, Config()) == []
     assert Config.from_env(env) == Config()
-    assert near_misses({name.upper(): "1" for name in FIELDS}) == []
+    assert cautions({name.upper(): "1" for name in FIELDS}, Config()) == []
 
 
 # What a Config tells

@@ -258,11 +258,12 @@ def test_a_slow_consumer_never_waits_and_a_slow_reader_is_waited_for(tmp_path):
 
 def test_a_glob_without_files_names_the_command(tmp_path):
     assert message(make, f"{tmp_path}/fineweb10B/fineweb_train_*.bin") == (
-        f"no file matches {tmp_path}/fineweb10B/fineweb_train_*.bin; "
-        f"fetch it: DATA_DIR={tmp_path}/fineweb10B python cached_fineweb10B.py 9")
+        f"no file matches {tmp_path}/fineweb10B/fineweb_train_*.bin (looked from {os.getcwd()}); "
+        f"fetch it: DATA_DIR={tmp_path}/fineweb10B python cached_fineweb10B.py 1")
     assert message(make, f"{tmp_path}/toy/toy_train_*.bin") == (
-        f"no file matches {tmp_path}/toy/toy_train_*.bin; make it: python scripts/prepare_data.py "
-        f"--source package:sympy --tokenizer bytes --out {tmp_path}/toy")
+        f"no file matches {tmp_path}/toy/toy_train_*.bin (looked from {os.getcwd()}); make it from your text: "
+        f"python scripts/prepare_data.py --source ... --out {tmp_path}/toy")
+    assert "--source package:sympy --tokenizer bytes --out data/sympy" in how_to_get("data/sympy/sympy_*.bin")
     assert "--out ." in how_to_get("toy_*.bin")
 
 
@@ -274,7 +275,7 @@ def test_require_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
     for samples, shards in (21, 3), (30, 3), (31, 4), (10**6, 103):  # there are no more than 103
         sentence = message(loader.require, "NUM_ITERATIONS", 5, samples)
         assert sentence.startswith(f"NUM_ITERATIONS=5 needs {samples:,} samples of 8 tokens, but ")
-        assert "has 20; lower NUM_ITERATIONS, or set MAX_EPOCHS=0 to repeat the data, or fetch it: " in sentence
+        assert "has 20; lower NUM_ITERATIONS, or set MAX_EPOCHS=0 to repeat the data, or get more; fetch" in sentence
         assert sentence.endswith(f"DATA_DIR={tmp_path} python cached_fineweb10B.py {shards}")
     assert "lower VAL_TOKENS" in message(loader.require, "VAL_TOKENS", 800, 100)
     assert "MAX_EPOCHS" not in message(loader.require, "VAL_TOKENS", 800, 100)

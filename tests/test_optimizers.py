@@ -84,7 +84,8 @@ def test_adamw_equals_torch(decay):
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(params, twins))
 
 
-BUILD = {"muon": lambda p: muon(p, torch.float32, weight_decay=0.1), "adamw": lambda p: AdamW(p, tiny(), 0.01, ONE, 0.1)}
+BUILD = {"muon": lambda p: muon(p, torch.float32, weight_decay=0.1),
+         "adamw": lambda p: AdamW(p, tiny(), 0.01, ONE, 0.1)}
 
 
 @pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
@@ -149,6 +150,21 @@ def test_more_ranks_than_matrices():
     (alone, _), = run_ranks(1, lambda ranks: three_steps(ranks, **settings))
     for params, _ in run_ranks(6, lambda ranks: three_steps(ranks, **settings)):
         assert torch.allclose(params, alone, atol=2e-5)
+
+
+def test_ranks_exchange_contiguous_tensors(monkeypatch):
+    """nccl refuses any other, gloo takes them: tall matrices come transposed out of the orthogonalisation."""
+    def gather(full, own):
+        assert full.is_contiguous() and own.is_contiguous()
+        full.copy_(own.repeat(2, 1, 1))
+
+    def scatter(own, full):
+        assert full.is_contiguous() and own.is_contiguous()
+        own.copy_(full[:len(own)])
+    monkeypatch.setattr(torch.distributed, "all_gather_single", gather, raising=False)
+    monkeypatch.setattr(torch.distributed, "reduce_scatter_single", scatter, raising=False)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    steps(Muon(params, tiny(), 0.02, Ranks(0, 0, 2, 2)), params, 1)
 
 
 @pytest.mark.parametrize("gate", train_gpt.GATES)

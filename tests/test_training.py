@@ -35,7 +35,7 @@ def curve(settings, *columns):
 
 
 def losses(settings):
-    return np.array([float(loss) for loss, in curve(settings, "train_loss")[1:]])
+    return np.array([float(loss) for loss, in curve(settings, "train_loss") if loss])
 
 
 def test_a_run_leaves_log_curve_summary_and_row(settings):
@@ -143,7 +143,7 @@ def test_a_finished_run_id_is_not_used_again(settings):
     assert launch(settings)[0] == [0]
     before = rows(settings), (settings["LOG_DIR"] / "toy.txt").read_text()
     codes, out = launch(settings)
-    assert codes == [2] and "RUN_ID=toy" in out and "toy.json exists" in out
+    assert codes == [2] and "RUN_ID=toy" in out and "toy.txt exists" in out
     assert (rows(settings), (settings["LOG_DIR"] / "toy.txt").read_text()) == before
 
 
