@@ -1412,9 +1412,9 @@ def main(argv, env):
     except (Exception, KeyboardInterrupt) as error:
         statuses = {torch.OutOfMemoryError: "oom", KeyboardInterrupt: "stopped"}
         status = getattr(error, "status", statuses.get(type(error), "crash"))
-        reason = (str(error) or "interrupted").strip().splitlines()[0][:300]
+        reason = str(error) or "interrupted"
         if status == "crash":
-            reason = f"{type(error).__name__}: {reason}"
+            reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
             traceback.print_exc()
         elif ranks.local_rank == 0 or records is not None and status in ("data", "oom"):  # others would say the same
             print(f"{status}: {reason}", file=sys.stderr)
