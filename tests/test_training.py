@@ -127,7 +127,7 @@ REFUSED = [  # settings, exit code, what the one sentence says
 def test_a_refused_run_says_why_in_one_line_and_leaves_a_row(settings, changes, code, words):
     began = time.perf_counter()
     codes, out = launch(settings | changes, world=2)
-    assert codes == [code] * 2 and time.perf_counter() - began < 5
+    assert codes == [code] * 2 and time.perf_counter() - began < 15
     assert len(out.splitlines()) == 1 and all(word in out for word in words), out
     row, = rows(settings)
     assert row["status"] == {2: "config", 3: "data"}[code] and row["run_id"] == "toy" and words[0] in row["error"]
