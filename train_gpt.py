@@ -1088,7 +1088,7 @@ def refuse(env, error):
     row = {"run_id": run_id} | {name: env.get(name.upper(), "") for name in ("stage", "variant", "preset", "note")}
     row |= {"status": error.status, "error": str(error), "started": utc_now(), "host": socket.gethostname()}
     summary = Path(env.get("LOG_DIR") or Config.log_dir) / f"{run_id}.json"
-    with contextlib.suppress(OSError):  # where nothing can be written, the sentence on the terminal has to do
+    with contextlib.suppress(OSError, ConfigError):  # where nothing can be written, the terminal has to do
         if not summary.exists():  # the record of a finished run stays what it is
             write_whole(summary, json.dumps(row, indent=1) + "\n")
             update_results(env.get("RESULTS_CSV") or Config.results_csv, [row])

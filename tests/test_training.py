@@ -133,6 +133,14 @@ def test_a_refused_run_says_why_in_one_line_and_leaves_a_row(settings, changes, 
     assert row["status"] == {2: "config", 3: "data"}[code] and row["run_id"] == "toy" and words[0] in row["error"]
 
 
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00"], ids=["columns", "bytes"])
+def test_a_table_that_is_none_is_refused_and_left_alone(settings, content):
+    settings["RESULTS_CSV"].write_bytes(content)
+    codes, out = launch(settings)
+    assert codes == [2] and len(out.splitlines()) == 1 and "expected a table with a column run_id" in out, out
+    assert settings["RESULTS_CSV"].read_bytes() == content and not (settings["LOG_DIR"] / "toy.txt").exists()
+
+
 def test_a_bad_shard_ends_every_rank(settings, tmp_path):
     write_shard(tmp_path / "toy_train_000002.bin", range(10)).write_bytes(b"x" * 3000)
     codes, out = launch(settings, world=2)
