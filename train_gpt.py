@@ -6,7 +6,7 @@ Trains a GPT on token shards with Muon + AdamW; every setting is an environment 
     PRESET=quickstart python train_gpt.py                     # one process on whatever device is there
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # the default: GPT-2 small on FineWeb-10B, 8 GPUs
 
-Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Records, Training.
+Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Checkpoints, Records, Training.
 Shapes: B sequences, T positions, C channels (n_embd), H heads, D head size, F hidden units (d_ff), V vocabulary,
 N = B * T tokens. A suffix gives the layout where it is not plain: q_BTHD.
 """
@@ -17,38 +17,16 @@ from typing import NamedTuple
 
 SOURCE = Path(__file__).read_text()  # before torch loads: the log must hold the text that runs, not a later edit
 
-import contextlib
-import csv
-import ctypes
-import dataclasses
-import difflib
-import functools
-import glob
-import hashlib
-import io
-import itertools
-import json
-import math
-import platform
-import re
-import resource
-import secrets
-import shlex
-import socket
-import subprocess
-import sys
-import time
-import traceback
+import concurrent.futures, contextlib, csv, ctypes, dataclasses, difflib, faulthandler, functools, glob, hashlib, io
+import itertools, json, math, platform, re, resource, shlex, shutil, signal, subprocess, sys, time, traceback
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from tqdm import tqdm
@@ -60,11 +38,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 RUN_ID_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 SYNONYMS = {"LEARNING_RATE": "LR", "OPTIMISER": "OPTIMIZER", "GRADIENT_CLIP": "GRAD_CLIP", "EPOCHS": "MAX_EPOCHS",
-            "N_LAYERS": "N_LAYER", "N_HEADS": "N_HEAD", "SEQ_LENGTH": "SEQUENCE_LENGTH", "WARMUP_STEPS": "WARMUP_ITERS",
-            "BLOCK_SIZE": "SEQUENCE_LENGTH", "SEQ_LEN": "SEQUENCE_LENGTH",
+            "SEQ_LENGTH": "SEQUENCE_LENGTH", "BLOCK_SIZE": "SEQUENCE_LENGTH", "SEQ_LEN": "SEQUENCE_LENGTH",
             "MAX_ITERS": "NUM_ITERATIONS", "MAX_STEPS": "NUM_ITERATIONS", "NUM_STEPS": "NUM_ITERATIONS",
-            "NUM_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "D_MODEL": "N_EMBD", "MODEL_DIM": "N_EMBD",
-            "MICRO_BATCH_SIZE": "DEVICE_BATCH_SIZE", "COOLDOWN_ITERS": "WARMDOWN_ITERS"}
+            "NUM_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "N_LAYERS": "N_LAYER", "N_HEADS": "N_HEAD",
+            "D_MODEL": "N_EMBD", "MODEL_DIM": "N_EMBD", "MICRO_BATCH_SIZE": "DEVICE_BATCH_SIZE",
+            "WARMUP_STEPS": "WARMUP_ITERS", "COOLDOWN_ITERS": "WARMDOWN_ITERS"}
 
 class ConfigError(ValueError):
     """A setting that cannot be used: says which, its value, the choices and what to do."""
@@ -78,7 +56,7 @@ class Diverged(ArithmeticError):
     """The loss is no longer a finite number."""
     status = "diverged"
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. The environment variable is the field's name in capitals."""
     # what this run is
@@ -137,10 +115,18 @@ class Config:
     warmdown_iters: int = 1450  # steps of the trapezoid's linear decay
     min_lr_frac: float = 0.0  # fraction of the peak at which cosine ends
     # machine
+    deterministic: bool = False  # the same bits on the same machine, also on cuda, at some cost of speed
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: str = "auto"  # of activations and matrix products; auto: bfloat16 on cuda, float32 on cpu
     compile: str = "auto"  # torch.compile of the blocks and the loss; auto: on cuda
     peak_tflops: float | None = None  # of one device, for mfu; blank: from the table of known devices
+    # checkpoints and faults
+    resume: str = "none"  # auto: from the newest valid checkpoint of RUN_ID, if there is one; or the path of one
+    init_from: str = ""  # safetensors file, or folder with model.safetensors, that gives a new run its weights
+    save_every: int = 500  # steps between checkpoints; 0: only when the run ends
+    keep_last: int = 2  # checkpoints that stay
+    max_bad_steps: int = 20  # non-finite gradients in a row that are left out; more end the run as diverged
+    hang_timeout: int = 300  # seconds without a step, after the first, until the ranks write their stacks and give up
     # records
     log_dir: str = "logs"  # folder of logs, curves and summaries
     results_csv: str = "experiments/results.csv"  # the table that gets a row
@@ -163,6 +149,9 @@ class Config:
         if unknown := [name for name in settings if name not in fields]:
             raise ConfigError(f"PRESET={settings['PRESET']}: its file sets {unknown[0]}, which is no setting; "
                               "see python train_gpt.py --help")
+        for secret, value in secrets_of(env).items():
+            if holders := [name for name in fields if value in env.get(name, "")]:
+                raise ConfigError(f"{holders[0]} holds the value of {secret}, which no record may show; take it out")
         return cls(**{fields[name].name: parse(fields[name], text) for name, text in settings.items() if text})
 
     def changes(self):
@@ -171,15 +160,17 @@ class Config:
 
     def hash(self):
         """Eight hex digits that runs share when they train the same model the same way, whatever seed and labels."""
-        others = {*LABELS, "preset", "seed", "input_bin", "input_val_bin", "peak_tflops", "log_every"}
-        kept = {name: value for name, value in vars(self).items() if name not in others}
+        kept = {name: value for name, value in vars(self).items() if name not in {*UNTRAINED, "seed"}}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
-LABELS = ("run_id", "stage", "variant", "note", "dry_run", "log_dir", "results_csv")  # say nothing of what is trained
+LABELS = ("run_id", "stage", "variant", "note", "dry_run", "log_dir", "results_csv", "resume")
+UNTRAINED = (*LABELS, "preset", "input_bin", "input_val_bin", "peak_tflops", "log_every", "save_every", "keep_last",
+             "max_bad_steps", "hang_timeout")  # say nothing of what is trained and how
 TILED = ("mixer", "ffn")
 BOUNDS = {  # inclusive
     "batch_size device_batch_size sequence_length num_iterations n_layer n_head n_embd log_every": (1, 2**31),
-    "val_every max_epochs d_ff warmup_iters warmdown_iters seed": (0, 2**31), "vocab_size": (0, 65536),
+    "val_every save_every max_epochs d_ff warmup_iters warmdown_iters seed max_bad_steps": (0, 2**31),
+    "keep_last": (2, 2**31), "hang_timeout": (1, 2**31), "vocab_size": (0, 65536),
     "lr embed_lr head_lr muon_lr": (1e-12, 1e30), "beta1 beta2 muon_momentum": (0, 0.9999999), "dropout": (0, 0.99),
     "val_tokens": (1, 2**40), "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1),
     "peak_tflops": (1e-6, 1e6)}
@@ -224,6 +215,19 @@ def cautions(env, cfg):
                      f"rate starts at {lr_factor(0, cfg):.0%} of its peak")
     return found
 
+def secrets_of(env):
+    """Variables, none of them ours, whose values no file and no output may show: {name: value}."""
+    return {name: value for name, value in env.items() if name.endswith(("_TOKEN", "_KEY", "_SECRET", "PASSWORD"))
+            and len(value) >= 8 and name.lower() not in Config.__dataclass_fields__}
+
+def redact(text, env):
+    """text with the values of secret variables, also as Python and JSON spell them, replaced by their names."""
+    hidden = {spelling: name for name, value in secrets_of(env).items()
+              for spelling in (value, *(spell(value)[1:-1] for spell in (repr, ascii, json.dumps)))}
+    for spelling in sorted(hidden, key=len, reverse=True):  # one may begin like another
+        text = text.replace(spelling, f"[{hidden[spelling]}]")
+    return text
+
 def parse(field, text):
     """The value of a setting from its text. Raises ConfigError."""
     kind, name = field.type, field.name.upper()
@@ -265,7 +269,6 @@ def help_text():
     presets = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
     return "\n".join([*lines, f"Presets: {', '.join(presets)}"])
 
-
 ########################################
 #                Layers                #
 ########################################
@@ -276,7 +279,7 @@ def normal_(w, std):
 
 def fan_in_uniform_(w):
     """Fills w (..., rows, fan in) with uniform numbers between plus and minus 1 / sqrt(fan in)."""
-    return nn.init.uniform_(w, -w.size(-1)**-0.5, w.size(-1)**-0.5)
+    return w if w.is_meta else nn.init.uniform_(w, -w.size(-1)**-0.5, w.size(-1)**-0.5)
 
 INITS = {  # how a weight (..., rows, fan in) starts: (cfg, weight, whether it ends a residual branch or is the head)
     "zero_proj": lambda cfg, w, ends: nn.init.zeros_(w) if ends else fan_in_uniform_(w),
@@ -363,9 +366,11 @@ class Rotary(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         half = cfg.n_embd // cfg.n_head // 2
-        angles = torch.outer(torch.arange(cfg.sequence_length), 10000 ** -(torch.arange(half) / half)).repeat(1, 2)
+        with torch.device("cpu"):  # on the meta device, these operators would load seconds of code
+            angles = torch.outer(torch.arange(cfg.sequence_length), 10000 ** -(torch.arange(half) / half)).repeat(1, 2)
+            signs = torch.tensor([1.0, -1.0]).repeat_interleave(half)
         self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin() * torch.tensor([1.0, -1.0]).repeat_interleave(half), persistent=False)
+        self.register_buffer("sin", angles.sin() * signs, persistent=False)
 
     def forward(self, x):
         shape = (x.size(1), *[1] * (x.ndim - 3), -1)
@@ -383,7 +388,6 @@ class LearnedPosition(nn.Module):
         return x + self.weight[:x.size(1)].type_as(x)
 
 POSITIONS = {"rotary": (nn.Identity, Rotary), "learned": (LearnedPosition, nn.Identity)}  # (on embeddings, on q and k)
-
 
 ########################################
 #                Gates                 #
@@ -430,7 +434,6 @@ class ConstGate(nn.Module):
 
 GATES = {"none": NoGate, "headwise": HeadwiseGate, "elementwise": ElementwiseGate, "const": ConstGate}
 
-
 ########################################
 #                Mixers                #
 ########################################
@@ -462,7 +465,6 @@ class CausalSelfAttention(nn.Module):
 
 MIXERS = {"attention": CausalSelfAttention}
 
-
 ########################################
 #                 FFNs                 #
 ########################################
@@ -483,20 +485,10 @@ class MLP(nn.Module):
     def default_width(self, n_embd):
         return 4 * n_embd
 
-class ReLU2Function(torch.autograd.Function):
-    """relu(h)^2. By hand, because its gradient 2 relu(h) needs neither a comparison nor a power."""
-    @staticmethod
-    def forward(ctx, h):
-        positive = F.relu(h)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (grad * ctx.saved_tensors[0]).mul_(2)
-
 class ReLU2(MLP):
-    act = staticmethod(ReLU2Function.apply)
+    def act(self, h):
+        positive = F.relu(h)
+        return positive * positive  # several times faster on a CPU than a power, whose gradient is another
 
 class GELU(MLP):
     act = staticmethod(functools.partial(F.gelu, approximate="tanh"))
@@ -512,7 +504,6 @@ class SwiGLU(MLP):
         return 64 * math.ceil(8 * n_embd / 3 / 64)
 
 FFNS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU}
-
 
 ########################################
 #                Model                 #
@@ -597,7 +588,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad = grad / len(grad_x)
         return grad_x.mul_(grad), grad_head.mul_(grad), None, None
 
-
 ########################################
 #              Optimizers              #
 ########################################
@@ -658,7 +648,7 @@ class Muon:
     Parameters (..., m, n) of one shape form a stack. Its gradients are reduce-scattered, each rank orthogonalises its
     share in one batched product and keeps only that share's momentum, and the updates are all-gathered."""
     def __init__(self, params, cfg, lr, ranks):
-        self.cfg, self.base_lr, self.world, self.stacks = cfg, lr, ranks.world_size, []
+        self.cfg, self.base_lr, self.world, self.rank, self.stacks = cfg, lr, ranks.world_size, ranks.rank, []
         for shape in dict.fromkeys(p.shape[-2:] for p in params):
             members = [p for p in params if p.shape[-2:] == shape]
             sizes = [p[..., 0, 0].numel() for p in members]
@@ -693,6 +683,15 @@ class Muon:
                     p.mul_(decay)
                 p.add_(u.view_as(p), alpha=-lr * scale)
             stack["grad"] = None  # its memory is for the next backward pass
+
+    def tensors(self, names):
+        """For checkpoints: {key: (momentum of a matrix, "own")}, since one rank alone holds it."""
+        found = {}
+        for stack in self.stacks:
+            keys = [f"muon.{names[p]}.{i}" for p, size in zip(stack["params"], stack["sizes"]) for i in range(size)]
+            first = self.rank * len(stack["momentum"])
+            found |= {key: (momentum, "own") for key, momentum in zip(keys[first:], stack["momentum"])}
+        return found
 
 class AdamW:
     """AdamW (arXiv 1711.05101) as torch computes it, fused, sharded over ranks.
@@ -730,6 +729,16 @@ class AdamW:
         if self.world > 1:
             for p, own in zip(self.sliced, self.own):
                 p.data.view(-1).copy_(all_gather(own, self.world))
+
+    def tensors(self, names):
+        """For checkpoints: {key: (flat moment, "slice" or, where every rank has all of it, "copy")}."""
+        found = {}
+        for i, p in enumerate(self.sliced + self.whole):
+            kind = "slice" if i < len(self.sliced) else "copy"
+            found[f"adamw.{names[p]}.exp_avg"] = self.exp_avg[i].view(-1), kind
+            found[f"adamw.{names[p]}.exp_avg_sq"] = self.exp_avg_sq[i].view(-1), kind
+            found[f"adamw.{names[p]}.step"] = self.steps[i], "copy"
+        return found
 
 OPTIMIZERS = {  # of the matrices inside the blocks
     "muon": lambda params, cfg, ranks: Muon(params, cfg, 0.1 * cfg.lr if cfg.muon_lr is None else cfg.muon_lr, ranks),
@@ -777,15 +786,11 @@ class LossScale:
     def __init__(self, dtype, device):
         self.active = dtype == torch.float16
         self.value = torch.tensor(2.0**16 if self.active else 1.0, device=device)
-        self.good_steps = torch.zeros((), device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, skip):
         if self.active:
-            self.good_steps = (self.good_steps + 1) * (1 - skip)
-            doubles = self.good_steps >= 2000
-            self.value *= torch.where(skip > 0, 0.5, 1.0 + doubles)
-            self.good_steps *= ~doubles
-
+            torch._amp_update_scale_(self.value, self.good_steps, skip, 2.0, 0.5, 2000)
 
 ########################################
 #                 Data                 #
@@ -836,17 +841,22 @@ class ShardLoader:
 
     def read(self, first, count):
         """Samples first .. first + count - 1 of the global index: (count, T + 1) int64. Raises DataError."""
+        which, index = self.place(first, count)
+        batch = np.empty((count, self.length + 1), dtype=np.int64)
+        for shard in np.unique(which):
+            windows = np.lib.stride_tricks.sliding_window_view(self.shards[shard], self.length + 1)[::self.length]
+            batch[which == shard] = windows[index[which == shard]]
+        if batch.max() >= self.vocab_size:
+            self.check_tokens(np.unique(which))
+        return batch
+
+    def place(self, first, count):
+        """Where these samples of the global index are: (number of the shard, index within it), (count,) each."""
         epochs, index = np.divmod(np.arange(first, first + count), self.samples)
         if self.shuffle:
             index = np.concatenate([self.order(epoch)[index[epochs == epoch]] for epoch in np.unique(epochs)])
         which = np.searchsorted(self.ends, index, side="right")
-        batch = np.empty((count, self.length + 1), dtype=np.int64)
-        for shard in np.unique(which):
-            windows = np.lib.stride_tricks.sliding_window_view(self.shards[shard], self.length + 1)[::self.length]
-            batch[which == shard] = windows[index[which == shard] - (self.ends[shard - 1] if shard else 0)]
-        if batch.max() >= self.vocab_size:
-            self.check_tokens(np.unique(which))
-        return batch
+        return which, index - np.concatenate(([0], self.ends))[which]
 
     def require(self, name, value, samples):
         """Raises DataError where there are fewer samples than the setting `name` needs."""
@@ -878,7 +888,7 @@ class ShardLoader:
             return batch.pin_memory() if device.type == "cuda" else batch
 
         slices = iter(slices)
-        with ThreadPoolExecutor(1) as pool:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
             ahead = deque(pool.submit(load, *piece) for piece in itertools.islice(slices, depth))
             while ahead:
                 start, ready = time.perf_counter(), ahead[0].done()
@@ -907,7 +917,7 @@ def dataset_index(pattern):
 
 def fingerprint(loaders, folder):
     """SHA-256 over names and contents of the loaders' shards, hex; they are cached in folder by path, size and time."""
-    cache = folder / "shard_hashes.json"
+    cache = folder / ".shard_hashes.json"
     known, hashes = {}, []
     with contextlib.suppress(OSError, ValueError):  # no cache yet, or a damaged one
         known = json.loads(cache.read_text())
@@ -922,6 +932,227 @@ def fingerprint(loaders, folder):
         write_whole(cache, json.dumps(known))
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
+########################################
+#             Checkpoints              #
+########################################
+
+MAX_FAILED_SAVES = 3  # in a row
+SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint to be written; a slower one is written while it goes on
+SCHEDULED = ("num_iterations", "lr_schedule", "warmup_iters", "warmdown_iters", "min_lr_frac")
+RESUMABLE = (*UNTRAINED, "device_batch_size", "val_every", "val_tokens", "max_epochs", "device", "compile",
+             "deterministic", "init_from")  # a run may go on with other values: what it learns does not change
+
+def sha256sum(path):
+    """The line that `sha256sum` prints for a file."""
+    with open(path, "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+
+def defect(folder):
+    """What is wrong with a checkpoint; "" where every file is what its list of hashes says."""
+    try:
+        lines = (folder / "SHA256SUMS").read_bytes().decode().splitlines(keepends=True)
+        wrong = [line[66:-1] for line in lines if line != sha256sum(folder / line[66:-1])]
+        if wrong or folder.is_symlink() or not {".metadata", "run.json"} <= {line[66:-1] for line in lines}:
+            return f"{(wrong or ['SHA256SUMS'])[0]} is not what was written there"
+        step = json.loads((folder / "run.json").read_text())["step"]
+        return "" if step == int(folder.name[5:]) else f"it is that of step {step}"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read ({error})"
+
+def step_folders(folder):
+    """The checkpoints of a run, {step: path} from old to new; whatever else lies there is not ours."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
+    return dict(sorted((int(path.name[5:]), path) for path in found))
+
+def set_aside(path, why):
+    """Renames a checkpoint that must not be resumed but is not ours to delete."""
+    names = (path.with_name(f"{path.name}.{why}{i or ''}") for i in itertools.count())
+    path.rename(next(name for name in names if not name.exists()))
+
+def find_checkpoint(cfg, folder, restarted, warnings):
+    """The checkpoint that a run of cfg goes on from, or None. Damaged ones are set aside. Raises ConfigError."""
+    for path in reversed(step_folders(folder).values()) if restarted or cfg.resume == "auto" else ():
+        if not (problem := defect(path)):
+            return path
+        warnings.append(f"{path} is set aside: {problem}")
+        set_aside(path, "corrupt")
+    if cfg.resume in ("none", "auto"):
+        return None
+    path = Path(cfg.resume)
+    if Path(cfg.log_dir).resolve() not in path.resolve().parents:
+        raise ConfigError(f"RESUME={path}: lies outside LOG_DIR={cfg.log_dir}, and only checkpoints made here are "
+                          "resumed; weights from elsewhere come in through INIT_FROM, as safetensors")
+    if path not in (there := step_folders(path.parent).values()):
+        raise ConfigError(f"RESUME={path}: is no checkpoint; choose auto, none or one of "
+                          f"{', '.join(map(str, there)) or f'{cfg.log_dir}/<run_id>/step_<number>'}")
+    if problem := defect(path):
+        raise ConfigError(f"RESUME={path}: {problem}; RESUME=auto takes the newest valid checkpoint of RUN_ID")
+    return path
+
+def changed_settings(saved, cfg, facts):
+    """[] or a sentence on what differs from `saved`, a checkpoint's run.json. Raises ConfigError, field by field, where
+    going on would not be the same run."""
+    before = {name: saved["config"].get(name, getattr(Config, name)) for name in vars(cfg)}
+    changed = {name: f"{name.upper()} {before[name]} -> {now}" for name, now in vars(cfg).items() if now != before[name]}
+    changed |= {name: f"{name} {saved[name]} -> {facts[name]}" for name in ("world_size", "data_fingerprint")
+                if saved[name] != facts[name]}
+    past, steps = Config(**before), range(saved["step"])
+    same_past = all(lr_factor(step, past) == lr_factor(step, cfg) for step in steps)
+    harmless = {*RESUMABLE, "world_size", *SCHEDULED * same_past}
+    if refused := [text for name, text in changed.items() if name not in harmless]:
+        raise ConfigError(f"RUN_ID={cfg.run_id} cannot go on from step {saved['step']} as the same run: "
+                          f"{', '.join(refused)}; set them back, or start another RUN_ID")
+    told = [text for name, text in changed.items() if name not in LABELS]
+    return [f"goes on with other settings: {', '.join(told)}"] * bool(told)
+
+def tally(ranks):
+    """What the ranks hold together, of {key: (kind, dtype, numbers, sum of their bits)} for each rank: slices add up,
+    copies have to be equal. Raises RuntimeError naming rank and tensor."""
+    total = {}
+    for rank, held in enumerate(ranks):
+        for key, (kind, *described) in held.items():
+            if kind == "slice" and key in total:
+                described[1:] = [a + b for a, b in zip(described[1:], total[key][1:])]
+            elif total.get(key, described) != described:
+                raise RuntimeError(f"the ranks have come apart: {key} of rank {rank} is not that of the ranks before it")
+            total[key] = described
+    return total
+
+def local(tensor):
+    """The part of a DTensor that this rank holds; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+class Checkpoints:
+    """Saves State in the folder of a run and restores it, on any number of ranks. Every rank calls every method.
+
+    Each rank writes what it alone holds, and its share of what all hold, through torch.distributed.checkpoint, from
+    copies and in a thread, so that training can go on meanwhile. A folder gets its name when it is whole."""
+    def __init__(self, cfg, ranks, records):
+        from torch.distributed.device_mesh import init_device_mesh
+        self.cfg, self.rank, self.world, self.records = cfg, ranks.rank, ranks.world_size, records
+        self.group = dist.new_group(backend="gloo")  # its own: the thread must not meet the collectives of the loop
+        self.mesh = init_device_mesh("cpu", (self.world,))
+        self.pool, self.pending, self.buffers = concurrent.futures.ThreadPoolExecutor(1), None, {}
+        self.step, self.failures = -1, 0  # the last step saved or loaded; failed saves in a row
+
+    def copies(self, tensors):
+        """CPU memory for each of {key: (tensor, kind)}, kept for the next time: {key: Tensor, or DTensor for a slice}."""
+        from torch.distributed.tensor import DTensor, Shard
+        for key, (tensor, kind) in tensors.items():
+            if key not in self.buffers:
+                copy = torch.empty_like(tensor, device="cpu")
+                self.buffers[key] = DTensor.from_local(copy, self.mesh, [Shard(0)]) if kind == "slice" else copy
+        return {key: self.buffers[key] for key in tensors}
+
+    def gather(self, tensors, group=None):
+        """The tally of {key: (tensor, kind)} over the ranks."""
+        held = {key: (kind, str(tensor.dtype), tensor.numel(), tensor.reshape(-1).view(torch.int32).sum().item())
+                for key, (tensor, kind) in tensors.items()}
+        ranks = [None] * self.world
+        dist.all_gather_object(ranks, held, group)
+        return tally(ranks)
+
+    def save(self, state, facts):
+        """Writes what training needs to go on from here, and `facts` (JSON); after SAVE_STALL the loop goes on anyway."""
+        self.wait()
+        if state.step == self.step:
+            return
+        tensors, turns = state.tensors(), itertools.cycle(range(self.world))
+        if self.world > 1:
+            self.gather({key: (tensor, kind) for key, (tensor, kind) in tensors.items() if kind == "copy"})
+        kinds = {key: kind for key, (_, kind) in tensors.items() if kind != "copy" or next(turns) == self.rank}
+        copies = self.copies({key: tensors[key] for key in kinds})
+        for key, copy in copies.items():
+            local(copy).copy_(tensors[key][0])
+        facts |= {"step": state.step, "config": vars(self.cfg) | {"run_id": self.records.folder.name}}
+        facts = json.loads(json.dumps(facts))  # the loop goes on to change some of it
+        self.step, self.pending = state.step, self.pool.submit(self.write, copies, kinds, facts)
+        concurrent.futures.wait([self.pending], SAVE_STALL)
+
+    def write(self, copies, kinds, facts):
+        """Writes and publishes one checkpoint; returns what went wrong, the same on every rank, or ""."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
+        began, problem, final = time.perf_counter(), [""], self.records.folder / f"step_{facts['step']:06d}"
+        temporary = final.with_name(f".tmp_{final.name}")
+        try:
+            facts["entries"] = self.gather({key: (local(copy), kinds[key]) for key, copy in copies.items()}, self.group)
+            dcp.save(copies, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
+            if self.rank == 0:
+                self.publish(temporary, final, facts)
+                self.records.print(f"checkpoint:{final} write_time:{time.perf_counter() - began:.2f}s")
+        except (Exception, CheckpointException) as error:
+            failures = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
+            problem = [" ".join(str((failures or [error])[0]).split())[:200]]
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                self.records.print(f"warning: no checkpoint at step {facts['step']}: {problem[0]}")
+        dist.broadcast_object_list(problem, group=self.group)
+        return problem[0]
+
+    def publish(self, temporary, final, facts):
+        """Lists the hashes of all files, brings everything to the disk, gives the folder its name, and prunes."""
+        if missing := {f"__{rank}_0.distcp" for rank in range(self.world)} - {p.name for p in temporary.iterdir()}:
+            raise OSError(f"{sorted(missing)[0]} is not there: LOG_DIR has to be one folder for all machines")
+        write_whole(temporary / "run.json", json.dumps(facts))
+        write_whole(temporary / "SHA256SUMS", "".join(map(sha256sum, sorted(temporary.iterdir()))))
+        sync(temporary)
+        os.replace(temporary, final)
+        sync(final.parent)
+        for path in [*step_folders(final.parent).values()][:-self.cfg.keep_last]:
+            try:
+                doomed = path.with_name(f".tmp_{path.name}")  # half deleted, it must not look like a checkpoint
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                self.records.print(f"warning: {path} stays: {error}")
+
+    def wait(self, last=False):
+        """Until the save under way is done. Raises OSError where too many have failed in a row, or the last one has."""
+        if self.pending:
+            problem, self.pending = self.pending.result(), None
+            self.step, self.failures = (-1, self.failures + 1) if problem else (self.step, 0)
+            if problem and (last or self.failures == MAX_FAILED_SAVES):
+                raise OSError(f"{'the last' if last else self.failures} checkpoint(s) could not be written: {problem}")
+
+    def load(self, state, path):
+        """Restores State; returns the facts saved with it. Raises ConfigError or RuntimeError where a tensor is missing
+        or is not what was saved."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+        tensors, facts = state.tensors(), json.loads((path / "run.json").read_text())
+        copies, self.buffers = self.copies(tensors), {}
+        try:
+            dcp.load(copies, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
+        except CheckpointException as error:
+            raise ConfigError(f"RESUME: {path} does not fit this train_gpt.py: {error}") from None
+        for key, (tensor, _) in tensors.items():
+            tensor.copy_(local(copies[key]))
+        held, saved = self.gather(tensors), facts["entries"]
+        if wrong := [key for key in {**held, **saved} if held.get(key) != saved.get(key)]:
+            raise RuntimeError(f"{path}: {wrong[0]} did not come back as it was saved")
+        state.step = self.step = facts["step"]
+        return facts
+
+def export_weights(model, cfg, folder):
+    """Writes model.safetensors, config.json and, where the dataset has one, tokenizer.json."""
+    from safetensors.torch import save_file
+    save_file(model.state_dict(), temporary := folder / ".tmp_model.safetensors", metadata={"format": "pt"})
+    sync(temporary)
+    os.replace(temporary, folder / "model.safetensors")
+    write_whole(folder / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
+    if (tokenizer := Path(cfg.input_bin).parent / "tokenizer.json").is_file():
+        shutil.copy(tokenizer, folder)
+
+def import_weights(model, path):
+    """Fills model from a safetensors file, or a folder with model.safetensors. Raises ConfigError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        model.load_state_dict(load_file(Path(path) / "model.safetensors" if Path(path).is_dir() else path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"INIT_FROM={path}: expected model.safetensors of a run with these sizes (config.json beside "
+                          f"it has them); {' '.join(str(error).split())[:500]}") from None
 
 ########################################
 #               Records                #
@@ -932,6 +1163,12 @@ PEAK_TFLOPS = {  # dense bfloat16 by the name CUDA gives the device, the more pa
     "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200 NVL": 836, "H200": 989, "GB200": 2500, "B200": 2250,
     "A100": 312, "L40S": 362, "RTX 4090": 165.2, "RTX 5090": 209.5, "RTX 3090": 71}
 
+def sync(path):
+    """Brings a file, or the names in a folder, to the disk."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
 def write_whole(path, text):
     """Replaces a file at one stroke, so that no reader and no crash ever sees half of it."""
     path = Path(path)
@@ -940,8 +1177,7 @@ def write_whole(path, text):
     try:
         with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -949,7 +1185,7 @@ def write_whole(path, text):
 def update_results(path, rows):
     """Merges rows into the results table, one per run_id, under a lock: columns are united, nothing is lost. None is a
     blank, truth values are 0 and 1."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         table = {}
@@ -1003,57 +1239,105 @@ def utc_now():
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 class Records:
-    """What a run leaves: log, curve, summary and row. Rank 0 writes them; on other ranks every method does nothing."""
-    def __init__(self, cfg, run_id, writes):
-        self.writes, self.bar, self.results_csv = writes, None, cfg.results_csv
+    """What a run leaves: log, curve, summary and row. Rank 0 writes them; on other ranks every method but fail() does
+    nothing."""
+    def __init__(self, cfg, run_id, rank=0):
+        self.cfg, self.rank, self.bar, self.lost, self.results_csv = cfg, rank, None, "", cfg.results_csv
+        self.live = False  # set once the run_id is claimed
         self.log, self.curve, self.json = (Path(cfg.log_dir) / f"{run_id}.{kind}" for kind in ("txt", "csv", "json"))
+        self.folder = Path(cfg.log_dir) / run_id  # checkpoints, the stop file, stacks of ranks that hang
+        self.lock = FileLock(self.folder / "live.lock")
         self.summary = dataclasses.asdict(cfg) | {"run_id": run_id}
 
-    def open(self, facts, warnings):
-        """Starts the files of the run. Raises ConfigError where they exist or cannot be written."""
+    def open(self, facts, warnings, restarted=False):
+        """Claims the run_id and starts its files, or goes on with them where the run is resumed; returns the checkpoint
+        to go on from, if any. Raises ConfigError where they exist, belong to a live run or cannot be written."""
         self.summary |= facts
-        if not self.writes:
-            return
+        if self.rank:
+            return None
+        self.claim()
+        warnings, step = [*warnings], -1
+        if path := find_checkpoint(self.cfg, self.folder, restarted, warnings):
+            saved = json.loads((path / "run.json").read_text())
+            step, warnings = saved["step"], warnings + changed_settings(saved, self.cfg, facts)
+        goes_on = restarted or self.cfg.resume == "auto" or path and path.parent.resolve() == self.folder.resolve()
+        if self.log.exists() and not goes_on:
+            raise ConfigError(f"RUN_ID={self.folder.name}: {self.log} exists; RESUME=auto goes on with that run, else "
+                              "choose another RUN_ID or leave it blank")
+        for later in [later for number, later in step_folders(self.folder).items() if number > step]:
+            set_aside(later, "superseded")
         commit, dirty = git_state()
         self.summary = dict.fromkeys(("run_id", "stage", "variant", "preset")) | {
             "status": "running", "started": utc_now(), "git": commit, "dirty": dirty,
-            "source_sha": hashlib.sha256(SOURCE.encode()).hexdigest()[:12], "host": socket.gethostname(),
-            "torch": torch.__version__} | facts | self.summary
+            "source_sha": hashlib.sha256(SOURCE.encode()).hexdigest()[:12], "host": platform.node(),
+            "torch": torch.__version__, "resumes": 0, "error": None} | facts | self.summary
+        self.start_files(step)
+        self.print("\n".join([f"run_id:{self.folder.name}", f"changes: {facts['changes'] or 'none'}",
+                              *[f"resumed:{path}"] * bool(path), *(f"warning: {warning}" for warning in warnings)]))
+        total = self.summary["num_iterations"]
+        self.bar = tqdm(total=total, initial=max(0, step), unit="step", disable=not sys.stderr.isatty())
+        return path
+
+    def claim(self):
+        """Makes sure that no other live run has this RUN_ID, and clears away what a killed one left half done."""
         try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            rule, settings = "=" * 100, json.dumps(self.summary, indent=1)
-            with open(self.log, "x") as log:  # of two runs that start at once, one owns the id
-                log.write("\n".join([rule, SOURCE, rule, machine_text(), f"settings: {settings}", rule, ""]))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.folder.resolve() != self.folder.parent.resolve() / self.folder.name:
+                raise ConfigError(f"RUN_ID={self.folder.name}: {self.folder} leads out of LOG_DIR; remove that link")
+            self.lock.acquire(timeout=1)
+        except Timeout:
+            raise ConfigError(f"RUN_ID={self.folder.name}: a run of that name is live; choose another RUN_ID, or end "
+                              f"it first: touch {self.folder / 'stop'}") from None
         except OSError as error:
-            if self.log.exists():
-                raise ConfigError(f"RUN_ID={self.summary['run_id']}: {self.log} exists; choose another RUN_ID or "
-                                  "leave it blank") from None
             raise ConfigError(f"LOG_DIR={self.log.parent}: cannot be written ({error}); name another folder") from None
+        for path in self.folder.glob(".tmp_*"):
+            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        for name in "stop", "error.txt":
+            (self.folder / name).unlink(missing_ok=True)
+
+    def start_files(self, step):
+        """Heads the log, or cuts the steps from `step` on out of log and curve, since they will be run again."""
+        def before(path, pattern):
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            return "".join(line for line in lines if not (found := re.match(pattern, line)) or int(found[1]) < step)
+
+        rule, fresh = "=" * 100, not self.log.exists()
+        head = "\n".join([rule, SOURCE, rule, machine_text(), f"settings: {json.dumps(self.summary, indent=1)}", rule, ""])
+        if not fresh:
+            old = json.loads(self.json.read_text()) if self.json.exists() else {}
+            head = head if old.get("source_sha") != self.summary["source_sha"] else ""  # what runs now is in the log
+            self.summary |= {"started": old.get("started"), "resumes": (old.get("resumes") or 0) + 1}
         try:
-            self.curve.write_text(",".join(CURVE) + "\n")
+            write_whole(self.log, before(self.log, r"(?:\[\w+\] )?step:(\d+)/") + head)
+            write_whole(self.curve, before(self.curve, r"(\d+)(?:,|$)") or ",".join(CURVE) + "\n")
             self.save()
         except (OSError, ConfigError) as error:
-            for file in (self.log, self.curve, self.json):
+            for file in (self.log, self.curve, self.json) if fresh else ():
                 file.unlink(missing_ok=True)
             raise ConfigError(f"RESULTS_CSV={self.results_csv}: cannot be written ({error}); name another") from None
-        self.print("\n".join([f"run_id:{self.summary['run_id']}", f"changes: {facts['changes'] or 'none'}",
-                              *(f"warning: {warning}" for warning in warnings)]))
-        self.bar = tqdm(total=self.summary["num_iterations"], unit="step", disable=not sys.stderr.isatty())
+
+    def append(self, path, text):
+        """Adds to a file. A disk that is full costs the record, not the run, which says so at once and at its end."""
+        try:
+            with open(path, "a") as file:
+                file.write(text)
+        except OSError as error:
+            self.lost = self.lost or f"{path} is not whole: {error}"
+            print(f"warning: {path}: {error}", file=sys.stderr)
 
     def print(self, line):
         """A line to the log and to standard output."""
-        if self.writes:
-            with open(self.log, "a") as log:
-                log.write(line + "\n")
+        if self.rank == 0:
+            line = redact(line, os.environ)
+            self.append(self.log, line + "\n")
             with contextlib.suppress(OSError):  # a reader that has gone away ends no run
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
     def point(self, values):
         """A row of the curve; what is not given stays blank."""
-        if self.writes:
-            with open(self.curve, "a") as curve:
-                curve.write(",".join(repr(values[name]) if name in values else "" for name in CURVE) + "\n")
+        if self.rank == 0:
+            self.append(self.curve, ",".join(repr(values[name]) if name in values else "" for name in CURVE) + "\n")
             if "train_loss" in values:
                 loss, speed = values["train_loss"], values["tokens_per_sec"]
                 self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
@@ -1067,38 +1351,54 @@ class Records:
 
     def close(self, status, **values):
         """The run's last words: a block of figures and files, the summary, the row."""
-        self.summary |= {"status": status} | values
+        self.summary |= {"status": status} | ({"error": self.lost} if self.lost else {}) | values
         if self.bar is not None:
             self.bar.close()
             told = "status final_loss best_loss bits_per_byte tokens train_time eval_time compile_time step_avg".split()
-            told += "tokens_per_sec mfu peak_mem data_wait bad_steps error".split()
+            told += "save_time tokens_per_sec mfu peak_mem data_wait bad_steps resumes error".split()
             files = {"log": self.log, "curve": self.curve, "summary": self.json, "row": self.results_csv}
             try:
                 self.save()
             except (OSError, ConfigError) as error:
-                files["row"] = f"not written ({error}); mend the table and run python scripts/rebuild_results.py"
+                self.lost = files["row"] = f"not written ({error}); mend it, then python scripts/rebuild_results.py"
             lines = {key: self.summary[key] for key in told if self.summary.get(key) not in (None, "")} | files
             lines = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in lines.items()}
             self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
 
+    def fail(self, status, reason, trace):
+        """Ends the records of a run that went wrong. The rank that fails first says why, for the others fail of it."""
+        first = self.folder / "error.txt"
+        with contextlib.suppress(OSError):  # no disk, no record; the terminal has it
+            if not first.exists():
+                write_whole(first, f"{status}: {reason}\nrank {self.rank}, {utc_now()}\n{trace}")
+                if self.rank:  # should rank 0 not live to write it
+                    self.summary = json.loads(self.json.read_text()) | {"status": status, "error": reason}
+                    self.save()
+            status, _, reason = first.read_text().splitlines()[0].partition(": ")
+        if self.rank == 0:
+            self.append(self.log, trace)
+            self.close(status, error=reason)
+        return status
+
 def refuse(env, error):
     """Leaves a summary and a row for a run that did not start, with what is known of it."""
-    run_id = env.get("RUN_ID", "")
+    run_id = redact(env.get("RUN_ID", ""), env)
     run_id = run_id if re.fullmatch(RUN_ID_PATTERN, run_id) else new_run_id("refused")
-    row = {"run_id": run_id} | {name: env.get(name.upper(), "") for name in ("stage", "variant", "preset", "note")}
-    row |= {"status": error.status, "error": str(error), "started": utc_now(), "host": socket.gethostname()}
-    summary = Path(env.get("LOG_DIR") or Config.log_dir) / f"{run_id}.json"
+    row = {name: redact(env.get(name.upper(), ""), env) for name in ("stage", "variant", "preset", "note")}
+    row = {"run_id": run_id} | row | {"status": error.status, "error": redact(str(error), env),
+                                      "started": utc_now(), "host": platform.node()}
+    places = [env.get("LOG_DIR") or Config.log_dir, env.get("RESULTS_CSV") or Config.results_csv]
+    summary = Path(places[0]) / f"{run_id}.json"
     with contextlib.suppress(OSError, ConfigError):  # where nothing can be written, the terminal has to do
-        if not summary.exists():  # the record of a finished run stays what it is
+        if not summary.exists() and places == [redact(place, env) for place in places]:  # no finished run is touched
             write_whole(summary, json.dumps(row, indent=1) + "\n")
-            update_results(env.get("RESULTS_CSV") or Config.results_csv, [row])
-
+            update_results(places[1], [row])
 
 ########################################
 #               Training               #
 ########################################
 
-MAX_BAD_STEPS = 20  # in a row; more end the run as diverged
+FIRST_STEP_TIMEOUT = 1800  # seconds: joining, compiling and reading may take so long
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXIT_CODES = {"ok": 0, "stopped": 0, "preempted": 0, "crash": 1, "config": 2, "data": 3, "diverged": 4, "oom": 5}
 
@@ -1117,7 +1417,7 @@ class Ranks(NamedTuple):
         return torch.device("cuda", self.local_rank) if cfg.device == "cuda" else torch.device("cpu")
 
 def new_run_id(preset):
-    return f"{preset}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return f"{preset}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 def resolve(cfg):
     """cfg with what auto and 0 leave open: device, dtype, compile and vocab_size. Raises ConfigError, DataError."""
@@ -1130,8 +1430,11 @@ def resolve(cfg):
     if not vocab_size:
         raise DataError(f"VOCAB_SIZE=0 is read from index.json beside {cfg.input_bin}, which is not there; "
                         f"set VOCAB_SIZE, or {how_to_get(cfg.input_bin)}")
-    compiled = str(int(device == "cuda")) if cfg.compile == "auto" else cfg.compile
-    return dataclasses.replace(cfg, device=device, dtype=dtype, compile=compiled, vocab_size=vocab_size)
+    if cfg.deterministic and cfg.compile == "1":
+        raise ConfigError("COMPILE=1 chooses kernels by timing them, so DETERMINISTIC=1 cannot have it; set COMPILE=0")
+    run_id = cfg.run_id or (Path(cfg.resume).parent.name if cfg.resume not in ("auto", "none") else "")
+    compiled = str(int(device == "cuda" and not cfg.deterministic)) if cfg.compile == "auto" else cfg.compile
+    return dataclasses.replace(cfg, device=device, dtype=dtype, compile=compiled, vocab_size=vocab_size, run_id=run_id)
 
 def make_plan(cfg, ranks):
     """What a run of cfg on these ranks will be, without touching a device: counts as plain integers."""
@@ -1146,14 +1449,15 @@ def make_plan(cfg, ranks):
 
 def check_batch(cfg, ranks):
     """Raises ConfigError where the ranks cannot share the batch in whole micro-batches."""
-    at_once = cfg.device_batch_size * ranks.world_size
-    if cfg.batch_size % at_once:
-        fits = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % (n * ranks.world_size) == 0]
-        near = sorted(fits, key=lambda n: abs(n - cfg.device_batch_size))[:2]
-        raise ConfigError(f"BATCH_SIZE={cfg.batch_size}: must be a multiple of DEVICE_BATCH_SIZE="
-                          f"{cfg.device_batch_size} x {ranks.world_size} ranks; "
-                          f"set BATCH_SIZE={nearest_multiples(cfg.batch_size, at_once)}"
-                          + f" or DEVICE_BATCH_SIZE={' or '.join(map(str, near))}" * bool(near))
+    batch, micro, world = cfg.batch_size, cfg.device_batch_size, ranks.world_size
+    if batch % (micro * world):
+        near = [sorted((n for n in range(1, batch + 1) if batch % (n * other) == 0), key=lambda n: abs(n - now))[:4]
+                for now, other in ((world, micro), (micro, world))]
+        choices = [f"BATCH_SIZE={nearest_multiples(batch, micro * world)}"]
+        choices += [f"DEVICE_BATCH_SIZE={' or '.join(map(str, near[1][:2]))}"] * bool(near[1])
+        choices += [f"{' or '.join(map(str, sorted(near[0])))} ranks"] * bool(near[0])
+        raise ConfigError(f"BATCH_SIZE={batch}: must be a multiple of DEVICE_BATCH_SIZE={micro} x {world} ranks; "
+                          f"choose {', or '.join(choices)}")
 
 def preflight(cfg, ranks):
     """Loaders for training and validation, after all that can be checked has been. Raises ConfigError, DataError."""
@@ -1175,29 +1479,90 @@ def preflight(cfg, ranks):
             loader.check_tokens()
     return train, val
 
-def setup(cfg, ranks):
+def launcher_store(env):
+    """The key-value store of torchrun, which outlives the ranks that it starts again; None without torchrun."""
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+
+def setup(cfg, ranks, env):
     """Joins the ranks in a process group, of one without torchrun, and agrees on the run's id, which is returned."""
+    if cfg.deterministic:
+        if (workspace := env.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")) not in (":4096:8", ":16:8"):
+            raise ConfigError(f"CUBLAS_WORKSPACE_CONFIG={workspace}: DETERMINISTIC=1 needs :4096:8 or :16:8; unset it")
+        torch.use_deterministic_algorithms(True)
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
     if cfg.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     else:
         keep_freed_memory()
+    kept, where = launcher_store(env), {"rank": ranks.rank, "world_size": ranks.world_size}
+    if "MASTER_ADDR" not in env:
+        where["store"] = dist.HashStore()
+    elif kept and ranks.local_world_size == ranks.world_size:  # it still has the addresses of ranks that have died
+        where["store"] = dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", kept)
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
-    alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **alone)
+    dist.init_process_group(backend, timeout=timedelta(seconds=FIRST_STEP_TIMEOUT), **where)
     run_id = [cfg.run_id or new_run_id(cfg.preset)]
+    if ranks.rank == 0 and kept:
+        run_id = [kept.compare_set("train_gpt/run_id", "", run_id[0]).decode()]  # the same after a restart
     dist.broadcast_object_list(run_id, device=torch.device("cpu"))
     return run_id[0]
 
 def agree(work):
-    """Runs work on every rank; a ConfigError of rank 0 is raised by all."""
-    problem = [None]
+    """Runs work on every rank and returns what it returned on rank 0, whose ConfigError is raised by all."""
+    outcome = [None, None]
     try:
-        work()
+        outcome[0] = work()
     except ConfigError as error:
-        problem = [str(error)]
-    dist.broadcast_object_list(problem, device=torch.device("cpu"))
-    if problem[0]:
-        raise ConfigError(problem[0])
+        outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    if outcome[1]:
+        raise ConfigError(outcome[1])
+    return outcome[0]
+
+class Watch:
+    """Ends a run in good order: a signal to any rank or the stop file becomes one decision of all ranks, and ranks that
+    make no step write where they stand."""
+    def __init__(self, folder, ranks, timeout):
+        self.stop_file, self.leads, self.timeout = folder / "stop", ranks.rank == 0, timeout
+        self.asked, self.status, self.pending, self.flag = 0, "", None, None
+        self.patience, self.longest, self.last, self.armed = FIRST_STEP_TIMEOUT, 0, 0, 0
+        folder.mkdir(parents=True, exist_ok=True)  # where machines share no disk
+        (stacks := folder / f"stacks_rank{ranks.rank}.txt").unlink(missing_ok=True)  # it may be a link to elsewhere
+        self.stacks = open(stacks, "x")
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+        self.handlers = {number: signal.signal(number, self.ask) for number in numbers}
+
+    def ask(self, number, frame):
+        self.asked = 1
+
+    def agreed(self):
+        """The status that the run is to end with, "" to go on. Called equally often on every rank; what one asks for in
+        this call, all learn in the next, so that none waits for another."""
+        if self.pending:
+            self.pending.wait()
+            self.status = self.status or ("", "preempted", "stopped")[self.flag.item()]
+        self.flag = torch.tensor(2 if self.leads and self.stop_file.exists() else self.asked)
+        self.pending = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
+        now = time.monotonic()
+        self.longest, self.last = max(self.longest, now - (self.last or now)), now
+        if now - self.armed > min(1, self.patience / 10):
+            faulthandler.dump_traceback_later(self.patience, file=self.stacks)
+            self.armed = now
+        return self.status
+
+    def hurry(self):
+        """Shortens the patience, once the first step has shown how long one takes."""
+        self.patience, self.armed = max(self.timeout, 10 * self.longest), 0
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1.5 * self.patience))  # first the stacks, then the end
+
+    def close(self):
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if not self.stacks.tell():
+            Path(self.stacks.name).unlink(missing_ok=True)
+        self.stop_file.unlink(missing_ok=True)  # it has been obeyed
 
 def keep_freed_memory():
     """Lets glibc keep what is freed for the next step: getting large tensors' pages anew takes a tenth of a step."""
@@ -1206,14 +1571,15 @@ def keep_freed_memory():
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
 
-@dataclass
+@dataclasses.dataclass
 class State:
     """What a step changes."""
     model: GPT
     optimizers: list
     loss_scale: LossScale
-    bad_steps: Tensor  # (2,): updates left out because a gradient was not finite, in all and in a row until now
     step: int = 0  # updates made
+    skipped: list = dataclasses.field(default_factory=list)  # (1 + ranks,) of each step not yet looked at: whether its
+    # update was left out, and on which ranks the loss or a gradient was not finite
 
     @classmethod
     def build(cls, cfg, ranks):
@@ -1221,7 +1587,16 @@ class State:
         torch.manual_seed(cfg.seed)
         dtype, device = DTYPES[cfg.dtype], ranks.device(cfg)
         model = GPT(cfg, dtype).to(device)
-        return cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device), torch.zeros(2, device=device))
+        return cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device))
+
+    def tensors(self):
+        """What a checkpoint holds: {key: (tensor, "copy" where every rank has the same, else "own" or "slice")}."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        found = {f"model.{name}": (p.data, "copy") for p, name in names.items()}
+        for optimizer in self.optimizers:
+            found |= optimizer.tensors(names)
+        scale = self.loss_scale
+        return found | {"loss_scale": (scale.value, "copy"), "loss_scale.good_steps": (scale.good_steps, "copy")}
 
 def compile_model(model, cfg, device):
     """Compiles blocks and loss, runs them once forward, backward and in evaluation, so that no step waits for it."""
@@ -1239,42 +1614,51 @@ def compile_model(model, cfg, device):
 def train_step(state, cfg, inputs, targets):
     """One update from this rank's part of the global batch, inputs and targets (n, T). Returns the mean loss () over
     the batch and the global gradient norm (), on the device; nothing here waits for it."""
-    micro, scale = cfg.device_batch_size, state.loss_scale.value
-    weight = micro / (len(inputs) * dist.get_world_size())
-    losses = []
+    micro, scale, rank, world = cfg.device_batch_size, state.loss_scale.value, dist.get_rank(), dist.get_world_size()
+    if cfg.dropout:  # no generator has a state to save: every step and rank has its own seed
+        torch.manual_seed(int(np.random.SeedSequence((cfg.seed, state.step, rank)).generate_state(1, np.uint64)[0]))
+    weight, losses = micro / (len(inputs) * world), []
     for x, y in zip(inputs.split(micro), targets.split(micro)):
         losses.append(state.model(x, y))
         losses[-1].backward(scale * weight)
+    loss, guilty = sum(losses).detach() * weight, torch.zeros(world, device=scale.device)
     squares = sum(optimizer.reduce_grads() for optimizer in state.optimizers)
-    stats = torch.stack([sum(losses).detach() * weight, squares])
+    own = squares if world == 1 else squared_norm([p.grad for p in state.model.parameters()])
+    guilty[rank] = ~torch.isfinite(loss + own)
+    stats = torch.cat([torch.stack([loss, squares]), guilty])
     dist.all_reduce(stats)
     loss, norm = stats[0], stats[1].sqrt() / scale
-    skip = (~torch.isfinite(norm)).float()
+    skip, lost = (~torch.isfinite(norm + loss)).float(), (~torch.isfinite(loss)).float()
     clip = (norm / cfg.grad_clip).clamp(min=1) if cfg.grad_clip else 1
     grad_scale = scale * clip if cfg.grad_clip or state.loss_scale.active else None
     for optimizer in state.optimizers:
         optimizer.step(lr_factor(state.step, cfg), grad_scale, skip)
     state.model.zero_grad()
     state.loss_scale.update(skip)
-    if not state.loss_scale.active:  # where it is, an overflow is its way to find out how far it can go
-        state.bad_steps = (state.bad_steps + skip) * torch.stack((torch.ones_like(skip), skip))
+    bad = lost if state.loss_scale.active else skip  # an overflow is how the scale finds out how far it can go
+    state.skipped.append(torch.cat([bad.view(1), stats[2:]]))
     state.step += 1
     return loss, norm
 
 @torch.no_grad()
-def evaluate(model, loader, cfg, ranks):
-    """Mean loss over the first VAL_TOKENS of the validation shards, each rank taking a share of the samples."""
+def evaluate(model, loader, cfg, ranks, watch):
+    """Mean loss over the first VAL_TOKENS of the validation shards, each rank taking a share of the samples; None where
+    the run is to end."""
     samples, device, micro = cfg.val_tokens // cfg.sequence_length, ranks.device(cfg), cfg.device_batch_size
     first, last = (samples * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    slices = [(i, min(micro, last - i)) for i in range(first, last, micro)]
     total = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
-    for x, y, _ in loader.prefetch([(i, min(micro, last - i)) for i in range(first, last, micro)], device):
-        odd = cfg.compile == "1" and len(x) < micro  # not worth a compilation
-        with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
-            total += model(x, y) * len(x)
+    with contextlib.closing(loader.prefetch(slices, device)) as batches:
+        for i, (x, y, _) in enumerate(batches):
+            if i < samples // ranks.world_size // micro and watch.agreed():  # as often as every rank comes by here
+                break
+            odd = cfg.compile == "1" and len(x) < micro  # not worth a compilation
+            with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
+                total += model(x, y) * len(x)
     model.train()
     dist.all_reduce(total)
-    return total.item() / samples
+    return None if watch.status else total.item() / samples
 
 def peak_memory(device):
     """Most memory in use at once, GiB: of the device, or of this process on a CPU."""
@@ -1290,12 +1674,41 @@ def model_flops_utilization(cfg, device, flops_per_sec):
 
 class Meter:
     """Turns what the loop measures into lines, points of the curve and the summary."""
-    def __init__(self, cfg, ranks, records, samples):
-        self.cfg, self.device, self.records, self.samples = cfg, ranks.device(cfg), records, samples
-        self.waits, self.best_loss, self.last = [], math.inf, (0, 0.0)  # last: (tokens, train time) of the last point
-        self.seconds, self.start = {"eval": 0.0, "compile": 0.0}, time.perf_counter()
+    def __init__(self, cfg, ranks, records, loader):
+        self.cfg, self.device, self.ranks, self.records, self.loader = cfg, ranks.device(cfg), ranks, records, loader
+        self.waits, self.start = [], time.perf_counter()  # seconds each step has waited for data; start of the clock
         self.flops = records.summary["flops_per_token"] / ranks.world_size
         self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
+        # what a resumed run goes on with; last: (tokens, train time) of the last point
+        self.seconds, self.last = {"eval": 0.0, "compile": 0.0, "save": 0.0, "wait": 0.0}, (0, 0.0)
+        self.bad_steps, self.figures = [0, 0, 0], {}  # updates left out: in all, in a row until now, most in a row
+
+    def facts(self, state, stats):
+        """What a checkpoint has to know of the measurements, and stats, which are those of the last step."""
+        self.count_bad_steps(state)
+        known = {name: self.records.summary[name] for name in ("world_size", "data_fingerprint")}
+        kept = {name: getattr(self, name) for name in ("seconds", "last", "bad_steps", "figures")}
+        return known | {"stats": stats and [stat.item() for stat in stats], "meter": kept,
+                        "train_time": self.now() - self.start}
+
+    def resume(self, facts):
+        """Goes on from facts; returns the stats of the step before."""
+        vars(self).update(facts["meter"], start=self.now() - facts["train_time"])
+        self.records.summary |= self.figures
+        return facts["stats"] and [torch.tensor(stat) for stat in facts["stats"]]
+
+    def count_bad_steps(self, state):
+        """Reads which of the last updates were left out, and logs whose gradient was not finite and what it was of."""
+        for i, (skipped, *ranks) in enumerate(torch.stack(state.skipped).tolist() if state.skipped else []):
+            total, row, most = self.bad_steps
+            row = row + 1 if skipped else 0
+            self.bad_steps, step = [total + bool(skipped), row, max(most, row)], state.step - len(state.skipped) + i
+            for rank in [rank for rank, bad in enumerate(ranks) if bad or not any(ranks)] if skipped else []:
+                share = self.cfg.batch_size // len(ranks)
+                (shard,), (index,) = self.loader.place(step * self.cfg.batch_size + rank * share, 1)
+                self.records.print(f"step:{step + 1}/{self.cfg.num_iterations} bad_gradient rank:{rank} shard:"
+                                   f"{self.loader.files[shard]!r} offset:{index * self.loader.length} samples:{share}")
+        state.skipped.clear()
 
     def now(self):
         """Seconds on some clock, after the device has done what it was given."""
@@ -1314,10 +1727,11 @@ class Meter:
 
     def point(self, state, stats, val_loss):
         """Logs a step: stats (loss, gradient norm) of its update or None, and the validation loss after it or None."""
+        self.count_bad_steps(state)
         cfg, step, seconds = self.cfg, state.step, self.now() - self.start if state.step else 0.0
         tokens = step * cfg.batch_size * cfg.sequence_length
-        values = {"step": step, "tokens": tokens, "epoch": step * cfg.batch_size / self.samples, "train_time": seconds,
-                  "data_wait": sum(self.waits)}
+        values = {"step": step, "tokens": tokens, "epoch": step * cfg.batch_size / self.loader.samples,
+                  "train_time": seconds, "data_wait": self.seconds["wait"]}
         times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(1, step):.2f}ms"
         if stats is not None:
             loss, norm = (stat.item() for stat in stats)  # here alone the loop waits for the device
@@ -1325,15 +1739,15 @@ class Meter:
                        "tokens_per_sec": (tokens - self.last[0]) / (seconds - self.last[1])}
             self.records.print(f"step:{step}/{cfg.num_iterations} train_loss:{loss:.4f} {times}")
         if val_loss is not None:
-            values["val_loss"], self.best_loss = val_loss, min(self.best_loss, val_loss)
+            values["val_loss"] = val_loss
             self.records.print(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} {times}")
         self.last = tokens, seconds
         self.records.point(values)
-        self.records.summary |= self.totals(state, tokens, seconds, val_loss)
-        losses = {name: values[name] for name in ("train_loss", "val_loss") if name in values}
-        bad = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+        self.figures |= self.totals(state, tokens, seconds, val_loss)
+        self.records.summary |= self.figures
+        bad = [f"val_loss is {val_loss}"] * (val_loss is not None and not math.isfinite(val_loss))
         bad += ["no gradient reaches any parameter"] * (values.get("grad_norm") == 0)
-        bad += ["gradients were not finite for too long"] * bool(state.bad_steps[1] > MAX_BAD_STEPS)
+        bad += ["loss or gradients were not finite for too long"] * (self.bad_steps[2] > cfg.max_bad_steps)
         if bad:
             raise Diverged(f"{' and '.join(bad)} at step {step}; lower LR or MUON_LR, or set GRAD_CLIP=1")
 
@@ -1341,55 +1755,109 @@ class Meter:
         """The summary's figures so far."""
         speed = tokens / seconds if tokens else None
         figures = {
-            "tokens": tokens, "train_time": seconds, "eval_time": self.seconds["eval"], "tokens_per_sec": speed,
+            "tokens": tokens, "train_time": seconds, "tokens_per_sec": speed, "data_wait": self.seconds["wait"],
+            "eval_time": self.seconds["eval"], "save_time": self.seconds["save"],
             "compile_time": self.seconds["compile"] if self.cfg.compile == "1" else None,
-            "step_avg": 1000 * seconds / state.step if tokens else None, "data_wait": sum(self.waits),
+            "step_avg": 1000 * seconds / state.step if tokens else None,
             "data_wait_p99": float(np.percentile(self.waits, 99)) if self.waits else None,
             "mfu": model_flops_utilization(self.cfg, self.device, speed * self.flops) if tokens else None,
-            "peak_mem": peak_memory(self.device), "bad_steps": int(state.bad_steps[0])}
+            "peak_mem": peak_memory(self.device), "bad_steps": self.bad_steps[0]}
         if val_loss is not None:
             bits = val_loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
-            figures |= {"final_loss": val_loss, "best_loss": self.best_loss, "bits_per_byte": bits,
-                        "ppl": math.exp(val_loss) if val_loss < 700 else None}
+            figures |= {"final_loss": val_loss, "best_loss": min(val_loss, self.figures.get("best_loss", math.inf)),
+                        "bits_per_byte": bits, "ppl": math.exp(val_loss) if val_loss < 700 else None}
         return figures
 
-def train(cfg, ranks, loaders, records):
-    """The run. What it measures is in records.summary, kept current on the way."""
+def train(cfg, ranks, loaders, records, watch, path):
+    """The run, from its beginning or from the checkpoint at `path`; returns the status it ended with. What it measures is
+    in records.summary, kept current on the way."""
     train_loader, val_loader = loaders
-    meter, state = Meter(cfg, ranks, records, train_loader.samples), State.build(cfg, ranks)
+    checkpoints, stats = Checkpoints(cfg, ranks, records), None
+    meter, state = Meter(cfg, ranks, records, train_loader), State.build(cfg, ranks)
+    if path:
+        stats = meter.resume(checkpoints.load(state, path))
+    elif cfg.init_from:
+        import_weights(state.model, cfg.init_from)
     if cfg.compile == "1":
         records.print("compiling blocks and loss: a minute or two the first time on a machine")
         with meter.off_the_clock("compile"):
             compile_model(state.model, cfg, meter.device)
         records.print(f"compile_time:{meter.seconds['compile']:.1f}s")
-    torch.manual_seed(cfg.seed + 1 + ranks.rank)  # dropout differs between ranks
-    share = cfg.batch_size // ranks.world_size
-    slices = ((step * cfg.batch_size + ranks.rank * share, share) for step in range(cfg.num_iterations))
-
-    def validate():
-        with meter.off_the_clock("eval"):
-            return evaluate(state.model, val_loader, cfg, ranks)
-
-    if cfg.val_every:
-        meter.point(state, None, validate())
-    meter.start = meter.now()
+    first, share, due = state.step, cfg.batch_size // ranks.world_size, False
+    slices = ((step * cfg.batch_size + ranks.rank * share, share) for step in range(first, cfg.num_iterations))
     with contextlib.closing(train_loader.prefetch(slices, meter.device)) as batches:
-        for inputs, targets, waited in batches:
+        while True:  # `step` updates have been made, of which the last is not yet logged: a resumed run enters here
+            step, last = state.step, state.step == cfg.num_iterations
+            due |= last or cfg.save_every > 0 and step > first and step % cfg.save_every == 0
+            if watch.agreed() or due and healthy(stats):  # before the validation, which may fail
+                with meter.off_the_clock("save"):
+                    checkpoints.save(state, meter.facts(state, stats))
+                due = False
+            if step == first + 1:
+                watch.hurry()
+            validating = last or cfg.val_every and step % cfg.val_every == 0
+            if not watch.status and (validating or stats and (step == 1 or step % cfg.log_every == 0)):
+                with meter.off_the_clock("eval"):
+                    val_loss = evaluate(state.model, val_loader, cfg, ranks, watch) if validating else None
+                if watch.status:
+                    continue  # the validation was cut short: save, and leave the point to who goes on
+                meter.point(state, stats, val_loss)
+            if watch.status or last:
+                break
+            inputs, targets, waited = next(batches)
             stats = train_step(state, cfg, inputs, targets)
             meter.waits.append(waited)
-            validating = state.step == cfg.num_iterations or cfg.val_every and state.step % cfg.val_every == 0
-            if validating or state.step == 1 or state.step % cfg.log_every == 0:
-                meter.point(state, stats, validate() if validating else None)
+            meter.seconds["wait"] += waited
+    checkpoints.wait(last=True)
+    if not watch.status and ranks.rank == 0:
+        export_weights(state.model, cfg, records.folder)
+    return watch.status or "ok"
+
+def healthy(stats):
+    """Whether the last step's (loss, gradient norm) are not those of a model that has diverged."""
+    return stats is None or bool(torch.isfinite(stats[0]) and stats[1] != 0)
+
+def memory_advice(cfg, device):
+    """What to lower where memory ran out."""
+    half = {name.upper(): getattr(cfg, name) for name in ("device_batch_size", "sequence_length", "n_layer")}
+    tips = ", or ".join(f"{name}={value} to {value // 2}" for name, value in half.items() if value > 1)
+    return f"out of memory, peak {peak_memory(device):.2f} GiB; lower {tips} (the first leaves the result as it is)"
+
+def report(error, ranks, records, env):
+    """Says why a run ended, on the terminal and in its records; returns the exit code."""
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    status = getattr(error, "status", "oom" if full else "stopped" if isinstance(error, KeyboardInterrupt) else "crash")
+    reason, trace = redact(str(error) or "interrupted", env), redact(traceback.format_exc(), env)
+    if full and records:
+        reason = memory_advice(records.cfg, ranks.device(records.cfg))
+    if status == "crash":
+        reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
+        reason += f"; {records.folder}/stacks_rank*.txt say where" * bool(records and "imed out" in reason)
+        print(trace, file=sys.stderr)
+    elif ranks.local_rank == 0 or records and status in ("data", "oom"):  # others would say the same
+        print(f"{status}: {reason}", file=sys.stderr)
+    if records and records.live:
+        status = records.fail(status, reason, trace)
+    elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
+        refuse(env, error)
+    if EXIT_CODES[status] > 1 and (store := launcher_store(env)):
+        store.set("train_gpt/exit", str(EXIT_CODES[status]))
+    if ranks.rank:
+        time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
+    return EXIT_CODES[status]
 
 def main(argv, env):
     """One run as the environment sets it; returns the exit code."""
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
-    ranks, records = Ranks.from_env(env), None
+    ranks, records, restarted = Ranks.from_env(env), None, env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     try:
+        if restarted and (store := launcher_store(env)) and store.check(["train_gpt/exit"]):
+            return int(store.get("train_gpt/exit"))  # it would fail again
         if argv:
-            raise ConfigError(f"{argv[0]} is no option; settings go before the command: LR=0.003 python train_gpt.py")
+            raise ConfigError(f"{argv[0].partition('=')[0]} is no option; settings go before the command: "
+                              "LR=0.003 python train_gpt.py")
         asked = Config.from_env(env)
         cfg = resolve(asked)
         check_batch(cfg, ranks)
@@ -1400,33 +1868,22 @@ def main(argv, env):
             return 0
         loaders = preflight(cfg, ranks)
         data = fingerprint(loaders, Path(cfg.log_dir)) if ranks.rank == 0 else ""  # before others wait in the group
-        records = Records(cfg, setup(cfg, ranks), writes=ranks.rank == 0)
+        records = Records(cfg, setup(cfg, ranks, env), ranks.rank)
         changes = " ".join(f"{name}={shlex.quote(str(int(value) if value is True or value is False else value))}"
                            for name, value in asked.changes().items() if name.lower() not in LABELS)
         facts = plan | {"device_name": device_name(ranks.device(cfg)), "changes": changes, "data_fingerprint": data}
-        agree(functools.partial(records.open, facts, warnings))
-        train(cfg, ranks, loaders, records)
-        records.close("ok")
+        path = agree(functools.partial(records.open, facts, warnings, restarted))
+        records.live = True
+        with contextlib.closing(Watch(records.folder, ranks, cfg.hang_timeout)) as watch:
+            records.close(train(cfg, ranks, loaders, records, watch, path))
+            dist.barrier()  # until rank 0 has written everything, no signal may end another
         dist.destroy_process_group()
-        return 0
+        return 1 if records.lost else 0
     except (Exception, KeyboardInterrupt) as error:
-        statuses = {torch.OutOfMemoryError: "oom", KeyboardInterrupt: "stopped"}
-        status = getattr(error, "status", statuses.get(type(error), "crash"))
-        reason = str(error) or "interrupted"
-        if status == "crash":
-            reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
-            traceback.print_exc()
-        elif ranks.local_rank == 0 or records is not None and status in ("data", "oom"):  # others would say the same
-            print(f"{status}: {reason}", file=sys.stderr)
-        if records is not None and records.bar is not None:
-            with open(records.log, "a") as log:
-                log.write(traceback.format_exc())
-            records.close(status, error=reason)
-        elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
-            refuse(env, error)
-        if ranks.rank:
-            time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
-        return EXIT_CODES[status]
+        return report(error, ranks, records, env)
+    finally:
+        if records:
+            records.lock.release()
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], os.environ))

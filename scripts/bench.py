@@ -74,7 +74,7 @@ def bench_step(state, cfg, ranks, args):
 def bench_records(folder, cfg, step_ms):
     """What a step that is logged pays for its line and its point of the curve."""
     cfg = replace(cfg, log_dir=folder, results_csv=f"{folder}/results.csv")
-    records, values = train_gpt.Records(cfg, "bench", writes=True), dict.fromkeys(train_gpt.CURVE, 1 / 3) | {"step": 1}
+    records, values = train_gpt.Records(cfg, "bench"), dict.fromkeys(train_gpt.CURVE, 1 / 3) | {"step": 1}
     with open(f"{folder}/terminal", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         records.open({"changes": ""}, [])
         seconds = timed(lambda: (records.print("step:1/9 train_loss:3.3333"), records.point(values)), RECORDS)
@@ -141,7 +141,7 @@ def bench(args, env, ranks, folder):
     train_gpt.preflight(train_gpt.resolve(train_gpt.Config.from_env(one_step)), ranks)
     if "start" in args.only and "MASTER_ADDR" not in env:  # before this process takes the device
         figures |= bench_start(one_step)
-    train_gpt.setup(cfg, ranks)
+    train_gpt.setup(cfg, ranks, env)
     cfg = replace(cfg, num_iterations=2**31)  # no end for the learning rate to go to
     state = train_gpt.State.build(cfg, ranks)
     if cfg.compile == "1" and {"step", "loader"} & args.only:

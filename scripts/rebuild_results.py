@@ -25,7 +25,7 @@ def main(argv=None) -> int:
         except (OSError, ValueError) as error:
             print(f"rebuild_results.py: {file} is skipped, it holds no JSON: {error}", file=sys.stderr)
             continue
-        rows += [row] if isinstance(row, dict) and row.get("run_id") else []  # shard_hashes.json has none
+        rows += [row] if isinstance(row, dict) and row.get("run_id") else []  # .shard_hashes.json has none
     if not rows:
         print(f"rebuild_results.py: error: no summary of a run in {args.log_dir}; name its --log-dir", file=sys.stderr)
         return 3

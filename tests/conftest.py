@@ -1,9 +1,12 @@
 """What several test files share: a tiny model, tiny shards, and ranks forked from this process."""
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint  # noqa: F401  once here, not a second in every forked run
 
 import train_gpt
 from train_gpt import Config
@@ -58,21 +62,55 @@ def fork(rank, world, work, folder):
         os._exit(code)
 
 
-def launch(env, world=1):
-    """Runs train_gpt.main as torchrun would start it, on `world` forked ranks with these settings only. Returns (exit
-    codes by rank, what rank 0 printed on both streams)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    settings = {name: str(value) for name, value in env.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(world):
+class Job:
+    """A run of train_gpt.main as torchrun would start it, on `world` forked ranks with these settings only."""
+
+    def __init__(self, env, world=1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        settings, self.folder = {name: str(value) for name, value in env.items()}, tempfile.TemporaryDirectory()
+        self.outputs = [Path(self.folder.name) / f"{rank}.txt" for rank in range(world)]
+        self.pids = []
+        for rank, output in enumerate(self.outputs):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             ranks = {name: str(value) for name, value in ranks.items()} | group
-            children.append(start(settings | (ranks if world > 1 else {}), f"{folder}/{rank}.txt"))
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        return codes, Path(f"{folder}/0.txt").read_text()
+            self.pids.append(start(settings | (ranks if world > 1 else {}), output))
+
+    def output(self, rank=0):
+        """What a rank has printed so far, on both streams."""
+        return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
+
+    def wait_for(self, text, seconds=60):
+        """Until rank 0 has printed this."""
+        deadline = time.monotonic() + seconds
+        while text not in self.output():
+            assert time.monotonic() < deadline, f"{text!r} did not appear in {self.output()}"
+            time.sleep(0.01)
+
+    def kill(self, number, ranks=None):
+        """Sends a signal to these ranks, or to all."""
+        for pid in self.pids if ranks is None else [self.pids[rank] for rank in ranks]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, seconds=120):
+        """(exit codes by rank, what rank 0 printed). Ranks that take longer are killed, and the test fails."""
+        deadline, codes = time.monotonic() + seconds, [None] * len(self.pids)
+        while None in codes:
+            for rank in [rank for rank, code in enumerate(codes) if code is None]:
+                pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
+                codes[rank] = os.waitstatus_to_exitcode(status) if pid else None
+            if time.monotonic() > deadline:
+                self.kill(signal.SIGKILL)
+                raise AssertionError(f"still running after {seconds} s: {codes}; {self.output()}")
+            time.sleep(0.005)
+        return codes, self.output()
+
+
+def launch(env, world=1):
+    """A Job from its start to its end: (exit codes by rank, what rank 0 printed on both streams)."""
+    return Job(env, world).wait()
 
 
 def start(env, output):

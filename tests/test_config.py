@@ -66,7 +66,7 @@ def another(name):
     if isinstance(default, bool):
         return not default
     if isinstance(default, int):
-        return default // 2 if default > 1 else default + 1
+        return default // 2 if default > 2 else default + 1
     return default / 2 if default else 0.5
 
 
@@ -91,7 +91,8 @@ def test_the_settings_are_exactly_these():
         SEQUENCE_LENGTH NUM_ITERATIONS MAX_EPOCHS VAL_EVERY VAL_TOKENS VOCAB_SIZE N_LAYER N_HEAD N_EMBD D_FF MIXER FFN
         NORM POS QK_NORM BIAS TIE_EMBEDDINGS DROPOUT INIT ATTNGATE GATEPOS GATEACT OPTIMIZER LR EMBED_LR HEAD_LR MUON_LR
         MUON_SCALE MUON_MOMENTUM BETA1 BETA2 WEIGHT_DECAY GRAD_CLIP LR_SCHEDULE WARMUP_ITERS WARMDOWN_ITERS MIN_LR_FRAC
-        DEVICE DTYPE COMPILE PEAK_TFLOPS LOG_DIR RESULTS_CSV LOG_EVERY""".split()
+        DETERMINISTIC DEVICE DTYPE COMPILE PEAK_TFLOPS RESUME INIT_FROM SAVE_EVERY KEEP_LAST MAX_BAD_STEPS HANG_TIMEOUT
+        LOG_DIR RESULTS_CSV LOG_EVERY""".split()
 
 
 def lines_of(preset):
@@ -260,7 +261,7 @@ def test_defaults_have_no_changes():
 def test_hash_ignores_seed_labels_paths_and_logging_and_nothing_else():
     same = {name for name in FIELDS if Config(**{name: another(name)}).hash() == Config().hash()}
     assert same == set("""preset run_id stage variant note seed dry_run input_bin input_val_bin peak_tflops log_dir
-                          results_csv log_every""".split())
+                          results_csv log_every resume save_every keep_last max_bad_steps hang_timeout""".split())
     assert re.fullmatch("[0-9a-f]{8}", Config().hash())
     hashes = {Config(lr=lr, embed_lr=embed_lr).hash() for lr in (0.1, 0.2) for embed_lr in (None, 0.1, 0.2)}
     assert len(hashes) == 6

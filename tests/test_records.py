@@ -41,10 +41,10 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=refuse_constant)
 
 
-def start(folder, run_id="r", writes=True, facts=None, **changes):
+def start(folder, run_id="r", rank=0, facts=None, **changes):
     """The open records of a run."""
     cfg = tiny(**dict(log_dir=f"{folder}/logs", results_csv=f"{folder}/results.csv") | changes)
-    records = Records(cfg, run_id, writes)
+    records = Records(cfg, run_id, rank)
     records.open({"changes": "LR=1"} | (facts or {}), ["mind the gap"])
     return records
 
@@ -167,7 +167,7 @@ def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
 
 
 def test_another_rank_writes_nothing(tmp_path, capsys):
-    use_all(start(tmp_path, writes=False))
+    use_all(start(tmp_path, rank=1))
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
@@ -177,7 +177,8 @@ def test_a_run_id_that_exists_is_refused_and_its_files_stay(tmp_path):
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     with pytest.raises(ConfigError) as error:
         start(tmp_path, seed=1)
-    assert str(error.value) == f"RUN_ID=r: {tmp_path}/logs/r.txt exists; choose another RUN_ID or leave it blank"
+    assert str(error.value) == (f"RUN_ID=r: {tmp_path}/logs/r.txt exists; RESUME=auto goes on with that run, else "
+                                "choose another RUN_ID or leave it blank")
     refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, error.value)
     assert before == {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
 
@@ -243,7 +244,7 @@ def test_rebuilt_table_is_the_one_that_the_runs_wrote(tmp_path, capsys):
         if i % 2:
             records.close("ok", final_loss=i / 3, mfu=None, bad_steps=i)
     refuse({"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, ConfigError("LR=-1: no"))
-    (tmp_path / "logs/shard_hashes.json").write_text('{"/data/x.bin:1:2": "ab"}')
+    (tmp_path / "logs/.shard_hashes.json").write_text('{"/data/x.bin:1:2": "ab"}')
     (tmp_path / "logs/list.json").write_text("[1]")
     (tmp_path / "logs/torn.json").write_text((tmp_path / "logs/r1.json").read_text()[:100])
     capsys.readouterr()

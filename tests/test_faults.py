@@ -1,0 +1,371 @@
+"""Faults: signals, crashes, hangs, numbers that are not finite, full disks and full memory end a run in good order."""
+
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import Job, launch, tiny
+from test_checkpoints import WIDE, assert_same, checkpoints, curve, dies_at, folder, row, tensors
+
+import train_gpt
+from train_gpt import Checkpoints, State, Watch
+
+ENDLESS = {"NUM_ITERATIONS": 10**6, "WARMDOWN_ITERS": 0}
+
+
+def announce(patch, owner, name, text, seconds=0.0, rank=None):
+    """A function prints a line, and takes a while, before it does its work."""
+    original = getattr(owner, name)
+
+    def announced(*args, **kwargs):
+        if rank in (None, torch.distributed.get_rank()):
+            print(text, flush=True)
+            time.sleep(seconds)
+        return original(*args, **kwargs)
+    patch.setattr(owner, name, announced)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("ranks", [[0, 1], [1]], ids=["all", "one"])
+def test_a_signal_to_any_rank_saves_all_at_one_step(settings, monkeypatch, number, ranks):
+    settings |= WIDE | ENDLESS | {"SAVE_EVERY": 0}
+    job = Job(settings, 2)
+    job.wait_for("step:9/")
+    began = time.monotonic()
+    job.kill(number, ranks)
+    job.kill(number, ranks)  # a second one changes nothing
+    codes, out = job.wait()
+    assert codes == [0, 0] and time.monotonic() - began < 20
+    step, = checkpoints(settings)
+    told = row(settings)
+    assert told["status"] == "preempted" and step >= 9 and "\nstatus: preempted\n" in out
+    assert [int(float.fromhex(point[0])) for point in curve(settings)] == list(range(step))  # the last is yet to be told
+    assert not list((settings["LOG_DIR"] / "toy").glob("stacks*"))
+    assert train_gpt.defect(folder(settings, step)) == ""
+
+
+PLACES = {"a step": None, "warm-up": (train_gpt, "compile_model"), "evaluation": (train_gpt, "evaluate"),
+          "a save": (Checkpoints, "write"), "the end": (train_gpt, "export_weights")}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_anywhere_loses_nothing(settings, monkeypatch, place):
+    """SIGTERM comes while the run is there; what goes on afterwards is the run that was never stopped."""
+    settings |= WIDE | {"NUM_ITERATIONS": 12, "VAL_EVERY": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "compile_model", lambda *args: None)
+        settings |= {"COMPILE": 1} if place == "warm-up" else {}
+        assert launch(settings | {"RUN_ID": "whole"}, 2)[0] == [0, 0]
+        if place == "a step":
+            dies_at(patch, 5, signal.SIGTERM, rank=1)
+            job = Job(settings, 2)
+        else:
+            announce(patch, *PLACES[place], "<now>", 0.5)
+            job = Job(settings, 2)
+            job.wait_for("<now>")
+            job.kill(signal.SIGTERM, [1])
+        codes, out = job.wait()
+        assert codes == [0, 0] and row(settings)["status"] == ("ok" if place == "the end" else "preempted"), out
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "compile_model", lambda *args: None)
+        assert launch(settings | {"RESUME": "auto"}, 2)[0] == [0, 0]
+    assert curve(settings) == curve(settings, "whole") and row(settings)["status"] == "ok"
+    assert_same(folder(settings, 12), folder(settings, 12, "whole"))
+
+
+def test_a_long_evaluation_is_left_at_once(settings, monkeypatch):
+    announce(monkeypatch, train_gpt.GPT, "forward", "x", 0.05)
+    job = Job(settings | {"VAL_TOKENS": 384, "DEVICE_BATCH_SIZE": 1}, 2)  # 12 batches a rank
+    job.wait_for("x\nx\n")
+    job.kill(signal.SIGTERM)
+    codes, out = job.wait()
+    assert codes == [0, 0] and out.count("x\n") < 7 and checkpoints(settings) == [0]
+
+
+def test_the_stop_file_stops_a_run_that_can_go_on(settings):
+    settings |= WIDE | {"NUM_ITERATIONS": 300, "WARMDOWN_ITERS": 0}
+    job = Job(settings, 2)
+    job.wait_for("step:5/")
+    (settings["LOG_DIR"] / "toy/stop").touch()
+    assert job.wait()[0] == [0, 0] and row(settings)["status"] == "stopped"
+    assert not (settings["LOG_DIR"] / "toy/stop").exists()
+    step = max(checkpoints(settings))
+    codes, out = launch(settings | {"RESUME": "auto", "NUM_ITERATIONS": step + 4}, 2)
+    assert codes == [0, 0] and f"resumed:{folder(settings, step)}" in out and row(settings)["status"] == "ok"
+
+
+def test_the_decision_is_the_same_on_all_ranks_and_waits_for_none(tmp_path):
+    from conftest import run_ranks
+
+    def work(ranks):
+        watch, statuses = Watch(tmp_path, ranks, 60), []
+        for i in range(6):
+            if (i, ranks.rank) == (2, 1):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            statuses.append(watch.agreed())
+        watch.close()
+        return statuses
+    assert run_ranks(3, work) == [["", "", "", "preempted", "preempted", "preempted"]] * 3
+
+
+# Ranks that fail
+
+
+def raises(*args):
+    raise RuntimeError("this rank has had enough")
+
+
+FAILURES = {"exception": raises, "exit": lambda *args: os._exit(7), "kill": lambda *args: os.kill(os.getpid(), 9),
+            "segmentation fault": lambda *args: os.kill(os.getpid(), signal.SIGSEGV)}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_rank_fails_the_job_ends_and_says_which(settings, monkeypatch, kind, rank):
+    settings |= WIDE | {"NUM_ITERATIONS": 12, "SAVE_EVERY": 4}
+    original = train_gpt.train_step
+
+    def failing(state, *args):
+        if (state.step, torch.distributed.get_rank()) == (6, rank):
+            FAILURES[kind]()
+        return original(state, *args)
+    began = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "train_step", failing)
+        codes, out = launch(settings, 2)
+    assert time.monotonic() - began < 60 and codes[1 - rank] == 1 and codes[rank] != 0 and checkpoints(settings) == [4]
+    first = (settings["LOG_DIR"] / "toy/error.txt").read_text()
+    if kind == "exception":
+        assert first.startswith(f"crash: RuntimeError: this rank has had enough\nrank {rank}, ") and "Traceback" in first
+        assert row(settings)["status"] == "crash" and "had enough" in row(settings)["error"]
+    else:
+        assert f"\nrank {1 - rank}, " in first and row(settings)["status"] == "crash"
+    assert launch(settings | {"RESUME": "auto"}, 2)[0] == [0, 0] and row(settings)["status"] == "ok"
+    assert not (settings["LOG_DIR"] / "toy/error.txt").exists() and row(settings)["error"] == ""
+
+
+def test_ranks_that_hang_write_their_stacks_and_end(settings, monkeypatch):
+    original = train_gpt.train_step
+
+    def hangs(state, *args):
+        if (state.step, torch.distributed.get_rank()) == (5, 1):
+            time.sleep(600)
+        return original(state, *args)
+    monkeypatch.setattr(train_gpt, "train_step", hangs)
+    job = Job(settings | {"HANG_TIMEOUT": 2}, 2)
+    try:
+        job.wait_for("step:4/")
+        began = time.monotonic()
+        assert os.waitstatus_to_exitcode(os.waitpid(job.pids[0], 0)[1]) == 1 and time.monotonic() - began < 15
+        stacks = [(settings["LOG_DIR"] / f"toy/stacks_rank{rank}.txt").read_text() for rank in (0, 1)]
+        assert all("Timeout (0:00:02)!" in text for text in stacks) and "in hangs" in stacks[1]
+        assert row(settings)["status"] == "crash" and "stacks_rank" in row(settings)["error"]
+    finally:
+        job.kill(signal.SIGKILL, [1])
+        os.waitpid(job.pids[1], 0)
+
+
+@pytest.mark.parametrize("slow, code", [(1, 0), (2, 1)], ids=["first", "second"])
+def test_only_until_the_first_step_a_rank_may_be_late(settings, monkeypatch, slow, code):
+    original, calls = train_gpt.evaluate, []
+
+    def late(*args):
+        calls.append(1)
+        if len(calls) == slow and torch.distributed.get_rank() == 1:
+            time.sleep(3)
+        return original(*args)
+    monkeypatch.setattr(train_gpt, "evaluate", late)
+    monkeypatch.setattr(Watch, "longest", property(lambda self: 0.0, lambda self, seconds: None), raising=False)
+    codes, out = launch(settings | {"HANG_TIMEOUT": 1, "VAL_EVERY": 2, "NUM_ITERATIONS": 2}, 2)
+    assert codes == [code, code] and "step:1/2 train_loss" in out, out
+
+
+# Numbers that are not finite
+
+
+def poison(monkeypatch, steps, rank, kind):
+    """In these steps, one rank has a loss that is not a number, or an infinite gradient at a finite loss."""
+    original, reduce_grads = train_gpt.train_step, train_gpt.Muon.reduce_grads
+    now = {}
+
+    def step(state, *args):
+        now["bad"] = (state.step in steps and torch.distributed.get_rank() == rank)
+        return original(state, *args)
+
+    def forward(self, *args):
+        loss = plain(self, *args)
+        return loss * np.nan if now.get("bad") and kind == "loss" and self.training else loss
+
+    def reduce(self):
+        if now.get("bad") and kind == "gradient":
+            self.stacks[0]["params"][0].grad.view(-1)[3] = np.inf
+        return reduce_grads(self)
+    plain = train_gpt.GPT.forward
+    monkeypatch.setattr(train_gpt, "train_step", step)
+    monkeypatch.setattr(train_gpt.GPT, "forward", forward)
+    monkeypatch.setattr(train_gpt.Muon, "reduce_grads", reduce)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("world, rank", [(2, 1), (1, 0)])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told(settings, monkeypatch, kind, world, rank):
+    """A skipped step leaves all bits as they were; its line names the rank and where its samples are."""
+    settings |= WIDE | {"SHUFFLE": 0, "SAVE_EVERY": 1, "KEEP_LAST": 9, "NUM_ITERATIONS": 9, "VAL_EVERY": 0,
+                        "LOG_EVERY": 100}
+    poison(monkeypatch, {5}, rank, kind)
+    codes, out = launch(settings, world)
+    assert codes == [0] * world, out
+    steps = checkpoints(settings)
+    assert steps == ([1, 2, 3, 4, 5, 7, 8, 9] if kind == "loss" else list(range(1, 10)))  # a loss of nan is not saved
+    before, after = tensors(folder(settings, 5)), tensors(folder(settings, 6 if kind == "gradient" else 7))
+    same = [key for key in before if torch.equal(before[key], after[key])]
+    assert len(same) == len(before) if kind == "gradient" else len(same) < 5
+    first = 5 * 12 + rank * 12 // world  # of 43, 31 and 20 samples
+    assert f"step:6/9 bad_gradient rank:{rank} shard:'{settings['INPUT_BIN'].replace('*', '000002')}' " in out
+    assert f" offset:{16 * (first - 43)} samples:{12 // world}\n" in out and out.count("bad_gradient") == 1
+    assert row(settings)["bad_steps"] == "1" and row(settings)["status"] == "ok"
+
+
+def test_bad_steps_in_a_row_end_the_run_and_leave_no_bad_checkpoint(settings, monkeypatch):
+    poison(monkeypatch, set(range(4, 10**6)), 1, "loss")
+    codes, out = launch(settings | ENDLESS | {"MAX_BAD_STEPS": 3, "SAVE_EVERY": 2, "LOG_EVERY": 5, "VAL_EVERY": 0}, 2)
+    assert codes == [4, 4] and row(settings)["status"] == "diverged" and checkpoints(settings) == [2, 4]
+    assert out.count("bad_gradient rank:1") == int(row(settings)["bad_steps"]) == 6
+    assert all(torch.isfinite(x).all() for x in tensors(folder(settings, 4)).values())
+
+
+def test_few_bad_steps_in_a_row_do_not_end_the_run_and_are_remembered(settings, monkeypatch):
+    settings |= WIDE | {"MAX_BAD_STEPS": 3, "NUM_ITERATIONS": 16, "SAVE_EVERY": 6, "LOG_EVERY": 4}
+    with monkeypatch.context() as patch:
+        poison(patch, {3, 4, 5, 8, 9, 10}, 0, "gradient")
+        dies_at(patch, 9)
+        assert launch(settings)[0] == [-9]
+    poison(monkeypatch, {3, 4, 5, 8, 9, 10}, 0, "gradient")
+    assert launch(settings | {"RESUME": "auto"})[0] == [0] and row(settings)["bad_steps"] == "6"
+    assert (settings["LOG_DIR"] / "toy.txt").read_text().count("\nstep:5/16 bad_gradient") == 1
+
+
+def test_learning_rate_without_measure_diverges(settings):
+    codes, out = launch(settings | ENDLESS | {"LR": 1e20, "MUON_LR": 1e20, "SAVE_EVERY": 10}, 2)
+    assert codes == [4, 4] and row(settings)["status"] == "diverged" and checkpoints(settings) == []
+    assert not (settings["LOG_DIR"] / "toy/model.safetensors").exists()
+
+
+def test_an_overflow_of_float16_lowers_the_scale_and_is_no_bad_step(monkeypatch):
+    from conftest import run_ranks
+
+    def work(ranks):
+        cfg = tiny(dtype="float16", init="gpt2")
+        state = State.build(cfg, ranks)
+        state.loss_scale.value.fill_(2.0**40)
+        before = state.model.embed.detach().clone()
+        tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(ranks.rank))
+        loss, norm = train_gpt.train_step(state, cfg, tokens[:, :-1], tokens[:, 1:])
+        return (torch.isfinite(loss).item(), torch.isfinite(norm).item(), torch.equal(before, state.model.embed),
+                state.loss_scale.value.item(), state.skipped[0][0].item())
+    assert run_ranks(2, work) == [(True, False, True, 2.0**39, 0.0)] * 2
+
+
+# Disk and memory
+
+
+def limit(patch, owner, name, size):
+    """From a call of this function on, no file of this process may grow beyond `size` bytes."""
+    original = getattr(owner, name)
+
+    def limited(*args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size(*args), resource.RLIM_INFINITY))
+        return original(*args, **kwargs)
+    patch.setattr(owner, name, limited)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(settings, monkeypatch):
+    """The second save fails on rank 0; the others, before and after, are whole."""
+    def size(self, copies, held, facts):
+        full = facts["step"] == 4 and self.ranks.rank == 0
+        return 400_000 if full else resource.RLIM_INFINITY
+    limit(monkeypatch, Checkpoints, "write", size)
+    settings |= WIDE | {"SAVE_EVERY": 2, "KEEP_LAST": 5}
+    codes, out = launch(settings, 2)
+    assert codes == [0, 0] and checkpoints(settings) == [2, 6, 8], out
+    assert "warning: no checkpoint at step 4: " in out and "File too large" in out
+    assert not list((settings["LOG_DIR"] / "toy").glob(".tmp*")) and row(settings)["status"] == "ok"
+    assert not any(train_gpt.defect(folder(settings, step)) for step in (2, 6, 8))
+
+
+def test_a_disk_that_stays_full_ends_the_run(settings, monkeypatch):
+    limit(monkeypatch, Checkpoints, "write", lambda self, copies, held, facts: (
+        resource.RLIM_INFINITY if facts["step"] == 2 else 400_000))
+    codes, out = launch(settings | WIDE | ENDLESS | {"SAVE_EVERY": 2}, 2)
+    assert codes == [1, 1] and checkpoints(settings) == [2] and out.count("no checkpoint at step") == 3
+    assert "3 checkpoint(s) could not be written" in row(settings)["error"] and row(settings)["status"] == "crash"
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_no_success(settings, monkeypatch):
+    limit(monkeypatch, Checkpoints, "write", lambda self, copies, held, facts: 400_000)
+    codes, out = launch(settings | WIDE | {"SAVE_EVERY": 0}, 2)
+    assert codes == [1, 1] and row(settings)["status"] == "crash" and row(settings)["final_loss"]
+
+
+def test_a_log_that_cannot_grow_is_told_and_the_summary_is_whole(settings, monkeypatch):
+    log = settings["LOG_DIR"] / "toy.txt"
+    limit(monkeypatch, train_gpt, "train_step", lambda state, *args: (
+        log.stat().st_size + 10 if state.step == 3 else resource.RLIM_INFINITY))
+    limit(monkeypatch, train_gpt.Records, "close", lambda *args: log.stat().st_size)
+    codes, out = launch(settings)
+    assert codes == [1] and f"warning: {log}: [Errno 27] File too large" in out
+    told = json.loads((settings["LOG_DIR"] / "toy.json").read_text())
+    assert told["status"] == "ok" and told["final_loss"] and f"{log} is not whole" in told["error"]
+    assert f"final_loss: {told['final_loss']:.6g}" in out
+
+
+def test_a_table_that_cannot_be_written_at_the_end_is_told(settings, monkeypatch):
+    original = train_gpt.Records.close
+
+    def broken(self, *args, **values):
+        settings["RESULTS_CSV"].unlink()
+        settings["RESULTS_CSV"].mkdir()
+        return original(self, *args, **values)
+    monkeypatch.setattr(train_gpt.Records, "close", broken)
+    codes, out = launch(settings)
+    assert codes == [1] and "row: not written" in out and "rebuild_results.py" in out
+    assert json.loads((settings["LOG_DIR"] / "toy.json").read_text())["status"] == "ok"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is on Linux")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_out_of_memory_names_the_peak_and_what_to_lower(settings, monkeypatch, rank):
+    def greedy(state, *args):
+        if state.step == 3 and torch.distributed.get_rank() == rank:
+            torch.empty(2**50)
+        return original(state, *args)
+    original = train_gpt.train_step
+    monkeypatch.setattr(train_gpt, "train_step", greedy)
+    codes, out = launch(settings, 2)
+    assert codes[rank] == 5 and row(settings)["status"] == "oom"
+    for text in "DEVICE_BATCH_SIZE=2 to 1", "SEQUENCE_LENGTH=16 to 8", "N_LAYER=2 to 1":
+        assert text in row(settings)["error"]
+    assert re.search(r"peak \d+\.\d\d GiB", row(settings)["error"])
+
+
+# DETERMINISTIC=1
+
+
+def test_deterministic_runs_are_equal_and_refuse_what_is_not(settings):
+    settings |= {"DETERMINISTIC": 1, "DROPOUT": 0.1}
+    for name in "a", "b":
+        assert launch(settings | {"RUN_ID": name}, 2)[0] == [0, 0]
+    assert curve(settings, "a") == curve(settings, "b")
+    for changes, word in ({"COMPILE": 1}, "COMPILE=1"), ({"CUBLAS_WORKSPACE_CONFIG": ":0:0"}, ":4096:8 or :16:8"):
+        codes, out = launch(settings | changes | {"RUN_ID": "c"})
+        assert codes == [2] and word in out and len(out.splitlines()) == 1, out
