@@ -31,10 +31,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-########################################
-#                Config                #
-########################################
-
+################ Config ################
 ROOT = Path(__file__).resolve().parent
 RUN_ID_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 SYNONYMS = {"LEARNING_RATE": "LR", "OPTIMISER": "OPTIMIZER", "GRADIENT_CLIP": "GRAD_CLIP", "EPOCHS": "MAX_EPOCHS",
@@ -141,11 +138,9 @@ class Config:
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
         by_letters = {name.replace("_", ""): name for name in fields}
         for name in env:
-            ours = SYNONYMS.get(name) or by_letters.get(name.replace("_", ""), name)
-            if ours != name:
+            if (ours := SYNONYMS.get(name) or by_letters.get(name.replace("_", ""), name)) != name:
                 raise ConfigError(f"{name} is no setting; the name here is {ours} (unset {name})")
-        settings = read_preset(env.get("PRESET") or cls.preset)
-        settings |= {name: env[name] for name in fields if env.get(name)}
+        settings = read_preset(env.get("PRESET") or cls.preset) | {name: env[name] for name in fields if env.get(name)}
         if unknown := [name for name in settings if name not in fields]:
             raise ConfigError(f"PRESET={settings['PRESET']}: its file sets {unknown[0]}, which is no setting; "
                               "see python train_gpt.py --help")
@@ -170,10 +165,9 @@ TILED = ("mixer", "ffn")
 BOUNDS = {  # inclusive
     "batch_size device_batch_size sequence_length num_iterations n_layer n_head n_embd log_every": (1, 2**31),
     "val_every save_every max_epochs d_ff warmup_iters warmdown_iters seed max_bad_steps": (0, 2**31),
-    "keep_last": (2, 2**31), "hang_timeout": (1, 2**31), "vocab_size": (0, 65536),
+    "keep_last": (2, 2**31), "hang_timeout": (1, 2**31), "vocab_size": (0, 65536), "peak_tflops": (1e-6, 1e6),
     "lr embed_lr head_lr muon_lr": (1e-12, 1e30), "beta1 beta2 muon_momentum": (0, 0.9999999), "dropout": (0, 0.99),
-    "val_tokens": (1, 2**40), "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1),
-    "peak_tflops": (1e-6, 1e6)}
+    "val_tokens": (1, 2**40), "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1)}
 
 def check(cfg):
     """Raises ConfigError for a value that no run can use."""
@@ -183,8 +177,7 @@ def check(cfg):
                 raise ConfigError(f"{name.upper()}={value}: choose one of {', '.join(choices)}")
     for names, (low, high) in BOUNDS.items():
         for name in names.split():
-            value = getattr(cfg, name)
-            if value is not None and not low <= value <= high:
+            if (value := getattr(cfg, name)) is not None and not low <= value <= high:
                 raise ConfigError(f"{name.upper()}={value}: must lie between {low} and {high}")
     if cfg.run_id and not re.fullmatch(RUN_ID_PATTERN, cfg.run_id):
         raise ConfigError(f"RUN_ID={cfg.run_id!r}: use 1 to 100 letters, digits, '.', '_' and '-', "
@@ -230,27 +223,23 @@ def redact(text, env):
 
 def parse(field, text):
     """The value of a setting from its text. Raises ConfigError."""
-    kind, name = field.type, field.name.upper()
     try:
-        if kind is bool:
+        if field.type is bool:
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
-        return kind(text) if kind in (int, float, str) else float(text)
+        return field.type(text) if field.type in (int, str) else float(text)
     except (ValueError, KeyError):
-        wanted = {bool: "0 or 1", int: "a whole number"}.get(kind, "a number")
-        raise ConfigError(f"{name}={text!r}: must be {wanted}") from None
+        wanted = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a number")
+        raise ConfigError(f"{field.name.upper()}={text!r}: must be {wanted}") from None
 
 def read_preset(name):
     """Settings of experiments/presets/<name>.env: {variable: text}. Raises ConfigError."""
     files = {path.stem: path for path in sorted((ROOT / "experiments" / "presets").glob("*.env"))}
     if name not in files:
         raise ConfigError(f"PRESET={name}: choose one of {', '.join(files)}")
-    settings = {}
-    for line in map(str.strip, files[name].read_text().splitlines()):
-        if line and not line.startswith("#"):
-            key, sign, settings[key] = line.partition("=")
-            if not sign:
-                raise ConfigError(f"{files[name]}: {line!r} is no line of the form KEY=value")
-    return settings | {"PRESET": name}
+    lines = [line for line in map(str.strip, files[name].read_text().splitlines()) if line and line[0] != "#"]
+    if wrong := [line for line in lines if "=" not in line]:
+        raise ConfigError(f"{files[name]}: {wrong[0]!r} is no line of the form KEY=value")
+    return dict(line.split("=", 1) for line in lines) | {"PRESET": name}
 
 def nearest_multiples(value, factor):
     """'6 or 12': the multiples of `factor` next to `value`, at least one `factor`."""
@@ -262,27 +251,20 @@ def help_text():
     comments = dict(re.findall(r"^    (\w+): [^=]+ = .*?  # (.*)$", SOURCE, re.M))
     lines = [__doc__.strip(), "", "Settings (environment variables; a blank one counts as not set):"]
     for field in dataclasses.fields(Config):
-        default = "blank" if field.default in (None, "") else field.default
-        default = int(default) if field.type is bool else default
+        value = int(field.default) if field.type is bool else "blank" if field.default in (None, "") else field.default
         choices = f"[{'|'.join(axes()[field.name])}] " if field.name in axes() else ""
-        lines.append(f"  {field.name.upper():18} {default!s:38} {choices}{comments[field.name]}")
+        lines.append(f"  {field.name.upper():18} {value!s:38} {choices}{comments[field.name]}")
     presets = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
     return "\n".join([*lines, f"Presets: {', '.join(presets)}"])
 
-########################################
-#                Layers                #
-########################################
-
+################ Layers ################
 def normal_(w, std):
     """Fills w with normal numbers, but on the meta device, where it would load seconds of code to do nothing."""
     return w if w.is_meta else nn.init.normal_(w, std=std)
 
-def fan_in_uniform_(w):
-    """Fills w (..., rows, fan in) with uniform numbers between plus and minus 1 / sqrt(fan in)."""
-    return w if w.is_meta else nn.init.uniform_(w, -w.size(-1)**-0.5, w.size(-1)**-0.5)
-
 INITS = {  # how a weight (..., rows, fan in) starts: (cfg, weight, whether it ends a residual branch or is the head)
-    "zero_proj": lambda cfg, w, ends: nn.init.zeros_(w) if ends else fan_in_uniform_(w),
+    "zero_proj": lambda cfg, w, ends: (nn.init.zeros_(w) if ends or w.is_meta else  # uniform within 1 / sqrt(fan in)
+                                       nn.init.uniform_(w, -w.size(-1)**-0.5, w.size(-1)**-0.5)),
     "gpt2": lambda cfg, w, ends: normal_(w, 0.02 / (2 * cfg.n_layer)**0.5 if ends else 0.02)}
 
 CPUINFO = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
@@ -290,8 +272,7 @@ CPUINFO = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
 ONEDNN = "AuthenticAMD" in CPUINFO and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 def product(a, b):
-    """a (..., k) times the transpose of b (n, k): (..., n), by the faster of the CPU's two libraries; torch.compile can
-    lower this operator only for a constant b, and gets the plain product."""
+    """a (..., k) @ b (n, k).T by the faster of two CPU libraries; torch.compile lowers oneDNN's only for constant b."""
     if ONEDNN and a.is_cpu and a.dtype == torch.float32 and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.mT
@@ -309,21 +290,18 @@ class OneDNNLinear(torch.autograd.Function):
         return product(grad, weight.mT), product(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)
 
 class Linear(nn.Module):
-    """Linear layer in its input's dtype: (..., fan_in) -> (..., parts * fan_out). `parts` matrices that read the same
-    input share one product, and Muon still orthogonalises each by itself."""
+    """(..., fan_in) -> (..., parts * fan_out) in the input's dtype: one product, yet Muon takes each part by itself."""
     def __init__(self, cfg, fan_in, fan_out, parts=1, ends=False, bias=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*[parts] * (parts > 1), fan_out, fan_in))
         self.bias = nn.Parameter(torch.zeros(parts * fan_out)) if (cfg.bias if bias is None else bias) else None
         INITS[cfg.init](cfg, self.weight, ends)
+        self.flops_per_token = 6 * self.weight.numel()
 
     def forward(self, x):
         weight = self.weight.flatten(0, -2).type_as(x)
         y = OneDNNLinear.apply(x, weight) if ONEDNN and x.is_cpu else F.linear(x, weight)
         return y if self.bias is None else y + self.bias.type_as(x)
-
-    def flops_per_token(self):
-        return 6 * self.weight.numel()
 
 class RMSNormFunction(torch.autograd.Function):
     """x / rms(x) over the last dimension. By hand, because eager PyTorch makes some 15 passes of it on a CPU."""
@@ -340,20 +318,15 @@ class RMSNormFunction(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         return (torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1) * scale).type_as(y)
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.Identity):
     """Root mean square norm without gains (arXiv 1910.07467): (..., C) -> same."""
-    def __init__(self, cfg):
-        super().__init__()
-
     def forward(self, x):
         return RMSNormFunction.apply(x)
 
-class LayerNorm(nn.Module):
-    """Layer norm with a gain, and a bias if cfg.bias (arXiv 1607.06450)."""
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in its input's dtype with a gain, and a bias if cfg.bias (arXiv 1607.06450): (..., C) -> same."""
     def __init__(self, cfg):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(cfg.n_embd))
-        self.bias = nn.Parameter(torch.zeros(cfg.n_embd)) if cfg.bias else None
+        super().__init__(cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.type_as(x)
@@ -389,10 +362,7 @@ class LearnedPosition(nn.Module):
 
 POSITIONS = {"rotary": (nn.Identity, Rotary), "learned": (LearnedPosition, nn.Identity)}  # (on embeddings, on q and k)
 
-########################################
-#                Gates                 #
-########################################
-
+################ Gates #################
 GATE_ACTS = {"sigmoid": torch.sigmoid, "ns_sigmoid": lambda x: 0.5 + 0.5 * torch.sigmoid(x)}
 GATE_POSITIONS = ("sdpa", "value")
 
@@ -403,28 +373,22 @@ class NoGate(nn.Identity):
 
 class ElementwiseGate(nn.Module):
     """One gate for each channel of each head, computed from x."""
-    def __init__(self, cfg):
+    def __init__(self, cfg, gates=None):
         super().__init__()
-        self.act, self.score = GATE_ACTS[cfg.gateact], Linear(cfg, cfg.n_embd, cfg.n_embd, bias=False)
+        self.act, self.score = GATE_ACTS[cfg.gateact], Linear(cfg, cfg.n_embd, gates or cfg.n_embd, bias=False)
 
     def forward(self, y, x):
-        return y * self.act(self.score(x)).view_as(y)
+        return y * self.act(self.score(x)).view(*y.shape[:3], -1)
 
-class HeadwiseGate(nn.Module):
+class HeadwiseGate(ElementwiseGate):
     """One gate for each head, computed from x."""
     optim = "adamw"  # (heads, n_embd) is too flat to be orthogonalised
-
     def __init__(self, cfg):
-        super().__init__()
-        self.act, self.score = GATE_ACTS[cfg.gateact], Linear(cfg, cfg.n_embd, cfg.n_head, bias=False)
-
-    def forward(self, y, x):
-        return y * self.act(self.score(x)).unsqueeze(-1)
+        super().__init__(cfg, cfg.n_head)
 
 class ConstGate(nn.Module):
     """One learned gate for each channel of each head, the same for every input; starts at act(0)."""
     optim = "adamw"
-
     def __init__(self, cfg):
         super().__init__()
         self.act, self.score = GATE_ACTS[cfg.gateact], nn.Parameter(torch.zeros(cfg.n_head, cfg.n_embd // cfg.n_head))
@@ -434,16 +398,13 @@ class ConstGate(nn.Module):
 
 GATES = {"none": NoGate, "headwise": HeadwiseGate, "elementwise": ElementwiseGate, "const": ConstGate}
 
-########################################
-#                Mixers                #
-########################################
-
+################ Mixers ################
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention with optional QK norm and gate: (B, T, C) -> same."""
     def __init__(self, cfg):
         super().__init__()
         self.n_head, self.dropout = cfg.n_head, cfg.dropout
-        self.attention_flops = 12 * cfg.n_embd * cfg.sequence_length
+        self.flops_per_token = 12 * cfg.n_embd * cfg.sequence_length  # scores and values, both ways, no causal halving
         self.qkv = Linear(cfg, cfg.n_embd, cfg.n_embd, parts=3)
         self.proj = Linear(cfg, cfg.n_embd, cfg.n_embd, ends=True)
         self.qk_norm = RMSNorm(cfg) if cfg.qk_norm else nn.Identity()
@@ -456,34 +417,23 @@ class CausalSelfAttention(nn.Module):
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)
         q, k = self.rotate(self.qk_norm(qk)).transpose(1, 3).unbind(2)  # each (B, H, T, D)
         v = self.gate_value(v.squeeze(2), x).transpose(1, 2)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout).transpose(1, 2)
-        return self.proj(self.gate_output(y, x).reshape(B, T, C))
-
-    def flops_per_token(self):
-        return self.attention_flops  # scores and their product with the values, forward and backward, no causal halving
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(self.gate_output(y.transpose(1, 2), x).reshape(B, T, C))
 
 MIXERS = {"attention": CausalSelfAttention}
 
-########################################
-#                 FFNs                 #
-########################################
-
+################# FFNs #################
 class MLP(nn.Module):
     """Two-layer FFN, the base of the kinds below: (..., C) -> same."""
-    parts = 1
-
+    parts = 1  # matrices that read the input
     def __init__(self, cfg):
         super().__init__()
-        width = cfg.d_ff or self.default_width(cfg.n_embd)
+        width = cfg.d_ff or (4 * cfg.n_embd if self.parts == 1 else 64 * math.ceil(8 * cfg.n_embd / 3 / 64))
         self.fc = Linear(cfg, cfg.n_embd, width, parts=self.parts)
         self.proj = Linear(cfg, width, cfg.n_embd, ends=True)
 
     def forward(self, x):
         return self.proj(self.act(self.fc(x)))
-
-    def default_width(self, n_embd):
-        return 4 * n_embd
 
 class ReLU2(MLP):
     def act(self, h):
@@ -495,20 +445,13 @@ class GELU(MLP):
 
 class SwiGLU(MLP):
     parts = 2
-
     def act(self, h):
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def default_width(self, n_embd):
-        return 64 * math.ceil(8 * n_embd / 3 / 64)
-
 FFNS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU}
 
-########################################
-#                Model                 #
-########################################
-
+################ Model #################
 class Block(nn.Module):
     """A mixer and an FFN, each a residual branch behind a norm: (B, T, C) -> same."""
     def __init__(self, cfg, layer):
@@ -523,8 +466,7 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 class GPT(nn.Module):
-    """Decoder-only transformer: tokens (B, T) -> logits (B, T, V) in float32, or with targets (B, T) the mean loss ().
-    The residual stream and the matrix products are in `dtype`, parameters in float32."""
+    """Decoder-only transformer, activations in `dtype`: tokens (B, T) -> float32 logits (B, T, V), or mean loss ()."""
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype, self.loss_chunk = dtype, loss_chunk
@@ -554,7 +496,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Training FLOPs a token: 6 per weight of a matrix product, head included, and 12 C T per attention layer."""
         parts = [part for i in self.order for part in self.blocks[i].modules() if hasattr(part, "flops_per_token")]
-        return 6 * self.embed.numel() + sum(part.flops_per_token() for part in parts)
+        return 6 * self.embed.numel() + sum(part.flops_per_token for part in parts)
 
 LOSS_CHUNK = {"cuda": 2**28, "cpu": 2**23}  # logits at a time: a large product on a GPU, the last-level cache on a CPU
 
@@ -566,8 +508,7 @@ def loss_chunk(x, head, targets):
     return -target_logp.sum(), grad.scatter_(-1, targets[:, None], target_logp.expm1().type_as(x))
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x (N, C) times head (V, C) against targets (N,), never holding all (N, V) logits. The
-    gradients are made on the way, chunk by chunk, as in Liger-Kernel (arXiv 2410.10989)."""
+    """Mean loss () of x (N, C), head (V, C), targets (N,); gradients by chunk as in Liger-Kernel, arXiv 2410.10989."""
     @staticmethod
     def forward(ctx, x, head, targets, chunk):
         weight, total, training = head.type_as(x), x.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
@@ -588,20 +529,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad = grad / len(grad_x)
         return grad_x.mul_(grad), grad_head.mul_(grad), None, None
 
-########################################
-#              Optimizers              #
-########################################
-
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic, steepest slope at zero: kellerjordan.github.io/posts/muon
+############## Optimizers ##############
 MUON_SCALES = {  # factor on the orthogonalised update of a matrix (rows, cols)
     "unit": lambda rows, cols: max(rows, cols)**0.5,  # unit mean square; modded-nanogpt, record of 2024-10-14
     "original": lambda rows, cols: max(1, rows / cols)**0.5,  # torch.optim.Muon
     "match_rms_adamw": lambda rows, cols: 0.2 * max(rows, cols)**0.5}  # Moonlight, arXiv 2502.16982; torch.optim.Muon
 
 def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
-    """Nearly the closest orthogonal matrix to each of a batch of matrices (..., m, n), in `dtype`: singular values end
-    within about 0.7 to 1.2. Bit for bit torch.optim.Muon's iteration in bfloat16."""
-    a, b, c = NS_COEFFICIENTS
+    """Matrices (..., m, n) made nearly orthogonal, singular values 0.7 to 1.2; in bfloat16 torch's Muon bit for bit."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # quintic, steepest slope at zero: kellerjordan.github.io/posts/muon
     tall = G.size(-2) > G.size(-1)
     X = G.to(dtype).reshape(-1, *G.shape[-2:])
     X = X.mT if tall else X
@@ -677,8 +613,7 @@ class Muon:
             momentum.lerp_(grad, 1 - mu)
             update = zeropower_via_newtonschulz5(grad.lerp_(momentum, mu), self.dtype) * (1 - skip)
             scale = MUON_SCALES[self.cfg.muon_scale](*momentum.shape[-2:])
-            updates = all_gather(update, self.world).split(stack["sizes"])
-            for p, u in zip(stack["params"], updates):
+            for p, u in zip(stack["params"], all_gather(update, self.world).split(stack["sizes"])):
                 if self.cfg.weight_decay:
                     p.mul_(decay)
                 p.add_(u.view_as(p), alpha=-lr * scale)
@@ -703,8 +638,7 @@ class AdamW:
         self.sliced = [p for p in params if p.numel() >= 2**16 and p.numel() % self.world == 0]
         self.whole = [p for p in params if p.numel() < 2**16 or p.numel() % self.world]
         self.own = [p.data.view(-1).chunk(self.world)[ranks.rank] for p in self.sliced] + [p.data for p in self.whole]
-        self.exp_avg = [torch.zeros_like(p) for p in self.own]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.own]
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.own] for _ in range(2))
         self.steps = [torch.zeros((), device=p.device) for p in self.own]
         self.grads = []
 
@@ -745,14 +679,12 @@ OPTIMIZERS = {  # of the matrices inside the blocks
     "adamw": lambda params, cfg, ranks: AdamW(params, cfg, cfg.lr, ranks, cfg.weight_decay)}
 
 def split_params(model):
-    """Every parameter in exactly one group: {"matrices", "embed", "head", "vectors": [Parameter]}. Matrices are what
-    the blocks hold with two dimensions or more, but for modules whose class says optim = "adamw"."""
+    """{"matrices", "embed", "head", "vectors": [Parameter]}; matrices of a class with optim = "adamw" are vectors."""
     opted_out = {id(p) for m in model.modules() if getattr(m, "optim", "") == "adamw" for p in m.parameters()}
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2 and id(p) not in opted_out]
     groups = {"matrices": matrices, "embed": [model.embed], "head": [] if model.head is None else [model.head]}
     taken = {id(p) for group in groups.values() for p in group}
     groups["vectors"] = [p for p in model.parameters() if id(p) not in taken]
-    assert sum(len(group) for group in groups.values()) == len(list(model.parameters()))
     return groups
 
 def build_optimizers(model, cfg, ranks):
@@ -765,24 +697,20 @@ def build_optimizers(model, cfg, ranks):
             optimizers.append(AdamW(groups[name], cfg, cfg.lr if lr is None else lr, ranks, decay))
     return optimizers
 
-def trapezoid(step, cfg):
-    return min(1.0, (cfg.num_iterations - step) / max(1, cfg.warmdown_iters))
-
 def cosine(step, cfg):
     progress = (step - cfg.warmup_iters) / max(1, cfg.num_iterations - cfg.warmup_iters)
     return cfg.min_lr_frac + (1 - cfg.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
 
-SCHEDULES = {"trapezoid": trapezoid, "cosine": cosine}
+SCHEDULES = {
+    "trapezoid": lambda step, cfg: min(1.0, (cfg.num_iterations - step) / max(1, cfg.warmdown_iters)),
+    "cosine": cosine}
 
 def lr_factor(step, cfg):
     """Fraction of the peak learning rate for the update that follows `step` updates."""
-    if step < cfg.warmup_iters:
-        return (step + 1) / cfg.warmup_iters
-    return SCHEDULES[cfg.lr_schedule](step, cfg)
+    return (step + 1) / cfg.warmup_iters if step < cfg.warmup_iters else SCHEDULES[cfg.lr_schedule](step, cfg)
 
 class LossScale:
-    """Factor on the loss that keeps float16 gradients from vanishing (arXiv 1710.03740): halved when they overflow,
-    doubled after 2000 good steps; 1 for other dtypes. Lives on the device, so that no step waits for it."""
+    """Factor on a float16 loss (arXiv 1710.03740), on the device: halved on overflow, doubled after 2000 good steps."""
     def __init__(self, dtype, device):
         self.active = dtype == torch.float16
         self.value = torch.tensor(2.0**16 if self.active else 1.0, device=device)
@@ -792,10 +720,7 @@ class LossScale:
         if self.active:
             torch._amp_update_scale_(self.value, self.good_steps, skip, 2.0, 0.5, 2000)
 
-########################################
-#                 Data                 #
-########################################
-
+################# Data #################
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the shard format of llm.c and modded-nanogpt
 
 def shard_tokens(path):
@@ -824,10 +749,7 @@ def load_shard(path):
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(shard_tokens(path),))
 
 class ShardLoader:
-    """Samples of sequence_length + 1 tokens from the shards that match a glob, in one order for any number of ranks.
-
-    Sample i of a shard starts at token i * sequence_length; a tail too short for a sample is dropped. A global sample
-    index runs through all shards and on into the next epoch. Raises DataError."""
+    """Samples of T + 1 tokens, each from i * T of a shard, in a glob's order, epoch after epoch. Raises DataError."""
     def __init__(self, pattern, cfg, shuffle=False):
         self.files = sorted(glob.glob(pattern))
         if not self.files:
@@ -837,7 +759,8 @@ class ShardLoader:
         self.length, self.vocab_size, self.seed, self.shuffle = cfg.sequence_length, cfg.vocab_size, cfg.seed, shuffle
         self.ends = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
         self.samples, self.tokens = int(self.ends[-1]), sum(len(shard) for shard in self.shards)
-        self.permutation = (-1, None)  # (epoch, its order)
+        self.order = functools.lru_cache(1)(
+            lambda epoch: np.random.default_rng((self.seed, int(epoch))).permutation(self.samples))
 
     def read(self, first, count):
         """Samples first .. first + count - 1 of the global index: (count, T + 1) int64. Raises DataError."""
@@ -867,11 +790,6 @@ class ShardLoader:
             raise DataError(f"{name}={value} needs {samples:,} samples of {self.length} tokens, but {self.files[0]} "
                             f"and what else matches has {self.samples:,}; lower {name}{more}")
 
-    def order(self, epoch):
-        if self.permutation[0] != epoch:
-            self.permutation = epoch, np.random.default_rng((self.seed, int(epoch))).permutation(self.samples)
-        return self.permutation[1]
-
     def check_tokens(self, shards=None):
         """Scans every token of the shards with these numbers, or of all. Raises DataError."""
         for shard in range(len(self.shards)) if shards is None else shards:
@@ -886,7 +804,6 @@ class ShardLoader:
         def load(first, count):
             batch = torch.from_numpy(self.read(first, count))
             return batch.pin_memory() if device.type == "cuda" else batch
-
         slices = iter(slices)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             ahead = deque(pool.submit(load, *piece) for piece in itertools.islice(slices, depth))
@@ -925,17 +842,13 @@ def fingerprint(loaders, folder):
         stat = os.stat(file)
         key = f"{os.path.realpath(file)}:{stat.st_size}:{stat.st_mtime_ns}"
         if key not in known:
-            with open(file, "rb") as shard:
-                known[key] = hashlib.file_digest(shard, "sha256").hexdigest()
+            known[key] = sha256sum(Path(file))[:64]
         hashes.append((os.path.basename(file), known[key]))
     with contextlib.suppress(OSError):  # Records.open says what is wrong with the folder
         write_whole(cache, json.dumps(known))
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
-########################################
-#             Checkpoints              #
-########################################
-
+############# Checkpoints ##############
 MAX_FAILED_SAVES = 3  # in a row
 SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint to be written; a slower one is written while it goes on
 SCHEDULED = ("num_iterations", "lr_schedule", "warmup_iters", "warmdown_iters", "min_lr_frac")
@@ -990,10 +903,9 @@ def find_checkpoint(cfg, folder, restarted, warnings):
     return path
 
 def changed_settings(saved, cfg, facts):
-    """[] or a sentence on what differs from `saved`, a checkpoint's run.json. Raises ConfigError, field by field, where
-    going on would not be the same run."""
+    """[] or a sentence on what differs from a checkpoint's run.json. Raises ConfigError where it is another run."""
     before = {name: saved["config"].get(name, getattr(Config, name)) for name in vars(cfg)}
-    changed = {name: f"{name.upper()} {before[name]} -> {now}" for name, now in vars(cfg).items() if now != before[name]}
+    changed = {key: f"{key.upper()} {before[key]} -> {now}" for key, now in vars(cfg).items() if now != before[key]}
     changed |= {name: f"{name} {saved[name]} -> {facts[name]}" for name in ("world_size", "data_fingerprint")
                 if saved[name] != facts[name]}
     past, steps = Config(**before), range(saved["step"])
@@ -1006,21 +918,16 @@ def changed_settings(saved, cfg, facts):
     return [f"goes on with other settings: {', '.join(told)}"] * bool(told)
 
 def tally(ranks):
-    """What the ranks hold together, of {key: (kind, dtype, numbers, sum of their bits)} for each rank: slices add up,
-    copies have to be equal. Raises RuntimeError naming rank and tensor."""
+    """{key: [dtype, numbers, sum of bits]} of all ranks: slices add up, copies must be equal, else a RuntimeError."""
     total = {}
     for rank, held in enumerate(ranks):
         for key, (kind, *described) in held.items():
             if kind == "slice" and key in total:
                 described[1:] = [a + b for a, b in zip(described[1:], total[key][1:])]
             elif total.get(key, described) != described:
-                raise RuntimeError(f"the ranks have come apart: {key} of rank {rank} is not that of the ranks before it")
+                raise RuntimeError(f"the ranks have come apart: {key} of rank {rank} is not that of ranks before it")
             total[key] = described
     return total
-
-def local(tensor):
-    """The part of a DTensor that this rank holds; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 class Checkpoints:
     """Saves State in the folder of a run and restores it, on any number of ranks. Every rank calls every method.
@@ -1028,60 +935,58 @@ class Checkpoints:
     Each rank writes what it alone holds, and its share of what all hold, through torch.distributed.checkpoint, from
     copies and in a thread, so that training can go on meanwhile. A folder gets its name when it is whole."""
     def __init__(self, cfg, ranks, records):
-        from torch.distributed.device_mesh import init_device_mesh
         self.cfg, self.rank, self.world, self.records = cfg, ranks.rank, ranks.world_size, records
         self.group = dist.new_group(backend="gloo")  # its own: the thread must not meet the collectives of the loop
-        self.mesh = init_device_mesh("cpu", (self.world,))
+        self.mesh = dist.init_device_mesh("cpu", (self.world,))
         self.pool, self.pending, self.buffers = concurrent.futures.ThreadPoolExecutor(1), None, {}
         self.step, self.failures = -1, 0  # the last step saved or loaded; failed saves in a row
 
-    def copies(self, tensors):
-        """CPU memory for each of {key: (tensor, kind)}, kept for the next time: {key: Tensor, or DTensor for a slice}."""
+    def copy(self, tensors):
+        """{key: (tensor, kind)} in CPU memory, kept for the next time, and {key: tensor} of it, slices as DTensor."""
         from torch.distributed.tensor import DTensor, Shard
-        for key, (tensor, kind) in tensors.items():
+        for key, (tensor, _) in tensors.items():
             if key not in self.buffers:
-                copy = torch.empty_like(tensor, device="cpu")
-                self.buffers[key] = DTensor.from_local(copy, self.mesh, [Shard(0)]) if kind == "slice" else copy
-        return {key: self.buffers[key] for key in tensors}
+                self.buffers[key] = torch.empty_like(tensor, device="cpu")
+            self.buffers[key].copy_(tensor)
+        held = {key: (self.buffers[key], kind) for key, (_, kind) in tensors.items()}
+        return held, {key: DTensor.from_local(copy, self.mesh, [Shard(0)]) if kind == "slice" else copy
+                      for key, (copy, kind) in held.items()}
 
-    def gather(self, tensors, group=None):
+    def gather(self, tensors):
         """The tally of {key: (tensor, kind)} over the ranks."""
         held = {key: (kind, str(tensor.dtype), tensor.numel(), tensor.reshape(-1).view(torch.int32).sum().item())
                 for key, (tensor, kind) in tensors.items()}
-        ranks = [None] * self.world
-        dist.all_gather_object(ranks, held, group)
+        dist.all_gather_object(ranks := [None] * self.world, held, self.group)
         return tally(ranks)
 
     def save(self, state, facts):
-        """Writes what training needs to go on from here, and `facts` (JSON); after SAVE_STALL the loop goes on anyway."""
+        """Writes what a run needs to go on from here, and `facts` (JSON); after SAVE_STALL the loop goes on anyway."""
         self.wait()
         if state.step == self.step:
             return
         tensors, turns = state.tensors(), itertools.cycle(range(self.world))
         if self.world > 1:
             self.gather({key: (tensor, kind) for key, (tensor, kind) in tensors.items() if kind == "copy"})
-        kinds = {key: kind for key, (_, kind) in tensors.items() if kind != "copy" or next(turns) == self.rank}
-        copies = self.copies({key: tensors[key] for key in kinds})
-        for key, copy in copies.items():
-            local(copy).copy_(tensors[key][0])
-        facts |= {"step": state.step, "config": vars(self.cfg) | {"run_id": self.records.folder.name}}
+        held, copies = self.copy({key: (tensor, kind) for key, (tensor, kind) in tensors.items()
+                                  if kind != "copy" or next(turns) == self.rank})
+        facts |= {"step": state.step, "samples": state.step * self.cfg.batch_size,
+                  "config": vars(self.cfg) | {"run_id": self.records.folder.name}}
         facts = json.loads(json.dumps(facts))  # the loop goes on to change some of it
-        self.step, self.pending = state.step, self.pool.submit(self.write, copies, kinds, facts)
+        self.step, self.pending = state.step, self.pool.submit(self.write, copies, held, facts)
         concurrent.futures.wait([self.pending], SAVE_STALL)
 
-    def write(self, copies, kinds, facts):
+    def write(self, copies, held, facts):
         """Writes and publishes one checkpoint; returns what went wrong, the same on every rank, or ""."""
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
         began, problem, final = time.perf_counter(), [""], self.records.folder / f"step_{facts['step']:06d}"
         temporary = final.with_name(f".tmp_{final.name}")
         try:
-            facts["entries"] = self.gather({key: (local(copy), kinds[key]) for key, copy in copies.items()}, self.group)
+            facts["entries"] = self.gather(held)
             dcp.save(copies, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
             if self.rank == 0:
                 self.publish(temporary, final, facts)
                 self.records.print(f"checkpoint:{final} write_time:{time.perf_counter() - began:.2f}s")
-        except (Exception, CheckpointException) as error:
+        except (Exception, dcp.CheckpointException) as error:  # the latter derives from BaseException
             failures = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
             problem = [" ".join(str((failures or [error])[0]).split())[:200]]
             if self.rank == 0:
@@ -1116,20 +1021,18 @@ class Checkpoints:
                 raise OSError(f"{'the last' if last else self.failures} checkpoint(s) could not be written: {problem}")
 
     def load(self, state, path):
-        """Restores State; returns the facts saved with it. Raises ConfigError or RuntimeError where a tensor is missing
-        or is not what was saved."""
+        """Restores State; returns the facts saved with it. Raises ConfigError, RuntimeError where a tensor is wrong."""
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.api import CheckpointException
         tensors, facts = state.tensors(), json.loads((path / "run.json").read_text())
-        copies, self.buffers = self.copies(tensors), {}
+        (held, copies), self.buffers = self.copy(tensors), {}
         try:
             dcp.load(copies, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
-        except CheckpointException as error:
+        except dcp.CheckpointException as error:
             raise ConfigError(f"RESUME: {path} does not fit this train_gpt.py: {error}") from None
         for key, (tensor, _) in tensors.items():
-            tensor.copy_(local(copies[key]))
-        held, saved = self.gather(tensors), facts["entries"]
-        if wrong := [key for key in {**held, **saved} if held.get(key) != saved.get(key)]:
+            tensor.copy_(held[key][0])
+        found, saved = self.gather(tensors), facts["entries"]
+        if wrong := [key for key in {**found, **saved} if found.get(key) != saved.get(key)]:
             raise RuntimeError(f"{path}: {wrong[0]} did not come back as it was saved")
         state.step = self.step = facts["step"]
         return facts
@@ -1146,18 +1049,15 @@ def export_weights(model, cfg, folder):
 
 def import_weights(model, path):
     """Fills model from a safetensors file, or a folder with model.safetensors. Raises ConfigError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    import safetensors.torch
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
     try:
-        model.load_state_dict(load_file(Path(path) / "model.safetensors" if Path(path).is_dir() else path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        model.load_state_dict(safetensors.torch.load_file(file))
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         raise ConfigError(f"INIT_FROM={path}: expected model.safetensors of a run with these sizes (config.json beside "
                           f"it has them); {' '.join(str(error).split())[:500]}") from None
 
-########################################
-#               Records                #
-########################################
-
+############### Records ################
 CURVE = "step tokens epoch train_loss val_loss lr grad_norm train_time tokens_per_sec data_wait".split()
 PEAK_TFLOPS = {  # dense bfloat16 by the name CUDA gives the device, the more particular name first; makers' data sheets
     "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200 NVL": 836, "H200": 989, "GB200": 2500, "B200": 2250,
@@ -1183,8 +1083,7 @@ def write_whole(path, text):
         temporary.unlink(missing_ok=True)
 
 def update_results(path, rows):
-    """Merges rows into the results table, one per run_id, under a lock: columns are united, nothing is lost. None is a
-    blank, truth values are 0 and 1."""
+    """Merges rows into the results table, one per run_id, under a lock: columns are united, truth values 0 and 1."""
     path = Path(path).resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -1195,39 +1094,34 @@ def update_results(path, rows):
                     table = {row["run_id"]: row for row in csv.DictReader(file)}
             except (KeyError, UnicodeDecodeError, csv.Error):
                 raise ConfigError(f"RESULTS_CSV={path}: expected a table with a column run_id; mend it, or "
-                                  "name another RESULTS_CSV") from None
+                                  "name another") from None
         for row in rows:
             cells = {k: "" if v is None else int(v) if isinstance(v, bool) else v for k, v in row.items()}
             table[row["run_id"]] = table.get(row["run_id"], {}) | cells
         columns = dict.fromkeys(column for row in table.values() for column in row)
-        lines = [columns, *([row.get(column) for column in columns] for row in table.values())]
-        write_whole(path, "".join(map(csv_line, lines)))
+        text = ""
+        for cells in [columns, *([row.get(column) for column in columns] for row in table.values())]:
+            csv.writer(line := io.StringIO(), lineterminator="\r\n").writerow(cells)  # 3.11 quotes \r only for this end
+            text += line.getvalue().removesuffix("\r\n") + "\n"
+        write_whole(path, text)
 
-def csv_line(cells):
-    """A line of a table. Python 3.11 quotes a carriage return only where lines end in one."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(cells)
-    return line.getvalue().removesuffix("\r\n") + "\n"
+def output_of(*command):
+    """What a command prints; "" where it fails or is not there."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
 
 def git_state():
     """(commit, whether tracked files other than records differ from it); blanks outside a repository."""
-    def git(*words):
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
-    try:
-        commit = git("rev-parse", "--verify", "--quiet", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/*.csv", ":!logs")
-        return commit, bool(changed) if commit else ""
-    except OSError:  # no git here
-        return "", ""
+    commit = output_of("git", "-C", ROOT, "rev-parse", "--verify", "--quiet", "HEAD")
+    changed = output_of("git", "-C", ROOT, "status", "--porcelain", "-uno", "--", ".", ":!experiments/*.csv", ":!logs")
+    return commit, bool(changed) if commit else ""
 
 def machine_text():
     """Versions and the device, as the log shows them: nvidia-smi where it runs, else the CPU's name."""
-    versions = (f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-                f"numpy {np.__version__}")
-    try:
-        return f"{versions}\n{subprocess.run(['nvidia-smi'], capture_output=True, text=True, check=True).stdout}"
-    except (OSError, subprocess.CalledProcessError):
-        return f"{versions}\n{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    device = output_of("nvidia-smi") or f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+            f"numpy {np.__version__}\n{device}")
 
 def device_name(device):
     if device.type == "cuda":
@@ -1239,8 +1133,7 @@ def utc_now():
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 class Records:
-    """What a run leaves: log, curve, summary and row. Rank 0 writes them; on other ranks every method but fail() does
-    nothing."""
+    """What a run leaves: log, curve, summary, row. Rank 0 writes them; elsewhere no method but fail() does anything."""
     def __init__(self, cfg, run_id, rank=0):
         self.cfg, self.rank, self.bar, self.lost, self.results_csv = cfg, rank, None, "", cfg.results_csv
         self.live = False  # set once the run_id is claimed
@@ -1250,8 +1143,7 @@ class Records:
         self.summary = dataclasses.asdict(cfg) | {"run_id": run_id}
 
     def open(self, facts, warnings, restarted=False):
-        """Claims the run_id and starts its files, or goes on with them where the run is resumed; returns the checkpoint
-        to go on from, if any. Raises ConfigError where they exist, belong to a live run or cannot be written."""
+        """Claims the run_id, starts or continues its files; returns the checkpoint to resume. Raises ConfigError."""
         self.summary |= facts
         if self.rank:
             return None
@@ -1274,8 +1166,7 @@ class Records:
         self.start_files(step)
         self.print("\n".join([f"run_id:{self.folder.name}", f"changes: {facts['changes'] or 'none'}",
                               *[f"resumed:{path}"] * bool(path), *(f"warning: {warning}" for warning in warnings)]))
-        total = self.summary["num_iterations"]
-        self.bar = tqdm(total=total, initial=max(0, step), unit="step", disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=self.summary["num_iterations"], initial=max(0, step), unit="step", disable=None)
         return path
 
     def claim(self):
@@ -1292,28 +1183,30 @@ class Records:
             raise ConfigError(f"LOG_DIR={self.log.parent}: cannot be written ({error}); name another folder") from None
         for path in self.folder.glob(".tmp_*"):
             path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
-        for name in "stop", "error.txt":
-            (self.folder / name).unlink(missing_ok=True)
 
     def start_files(self, step):
         """Heads the log, or cuts the steps from `step` on out of log and curve, since they will be run again."""
         def before(path, pattern):
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
             return "".join(line for line in lines if not (found := re.match(pattern, line)) or int(found[1]) < step)
-
         rule, fresh = "=" * 100, not self.log.exists()
-        head = "\n".join([rule, SOURCE, rule, machine_text(), f"settings: {json.dumps(self.summary, indent=1)}", rule, ""])
+        head = f"{rule}\n{SOURCE}\n{rule}\n{machine_text()}\nsettings: {json.dumps(self.summary, indent=1)}\n{rule}\n"
         if not fresh:
             old = json.loads(self.json.read_text()) if self.json.exists() else {}
             head = head if old.get("source_sha") != self.summary["source_sha"] else ""  # what runs now is in the log
             self.summary |= {"started": old.get("started"), "resumes": (old.get("resumes") or 0) + 1}
+        for name in "stop", "error.txt":
+            (self.folder / name).unlink(missing_ok=True)
         try:
             write_whole(self.log, before(self.log, r"(?:\[\w+\] )?step:(\d+)/") + head)
-            write_whole(self.curve, before(self.curve, r"(\d+)(?:,|$)") or ",".join(CURVE) + "\n")
+            write_whole(self.curve, before(self.curve, r"(\d+),") or ",".join(CURVE) + "\n")
             self.save()
         except (OSError, ConfigError) as error:
             for file in (self.log, self.curve, self.json) if fresh else ():
                 file.unlink(missing_ok=True)
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"RESULTS_CSV={self.results_csv}: cannot be written ({error}); name another") from None
 
     def append(self, path, text):
@@ -1394,10 +1287,7 @@ def refuse(env, error):
             write_whole(summary, json.dumps(row, indent=1) + "\n")
             update_results(places[1], [row])
 
-########################################
-#               Training               #
-########################################
-
+############### Training ###############
 FIRST_STEP_TIMEOUT = 1800  # seconds: joining, compiling and reading may take so long
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXIT_CODES = {"ok": 0, "stopped": 0, "preempted": 0, "crash": 1, "config": 2, "data": 3, "diverged": 4, "oom": 5}
@@ -1428,8 +1318,7 @@ def resolve(cfg):
     dtype = {"cpu": "float32", "cuda": "float16" if old else "bfloat16"}[device] if cfg.dtype == "auto" else cfg.dtype
     vocab_size = cfg.vocab_size or dataset_index(cfg.input_bin).get("vocab_size")
     if not vocab_size:
-        raise DataError(f"VOCAB_SIZE=0 is read from index.json beside {cfg.input_bin}, which is not there; "
-                        f"set VOCAB_SIZE, or {how_to_get(cfg.input_bin)}")
+        raise DataError(f"VOCAB_SIZE=0 needs index.json beside {cfg.input_bin}; set it, or {how_to_get(cfg.input_bin)}")
     if cfg.deterministic and cfg.compile == "1":
         raise ConfigError("COMPILE=1 chooses kernels by timing them, so DETERMINISTIC=1 cannot have it; set COMPILE=0")
     run_id = cfg.run_id or (Path(cfg.resume).parent.name if cfg.resume not in ("auto", "none") else "")
@@ -1472,8 +1361,7 @@ def preflight(cfg, ranks):
         raise DataError(f"{sorted(both)[0]} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
     sizes = [dataset_index(pattern).get("vocab_size") for pattern in (cfg.input_bin, cfg.input_val_bin)]
     if None not in sizes and sizes[0] != sizes[1]:
-        raise DataError(f"INPUT_BIN has a vocabulary of {sizes[0]} tokens, INPUT_VAL_BIN one of {sizes[1]}; "
-                        "name shards of one dataset in both")
+        raise DataError(f"INPUT_BIN has {sizes[0]} kinds of token, INPUT_VAL_BIN {sizes[1]}; name one dataset in both")
     for loader in (train, val):
         if 2 * loader.tokens < 2**30:  # bytes; larger data is checked batch by batch
             loader.check_tokens()
@@ -1493,8 +1381,11 @@ def setup(cfg, ranks, env):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
     if cfg.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
-    else:
-        keep_freed_memory()
+    else:  # glibc is to keep what is freed for the next step: getting large tensors' pages anew takes a tenth of a step
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4
+            mallopt(mmap_max, 0)
+            mallopt(trim_threshold, 2**31 - 1)
     kept, where = launcher_store(env), {"rank": ranks.rank, "world_size": ranks.world_size}
     if "MASTER_ADDR" not in env:
         where["store"] = dist.HashStore()
@@ -1510,19 +1401,17 @@ def setup(cfg, ranks, env):
 
 def agree(work):
     """Runs work on every rank and returns what it returned on rank 0, whose ConfigError is raised by all."""
-    outcome = [None, None]
     try:
-        outcome[0] = work()
+        outcome = [work()]
     except ConfigError as error:
-        outcome[1] = str(error)
+        outcome = [error]
     dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-    if outcome[1]:
-        raise ConfigError(outcome[1])
+    if isinstance(outcome[0], ConfigError):
+        raise outcome[0]
     return outcome[0]
 
 class Watch:
-    """Ends a run in good order: a signal to any rank or the stop file becomes one decision of all ranks, and ranks that
-    make no step write where they stand."""
+    """Ends a run in good order, by one decision of all ranks; ranks that make no step write where they stand."""
     def __init__(self, folder, ranks, timeout):
         self.stop_file, self.leads, self.timeout = folder / "stop", ranks.rank == 0, timeout
         self.asked, self.status, self.pending, self.flag = 0, "", None, None
@@ -1537,8 +1426,7 @@ class Watch:
         self.asked = 1
 
     def agreed(self):
-        """The status that the run is to end with, "" to go on. Called equally often on every rank; what one asks for in
-        this call, all learn in the next, so that none waits for another."""
+        """Status to end with, or "". Every rank calls it equally often; all learn in the next call what one asks."""
         if self.pending:
             self.pending.wait()
             self.status = self.status or ("", "preempted", "stopped")[self.flag.item()]
@@ -1564,13 +1452,6 @@ class Watch:
             Path(self.stacks.name).unlink(missing_ok=True)
         self.stop_file.unlink(missing_ok=True)  # it has been obeyed
 
-def keep_freed_memory():
-    """Lets glibc keep what is freed for the next step: getting large tensors' pages anew takes a tenth of a step."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-
 @dataclasses.dataclass
 class State:
     """What a step changes."""
@@ -1578,8 +1459,7 @@ class State:
     optimizers: list
     loss_scale: LossScale
     step: int = 0  # updates made
-    skipped: list = dataclasses.field(default_factory=list)  # (1 + ranks,) of each step not yet looked at: whether its
-    # update was left out, and on which ranks the loss or a gradient was not finite
+    skipped: list = dataclasses.field(default_factory=list)  # (1 + ranks,) a step: update left out, ranks not finite
 
     @classmethod
     def build(cls, cfg, ranks):
@@ -1612,8 +1492,7 @@ def compile_model(model, cfg, device):
     dist.barrier()
 
 def train_step(state, cfg, inputs, targets):
-    """One update from this rank's part of the global batch, inputs and targets (n, T). Returns the mean loss () over
-    the batch and the global gradient norm (), on the device; nothing here waits for it."""
+    """One update from this rank's (n, T) of the batch: its mean loss () and gradient norm (), still on the device."""
     micro, scale, rank, world = cfg.device_batch_size, state.loss_scale.value, dist.get_rank(), dist.get_world_size()
     if cfg.dropout:  # no generator has a state to save: every step and rank has its own seed
         torch.manual_seed(int(np.random.SeedSequence((cfg.seed, state.step, rank)).generate_state(1, np.uint64)[0]))
@@ -1642,8 +1521,7 @@ def train_step(state, cfg, inputs, targets):
 
 @torch.no_grad()
 def evaluate(model, loader, cfg, ranks, watch):
-    """Mean loss over the first VAL_TOKENS of the validation shards, each rank taking a share of the samples; None where
-    the run is to end."""
+    """Mean loss of the first VAL_TOKENS, each rank taking a share of the samples; None where the run is to end."""
     samples, device, micro = cfg.val_tokens // cfg.sequence_length, ranks.device(cfg), cfg.device_batch_size
     first, last = (samples * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
     slices = [(i, min(micro, last - i)) for i in range(first, last, micro)]
@@ -1676,24 +1554,25 @@ class Meter:
     """Turns what the loop measures into lines, points of the curve and the summary."""
     def __init__(self, cfg, ranks, records, loader):
         self.cfg, self.device, self.ranks, self.records, self.loader = cfg, ranks.device(cfg), ranks, records, loader
-        self.waits, self.start = [], time.perf_counter()  # seconds each step has waited for data; start of the clock
+        self.waits, self.start = [], 0.0  # seconds each step has waited for data; where the clock of training began
         self.flops = records.summary["flops_per_token"] / ranks.world_size
         self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
         # what a resumed run goes on with; last: (tokens, train time) of the last point
-        self.seconds, self.last = {"eval": 0.0, "compile": 0.0, "save": 0.0, "wait": 0.0}, (0, 0.0)
+        self.seconds, self.last = dict.fromkeys(("data_wait", "eval_time", "save_time", "compile_time"), 0.0), (0, 0.0)
         self.bad_steps, self.figures = [0, 0, 0], {}  # updates left out: in all, in a row until now, most in a row
+        self.train_time = 0.0  # when the checkpoint was made
 
     def facts(self, state, stats):
         """What a checkpoint has to know of the measurements, and stats, which are those of the last step."""
         self.count_bad_steps(state)
         known = {name: self.records.summary[name] for name in ("world_size", "data_fingerprint")}
         kept = {name: getattr(self, name) for name in ("seconds", "last", "bad_steps", "figures")}
-        return known | {"stats": stats and [stat.item() for stat in stats], "meter": kept,
-                        "train_time": self.now() - self.start}
+        return known | {"stats": stats and torch.stack(tuple(stats)).tolist(),
+                        "meter": kept | {"train_time": self.now() - self.start}}
 
     def resume(self, facts):
         """Goes on from facts; returns the stats of the step before."""
-        vars(self).update(facts["meter"], start=self.now() - facts["train_time"])
+        vars(self).update(facts["meter"])
         self.records.summary |= self.figures
         return facts["stats"] and [torch.tensor(stat) for stat in facts["stats"]]
 
@@ -1731,7 +1610,7 @@ class Meter:
         cfg, step, seconds = self.cfg, state.step, self.now() - self.start if state.step else 0.0
         tokens = step * cfg.batch_size * cfg.sequence_length
         values = {"step": step, "tokens": tokens, "epoch": step * cfg.batch_size / self.loader.samples,
-                  "train_time": seconds, "data_wait": self.seconds["wait"]}
+                  "train_time": seconds, "data_wait": self.seconds["data_wait"]}
         times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(1, step):.2f}ms"
         if stats is not None:
             loss, norm = (stat.item() for stat in stats)  # here alone the loop waits for the device
@@ -1755,13 +1634,11 @@ class Meter:
         """The summary's figures so far."""
         speed = tokens / seconds if tokens else None
         figures = {
-            "tokens": tokens, "train_time": seconds, "tokens_per_sec": speed, "data_wait": self.seconds["wait"],
-            "eval_time": self.seconds["eval"], "save_time": self.seconds["save"],
-            "compile_time": self.seconds["compile"] if self.cfg.compile == "1" else None,
-            "step_avg": 1000 * seconds / state.step if tokens else None,
+            "bad_steps": self.bad_steps[0], "tokens": tokens, "train_time": seconds, "tokens_per_sec": speed,
+            **self.seconds, "compile_time": self.seconds["compile_time"] if self.cfg.compile == "1" else None,
+            "step_avg": 1000 * seconds / state.step if tokens else None, "peak_mem": peak_memory(self.device),
             "data_wait_p99": float(np.percentile(self.waits, 99)) if self.waits else None,
-            "mfu": model_flops_utilization(self.cfg, self.device, speed * self.flops) if tokens else None,
-            "peak_mem": peak_memory(self.device), "bad_steps": self.bad_steps[0]}
+            "mfu": model_flops_utilization(self.cfg, self.device, speed * self.flops) if tokens else None}
         if val_loss is not None:
             bits = val_loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
             figures |= {"final_loss": val_loss, "best_loss": min(val_loss, self.figures.get("best_loss", math.inf)),
@@ -1769,8 +1646,7 @@ class Meter:
         return figures
 
 def train(cfg, ranks, loaders, records, watch, path):
-    """The run, from its beginning or from the checkpoint at `path`; returns the status it ended with. What it measures is
-    in records.summary, kept current on the way."""
+    """The run from its beginning or the checkpoint at `path`, records.summary kept current; returns its status."""
     train_loader, val_loader = loaders
     checkpoints, stats = Checkpoints(cfg, ranks, records), None
     meter, state = Meter(cfg, ranks, records, train_loader), State.build(cfg, ranks)
@@ -1780,24 +1656,26 @@ def train(cfg, ranks, loaders, records, watch, path):
         import_weights(state.model, cfg.init_from)
     if cfg.compile == "1":
         records.print("compiling blocks and loss: a minute or two the first time on a machine")
-        with meter.off_the_clock("compile"):
+        with meter.off_the_clock("compile_time"):
             compile_model(state.model, cfg, meter.device)
-        records.print(f"compile_time:{meter.seconds['compile']:.1f}s")
+        records.print(f"compile_time:{meter.seconds['compile_time']:.1f}s")
     first, share, due = state.step, cfg.batch_size // ranks.world_size, False
+    meter.start = meter.now() - meter.train_time
     slices = ((step * cfg.batch_size + ranks.rank * share, share) for step in range(first, cfg.num_iterations))
     with contextlib.closing(train_loader.prefetch(slices, meter.device)) as batches:
         while True:  # `step` updates have been made, of which the last is not yet logged: a resumed run enters here
             step, last = state.step, state.step == cfg.num_iterations
             due |= last or cfg.save_every > 0 and step > first and step % cfg.save_every == 0
-            if watch.agreed() or due and healthy(stats):  # before the validation, which may fail
-                with meter.off_the_clock("save"):
+            sound = not stats or stats[0].isfinite() and stats[1] != 0  # else the model has diverged
+            if watch.agreed() or due and sound:  # before the validation, which may fail
+                with meter.off_the_clock("save_time"):
                     checkpoints.save(state, meter.facts(state, stats))
                 due = False
             if step == first + 1:
                 watch.hurry()
             validating = last or cfg.val_every and step % cfg.val_every == 0
             if not watch.status and (validating or stats and (step == 1 or step % cfg.log_every == 0)):
-                with meter.off_the_clock("eval"):
+                with meter.off_the_clock("eval_time"):
                     val_loss = evaluate(state.model, val_loader, cfg, ranks, watch) if validating else None
                 if watch.status:
                     continue  # the validation was cut short: save, and leave the point to who goes on
@@ -1807,21 +1685,11 @@ def train(cfg, ranks, loaders, records, watch, path):
             inputs, targets, waited = next(batches)
             stats = train_step(state, cfg, inputs, targets)
             meter.waits.append(waited)
-            meter.seconds["wait"] += waited
+            meter.seconds["data_wait"] += waited
     checkpoints.wait(last=True)
     if not watch.status and ranks.rank == 0:
         export_weights(state.model, cfg, records.folder)
     return watch.status or "ok"
-
-def healthy(stats):
-    """Whether the last step's (loss, gradient norm) are not those of a model that has diverged."""
-    return stats is None or bool(torch.isfinite(stats[0]) and stats[1] != 0)
-
-def memory_advice(cfg, device):
-    """What to lower where memory ran out."""
-    half = {name.upper(): getattr(cfg, name) for name in ("device_batch_size", "sequence_length", "n_layer")}
-    tips = ", or ".join(f"{name}={value} to {value // 2}" for name, value in half.items() if value > 1)
-    return f"out of memory, peak {peak_memory(device):.2f} GiB; lower {tips} (the first leaves the result as it is)"
 
 def report(error, ranks, records, env):
     """Says why a run ended, on the terminal and in its records; returns the exit code."""
@@ -1829,7 +1697,10 @@ def report(error, ranks, records, env):
     status = getattr(error, "status", "oom" if full else "stopped" if isinstance(error, KeyboardInterrupt) else "crash")
     reason, trace = redact(str(error) or "interrupted", env), redact(traceback.format_exc(), env)
     if full and records:
-        reason = memory_advice(records.cfg, ranks.device(records.cfg))
+        sizes = {name: getattr(records.cfg, name) for name in ("device_batch_size", "sequence_length", "n_layer")}
+        tips = ", or ".join(f"{name.upper()}={value} to {value // 2}" for name, value in sizes.items() if value > 1)
+        peak = peak_memory(ranks.device(records.cfg))
+        reason = f"out of memory, peak {peak:.2f} GiB; lower {tips} (the first leaves the result as it is)"
     if status == "crash":
         reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
         reason += f"; {records.folder}/stacks_rank*.txt say where" * bool(records and "imed out" in reason)
@@ -1856,8 +1727,7 @@ def main(argv, env):
         if restarted and (store := launcher_store(env)) and store.check(["train_gpt/exit"]):
             return int(store.get("train_gpt/exit"))  # it would fail again
         if argv:
-            raise ConfigError(f"{argv[0].partition('=')[0]} is no option; settings go before the command: "
-                              "LR=0.003 python train_gpt.py")
+            raise ConfigError(f"{argv[0].partition('=')[0]} is no option; settings go so: LR=0.003 python train_gpt.py")
         asked = Config.from_env(env)
         cfg = resolve(asked)
         check_batch(cfg, ranks)

@@ -23,8 +23,8 @@ import torch
 
 import train_gpt
 
-SECTIONS = {"step", "peak", "loader", "start"}
-TOKENS, READS, WAITS, RECORDS, PRODUCTS = 2**25, 1000, 50, 200, 5  # how much of each is measured
+SECTIONS = {"step", "peak", "loader", "checkpoint", "start"}
+TOKENS, READS, WAITS, RECORDS, PRODUCTS, SAVES = 2**25, 1000, 50, 200, 5, 5  # how much of each is measured
 
 
 def figure(unit, values, value=None):
@@ -113,6 +113,24 @@ def bench_loader(file, state, cfg, ranks, kind):
             f"read_{kind}": figure("tokens/s", speeds, batch * len(seconds) / seconds.sum())}
 
 
+def bench_checkpoint(folder, state, cfg, ranks):
+    """What a checkpoint takes from the loop, the first apart, for it has to allocate; and until it is on the disk."""
+    cfg = replace(cfg, log_dir=folder, results_csv=f"{folder}/results.csv")
+    records, stalls, totals = train_gpt.Records(cfg, "saves", ranks.rank), [], []
+    records.folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = train_gpt.Checkpoints(cfg, ranks, records)
+    with open(os.devnull, "w") as out, contextlib.redirect_stdout(out):
+        for _ in range(1 + SAVES):
+            began, state.step = now(ranks.device(cfg)), state.step + 1
+            checkpoints.save(state, {})
+            stalls.append(time.perf_counter() - began)
+            checkpoints.wait(last=True)
+            totals.append(time.perf_counter() - began)
+    size = sum(path.stat().st_size for path in max(train_gpt.step_folders(records.folder).items())[1].iterdir())
+    return {"checkpoint_size": figure("MB", [size / 1e6]), "checkpoint_stall_first": figure("s", stalls[:1]),
+            "checkpoint_stall": figure("s", stalls[1:]), "checkpoint_written": figure("s", totals[1:])}
+
+
 def bench_start(env):
     """Seconds from the launch of train_gpt.py to the losses of its first validation and its first step."""
     command, seen, began = [sys.executable, train_gpt.ROOT / "train_gpt.py"], {}, time.perf_counter()
@@ -155,6 +173,8 @@ def bench(args, env, ranks, folder):
         figures["share_of_peak"] = figure("%", [100 * figures["flops"]["value"] / figures["peak"]["value"]])
     if "loader" in args.only:
         figures |= bench_loader(file, state, cfg, ranks, "warm") | bench_loader(file, state, cfg, ranks, "cold")
+    if "checkpoint" in args.only:
+        figures |= bench_checkpoint(train_gpt.agree(lambda: folder), state, cfg, ranks)
     torch.distributed.destroy_process_group()
     return {"command": f"python {' '.join(sys.argv)}", "changes": asked.changes(), "finished": train_gpt.utc_now(),
             **dict(zip(("git", "dirty"), train_gpt.git_state())), "versions": train_gpt.machine_text().splitlines()[0],

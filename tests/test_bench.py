@@ -17,6 +17,7 @@ STEP = {"step_time", "tokens_per_sec", "flops", "mfu", "forward_backward", "redu
         "records_share"}
 PEAK = {"product_2048x2048x2048", "product_32x32x128", "product_32x128x32", "peak", "share_of_peak"}
 LOADER = {"data_wait_warm", "read_warm", "data_wait_cold", "read_cold"}
+CHECKPOINT = {"checkpoint_size", "checkpoint_stall_first", "checkpoint_stall", "checkpoint_written"}
 START = {"start_to_validation", "start_to_step"}
 
 
@@ -34,7 +35,7 @@ def measured(tmp_path_factory):
 def test_every_promised_figure_is_measured(measured):
     report, table, _, _ = measured
     figures = report["figures"]
-    assert figures.keys() == STEP | PEAK | LOADER | START
+    assert figures.keys() == STEP | PEAK | LOADER | CHECKPOINT | START
     assert all(figures[name]["value"] > 0 for name in figures.keys() - LOADER - {"mfu"})
     assert figures["read_warm"]["value"] > 0 and figures["data_wait_warm"]["value"] >= 0
     assert all(row["min"] <= row["value"] <= row["max"] for row in figures.values() if row["value"] is not None)
@@ -57,6 +58,7 @@ def test_figures_agree(measured):
     assert value["share_of_peak"] == pytest.approx(100 * value["flops"] / value["peak"])
     assert all(0 < value[name] < 100 for name in ("forward_backward", "reduce_and_optimizer", "share_of_peak"))
     assert value["records_share"] == pytest.approx(value["records"] / value["step_time"] / 10)
+    assert value["checkpoint_stall"] <= value["checkpoint_written"]
     assert value["start_to_validation"] < value["start_to_step"]
 
 
@@ -93,4 +95,4 @@ def test_bad_arguments_are_refused(capsys, argv):
     with pytest.raises(SystemExit) as stopped:
         bench.main(argv, SETTINGS)
     assert stopped.value.code == 2
-    assert "--only takes some of loader,peak,start,step" in capsys.readouterr().err
+    assert "--only takes some of checkpoint,loader,peak,start,step" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -110,7 +111,8 @@ def test_a_killed_run_that_goes_on_is_the_run_that_was_never_stopped(settings, m
     assert told["status"] == "ok" and told["resumes"] == "1" and whole["resumes"] == "0"
     assert all(told[name] == whole[name] for name in ("final_loss", "best_loss", "tokens", "ppl", "bad_steps"))
     log = (settings["LOG_DIR"] / "toy.txt").read_text()
-    assert log.count(train_gpt.SOURCE) == 1 and [log.count(f"\nstep:{n}/16 train_loss") for n in range(1, 17)] == [1] * 16
+    assert log.count(train_gpt.SOURCE) == 1
+    assert [log.count(f"\nstep:{n}/16 train_loss") for n in range(1, 17)] == [1] * 16
 
 
 @pytest.mark.parametrize("changes", [{"OPTIMIZER": "adamw", "TIE_EMBEDDINGS": 0, "LR": 0.003}, {"DTYPE": "float16"},
@@ -124,26 +126,26 @@ def test_other_parts_resume_too(settings, monkeypatch, changes):
 
 
 def test_killed_at_random_moments_a_run_loses_at_most_save_every_steps_and_no_row(settings):
-    """KILLS=50 makes it the long test."""
+    """A kill comes up to nine steps after a start, or already while it starts. KILLS=50 makes it the long test."""
     kills, rng = int(os.environ.get("KILLS", 10)), random.Random(0)
-    settings |= WIDE | {"NUM_ITERATIONS": 20 * kills, "SAVE_EVERY": 5, "VAL_EVERY": 50, "RESUME": "auto"}
+    settings |= WIDE | {"NUM_ITERATIONS": 10 * kills, "SAVE_EVERY": 5, "VAL_EVERY": 50, "RESUME": "auto"}
     assert launch(settings | {"RUN_ID": "whole"}, 2)[0] == [0, 0]
     reached, lost = 0, []
     for _ in range(kills):
-        job = Job(settings, 2)
-        job.wait_for("run_id:toy")
-        time.sleep(rng.uniform(0, 0.7))
+        job, steps = Job(settings, 2), rng.choice([0, *range(1, 10)])
+        job.wait_for(f"step:{reached + steps}/" if steps else "run_id:toy")
+        time.sleep(rng.uniform(0, 0.05))
         job.kill(signal.SIGKILL)
-        codes, out = job.wait()
-        steps = [int(step) for step in train_gpt.re.findall(r"^step:(\d+)/", out, train_gpt.re.M)]
-        resumed = train_gpt.re.search(r"^resumed:.*step_(\d+)$", out, train_gpt.re.M)
+        out = job.wait()[1]
+        resumed = re.search(r"^resumed:.*step_(\d+)$", out, re.M)
         lost.append(reached - (int(resumed[1]) if resumed else 0))
-        reached = max(steps, default=reached - lost[-1])
-        assert row(settings)["status"] == ("ok" if codes == [0, 0] else "running")
-    assert max(lost) <= 5 and reached > 20, (lost, reached)
+        reached = max(map(int, re.findall(r"^step:(\d+)/", out, re.M)), default=reached - lost[-1])
+        assert row(settings)["status"] == "running"
+    assert max(lost) <= 5 and len(lost) == kills, lost
+    print(f"{kills} kills, steps lost: {lost}")
     assert launch(settings, 2)[0] == [0, 0]
     assert curve(settings) == curve(settings, "whole") and row(settings)["status"] == "ok"
-    assert_same(folder(settings, 20 * kills), folder(settings, 20 * kills, "whole"))
+    assert_same(folder(settings, 10 * kills), folder(settings, 10 * kills, "whole"))
 
 
 CRASH_POINTS = {
@@ -353,7 +355,7 @@ def test_changed_settings_are_refused_field_by_field(two):
 def test_changed_data_is_refused(two, tmp_path):
     write_shard(tmp_path / "toy_train_000002.bin", range(1, 60))
     codes, out = launch(two | {"RESUME": "auto"})
-    assert codes == [2] and "data (SHA-256)" in out
+    assert codes == [2] and "data_fingerprint" in out
 
 
 def test_a_longer_run_before_its_cooldown_is_the_longer_run(settings, monkeypatch):
@@ -365,7 +367,8 @@ def test_a_longer_run_before_its_cooldown_is_the_longer_run(settings, monkeypatc
     codes, out = launch(settings | {"NUM_ITERATIONS": 16, "RESUME": "auto", "LOG_EVERY": 2, "KEEP_LAST": 3})
     assert codes == [0] and "warning: goes on with other settings:" in out
     assert all(text in out for text in ("NUM_ITERATIONS 12 -> 16", "LOG_EVERY 1 -> 2", "KEEP_LAST 2 -> 3"))
-    kept = [point for point in curve(settings, "whole") if float.fromhex(point[0]) in (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)]
+    logged = {0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16}
+    kept = [point for point in curve(settings, "whole") if float.fromhex(point[0]) in logged]
     assert curve(settings) == kept
     assert_same(folder(settings, 16), folder(settings, 16, "whole"))
 
@@ -497,7 +500,8 @@ def test_the_exported_weights_are_the_model_and_start_another_run(settings):
         assert launch(settings | {"INIT_FROM": path, "RUN_ID": f"tuned{i}"})[0] == [0]
         assert curve(settings, f"tuned{i}")[0][2] == curve(settings)[-1][2] and len(curve(settings, f"tuned{i}")) == 9
     codes, out = launch(settings | {"INIT_FROM": run, "RUN_ID": "wide", "N_EMBD": 64})
-    assert codes == [2] and f"INIT_FROM={run}" in out and "size mismatch" in out and row(settings, "wide")["status"] == "config"
+    assert codes == [2] and f"INIT_FROM={run}" in out and "size mismatch" in out
+    assert row(settings, "wide")["status"] == "config"
 
 
 def test_tally_adds_slices_and_compares_copies():

@@ -1,6 +1,7 @@
 """The program as users run it: what a run prints and leaves, on one rank and several, and how it refuses and ends."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import launch, write_shard
 
 import train_gpt
@@ -83,6 +85,25 @@ def test_same_seed_same_curve(settings):
         runs[name] = losses(settings | {"RUN_ID": name})
     assert np.array_equal(runs["a"], runs["b"]) and np.array_equal(runs["a"], runs["rare"])
     assert not np.array_equal(runs["a"], runs["seed"]) and not np.array_equal(runs["a"], runs["shuffled"])
+
+
+def test_golden_losses(settings):
+    """100 deterministic steps: the same bits again, others for another seed, and those that this kind of machine had
+    when tests/golden_losses.json was written. A change that is meant to change them: UPDATE_GOLDEN=1."""
+    settings |= {"NUM_ITERATIONS": 100, "DETERMINISTIC": 1, "SHUFFLE": 1, "DROPOUT": 0.1, "VAL_EVERY": 0}
+    seen = {}
+    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+        assert launch(settings | {"RUN_ID": name, "SEED": seed})[0] == [0]
+        seen[name] = [float(loss).hex() for loss in losses(settings | {"RUN_ID": name})]
+    assert len(seen["a"]) == 100 and seen["a"] == seen["b"] and not set(seen["a"]) & set(seen["c"])
+    traits = re.findall(r"^(?:model|stepping|cpu family|cache size|flags).*", train_gpt.CPUINFO.split("\n\n")[0], re.M)
+    cpu = train_gpt.device_name(torch.device("cpu"))
+    machine = f"torch {torch.__version__}, {cpu}, {hashlib.sha256(repr(traits).encode()).hexdigest()[:12]}"
+    file = ROOT / "tests/golden_losses.json"
+    golden = json.loads(file.read_text())
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.write_text(json.dumps(golden | {machine: seen["a"]}, indent=1) + "\n")
+    assert golden.get(machine, seen["a"]) == seen["a"], machine
 
 
 def test_accumulation_does_not_change_the_curve(settings):

@@ -1,0 +1,22 @@
+"""scripts/chaos.py: a run that is killed ends with the loss of the run that is not."""
+
+import os
+import re
+import subprocess
+import sys
+
+import train_gpt
+
+
+def test_kills_cost_time_and_nothing_else(settings):
+    env = {name: str(value) for name, value in settings.items()} | {
+        "NUM_ITERATIONS": "400", "SAVE_EVERY": "20", "LOG_EVERY": "5", "VAL_EVERY": "0", "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(train_gpt.ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, train_gpt.ROOT / "scripts/chaos.py", "--every", "6"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = r"^(\w+): kills:(\d+) steps_lost:(\d+) .* goodput:([\d.]+) final_loss:(\S+)$"
+    told = re.findall(line, result.stdout, re.M)
+    (_, none, _, goodput, loss), (_, kills, lost, lower, same) = told
+    assert none == "0" and int(kills) >= 1 and int(lost) <= 20 * int(kills) and loss == same
+    assert 0 < float(lower) < float(goodput) < 1
