@@ -35,7 +35,10 @@ def announce(patch, owner, name, text, seconds=0.0, rank=None):
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("ranks", [[0, 1], [1]], ids=["all", "one"])
 def test_a_signal_to_any_rank_saves_all_at_one_step(settings, monkeypatch, number, ranks):
     settings |= WIDE | ENDLESS | {"SAVE_EVERY": 0}
