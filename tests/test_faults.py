@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import Job, launch, tiny
+from conftest import Job, launch, run_ranks, tiny
 from test_checkpoints import WIDE, assert_same, checkpoints, curve, dies_at, folder, row, tensors
 
 import train_gpt
@@ -109,8 +109,6 @@ def test_the_stop_file_stops_a_run_that_can_go_on(settings):
 
 
 def test_the_decision_is_the_same_on_all_ranks_and_waits_for_none(tmp_path):
-    from conftest import run_ranks
-
     def work(ranks):
         watch, statuses = Watch(tmp_path, ranks, 60), []
         for i in range(6):
@@ -241,6 +239,22 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(settings, monkeyp
     assert row(settings)["bad_steps"] == "1" and row(settings)["status"] == "ok"
 
 
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_no_bit_on_any_rank(monkeypatch, kind):
+    def work(ranks):
+        cfg = tiny(vocab_size=2304, weight_decay=0.1)
+        state, batches = State.build(cfg, ranks), torch.randint(0, 64, (2, 6, 17), generator=torch.Generator())
+        held = []
+        for batch in batches:
+            held.append({key: tensor.clone() for key, (tensor, _) in state.tensors().items()})
+            train_gpt.train_step(state, cfg, batch[:, :-1], batch[:, 1:])
+        held.append({key: tensor for key, (tensor, _) in state.tensors().items()})
+        return [[key for key in a if not torch.equal(a[key], b[key])] for a, b in zip(held, held[1:])]
+    poison(monkeypatch, {1}, 1, kind)
+    for first, second in run_ranks(2, work):
+        assert len(first) > 10 and second == []
+
+
 def test_bad_steps_in_a_row_end_the_run_and_leave_no_bad_checkpoint(settings, monkeypatch):
     poison(monkeypatch, set(range(4, 10**6)), 1, "loss")
     codes, out = launch(settings | ENDLESS | {"MAX_BAD_STEPS": 3, "SAVE_EVERY": 2, "LOG_EVERY": 5, "VAL_EVERY": 0}, 2)
@@ -267,8 +281,6 @@ def test_learning_rate_without_measure_diverges(settings):
 
 
 def test_an_overflow_of_float16_lowers_the_scale_and_is_no_bad_step(monkeypatch):
-    from conftest import run_ranks
-
     def work(ranks):
         cfg = tiny(dtype="float16", init="gpt2")
         state = State.build(cfg, ranks)

@@ -133,6 +133,18 @@ def test_usr1_saves_and_the_same_command_goes_on(settings, tmp_path):
     assert len(list((settings["LOG_DIR"] / "torchrun").rglob("stderr.log"))) == 4  # of two runs of two ranks
 
 
+def test_launches_at_once_do_not_meet(settings, tmp_path):
+    """--standalone finds a free port each time; the table takes all rows."""
+    with contextlib.ExitStack() as stack:
+        launches = []
+        for i in range(4):
+            (folder := tmp_path / str(i)).mkdir()
+            own = settings | {"RUN_ID": f"run{i}", "NUM_ITERATIONS": 2, "OMP_NUM_THREADS": 1}
+            launches.append(stack.enter_context(Launch([*TORCHRUN[:-1], "train_gpt.py"], own, folder)))
+        assert [launch.launcher.wait(120) for launch in launches] == [0] * 4
+    assert sorted((row["run_id"], row["status"]) for row in rows(settings)) == [(f"run{i}", "ok") for i in range(4)]
+
+
 def test_a_second_term_does_not_disturb_the_first(settings, tmp_path):
     settings |= LONG | {"PYTHONPATH": ROOT, "SAVE_EVERY": 0}
     slow = """

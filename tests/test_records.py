@@ -113,6 +113,14 @@ def test_cells_come_back_as_they_went(tmp_path):
     assert read(path)["a"]["yes"] == ""
 
 
+def test_a_torn_last_line_spoils_no_other_row_and_columns_in_any_order_are_read(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text('loss,run_id,status\n0.5,a,ok\n0.2')
+    update_results(path, [{"run_id": "b", "status": "ok", "loss": 0.1}])
+    whole = {"a": {"loss": "0.5", "run_id": "a", "status": "ok"}, "b": {"loss": "0.1", "run_id": "b", "status": "ok"}}
+    assert {run_id: row for run_id, row in read(path).items() if run_id} == whole
+
+
 # Whole files
 
 
