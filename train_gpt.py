@@ -121,7 +121,7 @@ class Config:
     resume: str = "none"  # auto: from the newest valid checkpoint of RUN_ID, if there is one; or the path of one
     init_from: str = ""  # safetensors file, or folder with model.safetensors, that gives a new run its weights
     save_every: int = 500  # steps between checkpoints; 0: only when the run ends
-    keep_last: int = 2  # checkpoints that stay
+    keep_last: int = 2  # checkpoints that stay; at least 2, since the newest may be damaged
     max_bad_steps: int = 20  # non-finite gradients in a row that are left out; more end the run as diverged
     hang_timeout: int = 300  # seconds without a step, after the first, until the ranks write their stacks and give up
     # records
@@ -203,6 +203,8 @@ def cautions(env, cfg):
     ours = [field.name.upper() for field in dataclasses.fields(Config)]
     found = [f"{name} is no setting and is ignored; did you mean {match}?" for name in env
              if len(name) > 4 and name not in ours for match in difflib.get_close_matches(name, ours, 1, 0.85)]
+    if cfg.resume == "auto" and not cfg.run_id:
+        found.append("RESUME=auto goes on with a RUN_ID; without one, every start is a new run")
     if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
         found.append(f"WARMDOWN_ITERS={cfg.warmdown_iters} exceeds NUM_ITERATIONS={cfg.num_iterations}: the learning "
                      f"rate starts at {lr_factor(0, cfg):.0%} of its peak")
@@ -891,29 +893,30 @@ def find_checkpoint(cfg, folder, restarted, warnings):
         set_aside(path, "corrupt")
     if cfg.resume in ("none", "auto"):
         return None
-    path = Path(cfg.resume)
-    if Path(cfg.log_dir).resolve() not in path.resolve().parents:
-        raise ConfigError(f"RESUME={path}: lies outside LOG_DIR={cfg.log_dir}, and only checkpoints made here are "
-                          "resumed; weights from elsewhere come in through INIT_FROM, as safetensors")
-    if path not in (there := step_folders(path.parent).values()):
-        raise ConfigError(f"RESUME={path}: is no checkpoint; choose auto, none or one of "
+    path, home = Path(cfg.resume), Path(cfg.log_dir).resolve()
+    inside = home in path.resolve().parents
+    there = [*step_folders(path.parent).values(), *step_folders(path).values()] if inside else []
+    problem = defect(path) if path in there else "is no checkpoint"
+    if path.name.startswith("step_") and not inside:
+        problem = f"lies outside LOG_DIR={cfg.log_dir}; INIT_FROM takes weights from elsewhere, as safetensors"
+    if problem:
+        raise ConfigError(f"RESUME={path}: {problem}; choose auto, none or one of "
                           f"{', '.join(map(str, there)) or f'{cfg.log_dir}/<run_id>/step_<number>'}")
-    if problem := defect(path):
-        raise ConfigError(f"RESUME={path}: {problem}; RESUME=auto takes the newest valid checkpoint of RUN_ID")
     return path
 
 def changed_settings(saved, cfg, facts):
     """[] or a sentence on what differs from a checkpoint's run.json. Raises ConfigError where it is another run."""
     before = {name: saved["config"].get(name, getattr(Config, name)) for name in vars(cfg)}
     changed = {key: f"{key.upper()} {before[key]} -> {now}" for key, now in vars(cfg).items() if now != before[key]}
-    changed |= {name: f"{name} {saved[name]} -> {facts[name]}" for name in ("world_size", "data_fingerprint")
-                if saved[name] != facts[name]}
+    changed |= {name: f"{name} {str(saved[name])[:12]} -> {str(facts[name])[:12]}"
+                for name in ("world_size", "data_fingerprint") if saved[name] != facts[name]}
     past, steps = Config(**before), range(saved["step"])
     same_past = all(lr_factor(step, past) == lr_factor(step, cfg) for step in steps)
     harmless = {*RESUMABLE, "world_size", *SCHEDULED * same_past}
     if refused := [text for name, text in changed.items() if name not in harmless]:
-        raise ConfigError(f"RUN_ID={cfg.run_id} cannot go on from step {saved['step']} as the same run: "
-                          f"{', '.join(refused)}; set them back, or start another RUN_ID")
+        raise ConfigError(f"RUN_ID={saved['config']['run_id']} came to step {saved['step']} with other settings: "
+                          f"{', '.join(refused)}" + ", which changes learning rates of the past" * (not same_past) +
+                          "; set them back, or start anew, with INIT_FROM where you want the weights of a finished run")
     told = [text for name, text in changed.items() if name not in LABELS]
     return [f"goes on with other settings: {', '.join(told)}"] * bool(told)
 
@@ -988,7 +991,8 @@ class Checkpoints:
                 self.records.print(f"checkpoint:{final} write_time:{time.perf_counter() - began:.2f}s")
         except (Exception, dcp.CheckpointException) as error:  # the latter derives from BaseException
             failures = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
-            problem = [" ".join(str((failures or [error])[0]).split())[:200]]
+            free = shutil.disk_usage(self.records.folder).free / 1e6
+            problem = [f"{' '.join(str((failures or [error])[0]).split())[:200]} ({free:,.0f} MB free in LOG_DIR)"]
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
                 self.records.print(f"warning: no checkpoint at step {facts['step']}: {problem[0]}")
@@ -1018,7 +1022,8 @@ class Checkpoints:
             problem, self.pending = self.pending.result(), None
             self.step, self.failures = (-1, self.failures + 1) if problem else (self.step, 0)
             if problem and (last or self.failures == MAX_FAILED_SAVES):
-                raise OSError(f"{'the last' if last else self.failures} checkpoint(s) could not be written: {problem}")
+                raise OSError(f"{'the last checkpoint' if last else f'{self.failures} checkpoints in a row'} could not "
+                              f"be written: {problem}; make room, and RESUME=auto goes on from the one before")
 
     def load(self, state, path):
         """Restores State; returns the facts saved with it. Raises ConfigError, RuntimeError where a tensor is wrong."""
@@ -1039,8 +1044,8 @@ class Checkpoints:
 
 def export_weights(model, cfg, folder):
     """Writes model.safetensors, config.json and, where the dataset has one, tokenizer.json."""
-    from safetensors.torch import save_file
-    save_file(model.state_dict(), temporary := folder / ".tmp_model.safetensors", metadata={"format": "pt"})
+    from safetensors.torch import save  # save_file would make a file that only its owner can read
+    (temporary := folder / ".tmp_model.safetensors").write_bytes(save(model.state_dict(), {"format": "pt"}))
     sync(temporary)
     os.replace(temporary, folder / "model.safetensors")
     write_whole(folder / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
@@ -1048,14 +1053,16 @@ def export_weights(model, cfg, folder):
         shutil.copy(tokenizer, folder)
 
 def import_weights(model, path):
-    """Fills model from a safetensors file, or a folder with model.safetensors. Raises ConfigError."""
+    """Fills model from a safetensors file, or a folder with model.safetensors; on the meta device it is a check alone.
+    Raises ConfigError."""
     import safetensors.torch
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
     try:
         model.load_state_dict(safetensors.torch.load_file(file))
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        raise ConfigError(f"INIT_FROM={path}: expected model.safetensors of a run with these sizes (config.json beside "
-                          f"it has them); {' '.join(str(error).split())[:500]}") from None
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise ConfigError(f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of this "
+                          f"shape, or the folder of a finished run; {reason}") from None
 
 ############### Records ################
 CURVE = "step tokens epoch train_loss val_loss lr grad_norm train_time tokens_per_sec data_wait".split()
@@ -1153,6 +1160,11 @@ class Records:
             saved = json.loads((path / "run.json").read_text())
             step, warnings = saved["step"], warnings + changed_settings(saved, self.cfg, facts)
         goes_on = restarted or self.cfg.resume == "auto" or path and path.parent.resolve() == self.folder.resolve()
+        if goes_on and not path and (self.folder / "model.safetensors").exists():
+            raise ConfigError(f"RUN_ID={self.folder.name}: the run has ended and no valid checkpoint is left to go on "
+                              f"from; choose another RUN_ID (INIT_FROM={self.folder} starts it with these weights)")
+        if goes_on and not path and self.log.exists():
+            warnings.append("no valid checkpoint: starts at step 0")
         if self.log.exists() and not goes_on:
             raise ConfigError(f"RUN_ID={self.folder.name}: {self.log} exists; RESUME=auto goes on with that run, else "
                               "choose another RUN_ID or leave it blank")
@@ -1196,8 +1208,9 @@ class Records:
             old = json.loads(self.json.read_text()) if self.json.exists() else {}
             head = head if old.get("source_sha") != self.summary["source_sha"] else ""  # what runs now is in the log
             self.summary |= {"started": old.get("started"), "resumes": (old.get("resumes") or 0) + 1}
-        for name in "stop", "error.txt":
-            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / "stop").unlink(missing_ok=True)
+        if (error := self.folder / "error.txt").exists():
+            error.replace(self.folder / "last_error.txt")
         try:
             write_whole(self.log, before(self.log, r"(?:\[\w+\] )?step:(\d+)/") + head)
             write_whole(self.curve, before(self.curve, r"(\d+),") or ",".join(CURVE) + "\n")
@@ -1362,6 +1375,9 @@ def preflight(cfg, ranks):
     sizes = [dataset_index(pattern).get("vocab_size") for pattern in (cfg.input_bin, cfg.input_val_bin)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise DataError(f"INPUT_BIN has {sizes[0]} kinds of token, INPUT_VAL_BIN {sizes[1]}; name one dataset in both")
+    if cfg.init_from:
+        with torch.device("meta"):
+            import_weights(GPT(cfg), cfg.init_from)
     for loader in (train, val):
         if 2 * loader.tokens < 2**30:  # bytes; larger data is checked batch by batch
             loader.check_tokens()
@@ -1622,16 +1638,17 @@ class Meter:
             self.records.print(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} {times}")
         self.last = tokens, seconds
         self.records.point(values)
-        self.figures |= self.totals(state, tokens, seconds, val_loss)
-        self.records.summary |= self.figures
+        self.sum_up(state, val_loss)
         bad = [f"val_loss is {val_loss}"] * (val_loss is not None and not math.isfinite(val_loss))
         bad += ["no gradient reaches any parameter"] * (values.get("grad_norm") == 0)
         bad += ["loss or gradients were not finite for too long"] * (self.bad_steps[2] > cfg.max_bad_steps)
         if bad:
             raise Diverged(f"{' and '.join(bad)} at step {step}; lower LR or MUON_LR, or set GRAD_CLIP=1")
 
-    def totals(self, state, tokens, seconds, val_loss):
-        """The summary's figures so far."""
+    def sum_up(self, state, val_loss=None):
+        """Brings the summary's figures up to this step."""
+        tokens = state.step * self.cfg.batch_size * self.cfg.sequence_length
+        seconds = self.now() - self.start if state.step else 0.0
         speed = tokens / seconds if tokens else None
         figures = {
             "bad_steps": self.bad_steps[0], "tokens": tokens, "train_time": seconds, "tokens_per_sec": speed,
@@ -1643,7 +1660,8 @@ class Meter:
             bits = val_loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
             figures |= {"final_loss": val_loss, "best_loss": min(val_loss, self.figures.get("best_loss", math.inf)),
                         "bits_per_byte": bits, "ppl": math.exp(val_loss) if val_loss < 700 else None}
-        return figures
+        self.figures |= figures
+        self.records.summary |= self.figures
 
 def train(cfg, ranks, loaders, records, watch, path):
     """The run from its beginning or the checkpoint at `path`, records.summary kept current; returns its status."""
@@ -1680,6 +1698,9 @@ def train(cfg, ranks, loaders, records, watch, path):
                 if watch.status:
                     continue  # the validation was cut short: save, and leave the point to who goes on
                 meter.point(state, stats, val_loss)
+            if watch.status:
+                meter.sum_up(state)
+                records.print(f"{watch.status} at step {step}: RUN_ID={records.folder.name} RESUME=auto goes on here")
             if watch.status or last:
                 break
             inputs, targets, waited = next(batches)

@@ -18,14 +18,14 @@ def main(argv=None) -> int:
     parser.add_argument("--log-dir", type=Path, default=Config.log_dir, help="folder of the summaries")
     parser.add_argument("--results", default=Config.results_csv, help="the table")
     args, rows = parser.parse_args(argv), []
-    files = sorted(Path(args.log_dir).glob("*.json"))
+    files = sorted(Path(args.log_dir).glob("[!.]*.json"))
     for file in files:
         try:
             row = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             print(f"rebuild_results.py: {file} is skipped, it holds no JSON: {error}", file=sys.stderr)
             continue
-        rows += [row] if isinstance(row, dict) and row.get("run_id") else []  # .shard_hashes.json has none
+        rows += [row] if isinstance(row, dict) and row.get("run_id") else []
     if not rows:
         print(f"rebuild_results.py: error: no summary of a run in {args.log_dir}; name its --log-dir", file=sys.stderr)
         return 3

@@ -304,8 +304,11 @@ def test_with_no_valid_checkpoint_a_run_starts_afresh(two):
     before = curve(two)
     for step in 4, 8:
         (folder(two, step) / "run.json").write_text("{}")
+    codes, out = launch(two | {"RESUME": "auto"})  # the weights of a finished run are not to be overwritten
+    assert codes == [2] and "no valid checkpoint is left" in out and curve(two) == before
+    (two["LOG_DIR"] / "toy/model.safetensors").unlink()
     codes, out = launch(two | {"RESUME": "auto"})
-    assert codes == [0] and out.count("is set aside") == 2 and "resumed:" not in out and curve(two) == before
+    assert codes == [0] and "no valid checkpoint: starts at step 0" in out and curve(two) == before
 
 
 @pytest.mark.parametrize("fault", ["nothing arrives", "one tensor is not restored"])
@@ -409,7 +412,8 @@ def test_resume_by_path_under_another_id_is_another_run(two):
 
 @pytest.mark.parametrize("path, words", [
     ("toy/step_000005", "step_000004"), ("toy", "is no checkpoint"), ("nowhere/step_000004", "is no checkpoint"),
-    ("../logs2/toy/step_000004", "outside LOG_DIR"), ("toy/step_000004.corrupt", "is no checkpoint")])
+    ("../logs2/toy/step_000004", "outside LOG_DIR"), ("toy/step_000004.corrupt", "is no checkpoint"),
+    ("../Auto", "choose auto, none")])
 def test_a_path_that_cannot_be_resumed_is_refused(two, path, words):
     shutil.copytree(two["LOG_DIR"], two["LOG_DIR"].parent / "logs2")
     before = (two["LOG_DIR"] / "toy.txt").read_bytes()
@@ -501,7 +505,8 @@ def test_the_exported_weights_are_the_model_and_start_another_run(settings):
         assert curve(settings, f"tuned{i}")[0][2] == curve(settings)[-1][2] and len(curve(settings, f"tuned{i}")) == 9
     codes, out = launch(settings | {"INIT_FROM": run, "RUN_ID": "wide", "N_EMBD": 64})
     assert codes == [2] and f"INIT_FROM={run}" in out and "size mismatch" in out
-    assert row(settings, "wide")["status"] == "config"
+    assert len(out.splitlines()) == 1 and row(settings, "wide")["status"] == "config"
+    assert (run / "model.safetensors").stat().st_mode & 0o777 == (run / "config.json").stat().st_mode & 0o777
 
 
 def test_tally_adds_slices_and_compares_copies():

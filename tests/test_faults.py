@@ -52,6 +52,7 @@ def test_a_signal_to_any_rank_saves_all_at_one_step(settings, monkeypatch, numbe
     step, = checkpoints(settings)
     told = row(settings)
     assert told["status"] == "preempted" and step >= 9 and "\nstatus: preempted\n" in out
+    assert told["tokens"] == str(step * 12 * 16) and f"\npreempted at step {step}: RUN_ID=toy RESUME=auto" in out
     told_of = [int(float.fromhex(point[0])) for point in curve(settings)]
     assert told_of == list(range(step))  # the last one is for who goes on
     assert not list((settings["LOG_DIR"] / "toy").glob("stacks*"))
@@ -155,6 +156,7 @@ def test_when_one_rank_fails_the_job_ends_and_says_which(settings, monkeypatch, 
         assert f"\nrank {1 - rank}, " in first and row(settings)["status"] == "crash"
     assert launch(settings | {"RESUME": "auto"}, 2)[0] == [0, 0] and row(settings)["status"] == "ok"
     assert not (settings["LOG_DIR"] / "toy/error.txt").exists() and row(settings)["error"] == ""
+    assert (settings["LOG_DIR"] / "toy/last_error.txt").read_text() == first
 
 
 def test_ranks_that_hang_write_their_stacks_and_end(settings, monkeypatch):
@@ -325,7 +327,7 @@ def test_a_disk_that_stays_full_ends_the_run(settings, monkeypatch):
         resource.RLIM_INFINITY if facts["step"] == 2 else 400_000))
     codes, out = launch(settings | WIDE | ENDLESS | {"SAVE_EVERY": 2}, 2)
     assert codes == [1, 1] and checkpoints(settings) == [2] and out.count("no checkpoint at step") == 3
-    assert "3 checkpoint(s) could not be written" in row(settings)["error"] and row(settings)["status"] == "crash"
+    assert "3 checkpoints in a row could not be written" in row(settings)["error"] and row(settings)["status"] == "crash"
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_no_success(settings, monkeypatch):
