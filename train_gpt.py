@@ -969,9 +969,9 @@ class Checkpoints:
             return
         tensors, turns = state.tensors(), itertools.cycle(range(self.world))
         if self.world > 1:
-            self.gather({key: (tensor, kind) for key, (tensor, kind) in tensors.items() if kind == "copy"})
-        held, copies = self.copy({key: (tensor, kind) for key, (tensor, kind) in tensors.items()
-                                  if kind != "copy" or next(turns) == self.rank})
+            self.gather({key: held for key, held in tensors.items() if held[1] == "copy"})
+        held, copies = self.copy({key: held for key, held in tensors.items()
+                                  if held[1] != "copy" or next(turns) == self.rank})
         facts |= {"step": state.step, "samples": state.step * self.cfg.batch_size,
                   "config": vars(self.cfg) | {"run_id": self.records.folder.name}}
         facts = json.loads(json.dumps(facts))  # the loop goes on to change some of it
@@ -1007,7 +1007,8 @@ class Checkpoints:
         write_whole(temporary / "SHA256SUMS", "".join(map(sha256sum, sorted(temporary.iterdir()))))
         sync(temporary)
         os.replace(temporary, final)
-        sync(final.parent)
+        with contextlib.suppress(OSError):  # what has its name is whole
+            sync(final.parent)
         for path in [*step_folders(final.parent).values()][:-self.cfg.keep_last]:
             try:
                 doomed = path.with_name(f".tmp_{path.name}")  # half deleted, it must not look like a checkpoint
@@ -1039,7 +1040,8 @@ class Checkpoints:
         found, saved = self.gather(tensors), facts["entries"]
         if wrong := [key for key in {**found, **saved} if found.get(key) != saved.get(key)]:
             raise RuntimeError(f"{path}: {wrong[0]} did not come back as it was saved")
-        state.step = self.step = facts["step"]
+        state.step = facts["step"]
+        self.step = state.step if path.parent.resolve() == self.records.folder.resolve() else -1
         return facts
 
 def export_weights(model, cfg, folder):
@@ -1053,8 +1055,7 @@ def export_weights(model, cfg, folder):
         shutil.copy(tokenizer, folder)
 
 def import_weights(model, path):
-    """Fills model from a safetensors file, or a folder with model.safetensors; on the meta device it is a check alone.
-    Raises ConfigError."""
+    """Fills model from a safetensors file, or a folder with model.safetensors. Raises ConfigError."""
     import safetensors.torch
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
     try:
@@ -1163,8 +1164,7 @@ class Records:
         if goes_on and not path and (self.folder / "model.safetensors").exists():
             raise ConfigError(f"RUN_ID={self.folder.name}: the run has ended and no valid checkpoint is left to go on "
                               f"from; choose another RUN_ID (INIT_FROM={self.folder} starts it with these weights)")
-        if goes_on and not path and self.log.exists():
-            warnings.append("no valid checkpoint: starts at step 0")
+        warnings += ["no valid checkpoint: starts at step 0"] * bool(goes_on and not path and self.log.exists())
         if self.log.exists() and not goes_on:
             raise ConfigError(f"RUN_ID={self.folder.name}: {self.log} exists; RESUME=auto goes on with that run, else "
                               "choose another RUN_ID or leave it blank")
@@ -1201,7 +1201,8 @@ class Records:
         def before(path, pattern):
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
-            return "".join(line for line in lines if not (found := re.match(pattern, line)) or int(found[1]) < step)
+            return "".join(line for line in lines if not (found := re.match(pattern, line)) or
+                           int(found[1]) < step + (" bad_gradient " in line))  # that of `step` is in the checkpoint
         rule, fresh = "=" * 100, not self.log.exists()
         head = f"{rule}\n{SOURCE}\n{rule}\n{machine_text()}\nsettings: {json.dumps(self.summary, indent=1)}\n{rule}\n"
         if not fresh:
@@ -1218,16 +1219,18 @@ class Records:
         except (OSError, ConfigError) as error:
             for file in (self.log, self.curve, self.json) if fresh else ():
                 file.unlink(missing_ok=True)
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"RESULTS_CSV={self.results_csv}: cannot be written ({error}); name another") from None
+            raise error if isinstance(error, ConfigError) else ConfigError(
+                f"RESULTS_CSV={self.results_csv}: cannot be written ({error}); name another") from None
 
     def append(self, path, text):
         """Adds to a file. A disk that is full costs the record, not the run, which says so at once and at its end."""
+        size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a") as file:
                 file.write(text)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # half a line would spoil the next
             self.lost = self.lost or f"{path} is not whole: {error}"
             print(f"warning: {path}: {error}", file=sys.stderr)
 
@@ -1274,11 +1277,14 @@ class Records:
     def fail(self, status, reason, trace):
         """Ends the records of a run that went wrong. The rank that fails first says why, for the others fail of it."""
         first = self.folder / "error.txt"
-        with contextlib.suppress(OSError):  # no disk, no record; the terminal has it
+        with contextlib.suppress(OSError, ValueError):  # no disk, no record; the terminal has it
             if not first.exists():
                 write_whole(first, f"{status}: {reason}\nrank {self.rank}, {utc_now()}\n{trace}")
-                if self.rank:  # should rank 0 not live to write it
-                    self.summary = json.loads(self.json.read_text()) | {"status": status, "error": reason}
+            if self.rank:
+                time.sleep(1)  # rank 0 knows more
+                self.summary = json.loads(self.json.read_text())
+                if self.summary["status"] == "running":  # rank 0 has not lived to say it
+                    self.summary |= {"status": status, "error": reason}
                     self.save()
             status, _, reason = first.read_text().splitlines()[0].partition(": ")
         if self.rank == 0:
@@ -1386,9 +1392,9 @@ def preflight(cfg, ranks):
 def launcher_store(env):
     """The key-value store of torchrun, which outlives the ranks that it starts again; None without torchrun."""
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        return dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(minutes=1))
 
-def setup(cfg, ranks, env):
+def setup(cfg, ranks, env, store=None):
     """Joins the ranks in a process group, of one without torchrun, and agrees on the run's id, which is returned."""
     if cfg.deterministic:
         if (workspace := env.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")) not in (":4096:8", ":16:8"):
@@ -1397,21 +1403,23 @@ def setup(cfg, ranks, env):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
     if cfg.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
-    else:  # glibc is to keep what is freed for the next step: getting large tensors' pages anew takes a tenth of a step
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            mallopt, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6").mallopt, -1, -4
-            mallopt(mmap_max, 0)
-            mallopt(trim_threshold, 2**31 - 1)
-    kept, where = launcher_store(env), {"rank": ranks.rank, "world_size": ranks.world_size}
+    with contextlib.suppress(OSError, AttributeError):  # another system or C library
+        libc, parent_death_signal, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), 1, -1, -4
+        if store:  # where the launcher is killed, its ranks are to save and end
+            libc.prctl(parent_death_signal, signal.SIGTERM)
+        if cfg.device == "cpu":  # keep what is freed for the next step: large tensors' pages anew take a tenth of it
+            libc.mallopt(mmap_max, 0)
+            libc.mallopt(trim_threshold, 2**31 - 1)
+    where = {"rank": ranks.rank, "world_size": ranks.world_size}
     if "MASTER_ADDR" not in env:
         where["store"] = dist.HashStore()
-    elif kept and ranks.local_world_size == ranks.world_size:  # it still has the addresses of ranks that have died
-        where["store"] = dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", kept)
+    elif store and ranks.local_world_size == ranks.world_size:  # it still has the addresses of ranks that have died
+        where["store"] = dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=FIRST_STEP_TIMEOUT), **where)
     run_id = [cfg.run_id or new_run_id(cfg.preset)]
-    if ranks.rank == 0 and kept:
-        run_id = [kept.compare_set("train_gpt/run_id", "", run_id[0]).decode()]  # the same after a restart
+    if ranks.rank == 0 and store:
+        run_id = [store.compare_set("train_gpt/run_id", "", run_id[0]).decode()]  # the same after a restart
     dist.broadcast_object_list(run_id, device=torch.device("cpu"))
     return run_id[0]
 
@@ -1435,8 +1443,9 @@ class Watch:
         folder.mkdir(parents=True, exist_ok=True)  # where machines share no disk
         (stacks := folder / f"stacks_rank{ranks.rank}.txt").unlink(missing_ok=True)  # it may be a link to elsewhere
         self.stacks = open(stacks, "x")
-        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
-        self.handlers = {number: signal.signal(number, self.ask) for number in numbers}
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self.ask)  # to the end of the process: no signal may cut off its last words
 
     def ask(self, number, frame):
         self.asked = 1
@@ -1462,8 +1471,6 @@ class Watch:
 
     def close(self):
         faulthandler.cancel_dump_traceback_later()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
         if not self.stacks.tell():
             Path(self.stacks.name).unlink(missing_ok=True)
         self.stop_file.unlink(missing_ok=True)  # it has been obeyed
@@ -1491,8 +1498,7 @@ class State:
         found = {f"model.{name}": (p.data, "copy") for p, name in names.items()}
         for optimizer in self.optimizers:
             found |= optimizer.tensors(names)
-        scale = self.loss_scale
-        return found | {"loss_scale": (scale.value, "copy"), "loss_scale.good_steps": (scale.good_steps, "copy")}
+        return found | {f"loss_scale.{n}": (getattr(self.loss_scale, n), "copy") for n in ("value", "good_steps")}
 
 def compile_model(model, cfg, device):
     """Compiles blocks and loss, runs them once forward, backward and in evaluation, so that no step waits for it."""
@@ -1529,9 +1535,9 @@ def train_step(state, cfg, inputs, targets):
     for optimizer in state.optimizers:
         optimizer.step(lr_factor(state.step, cfg), grad_scale, skip)
     state.model.zero_grad()
-    state.loss_scale.update(skip)
-    bad = lost if state.loss_scale.active else skip  # an overflow is how the scale finds out how far it can go
+    bad = torch.where(scale > 1, lost, skip)  # an overflow is how a scale finds out how far it can go
     state.skipped.append(torch.cat([bad.view(1), stats[2:]]))
+    state.loss_scale.update(skip)
     state.step += 1
     return loss, norm
 
@@ -1575,16 +1581,16 @@ class Meter:
         self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
         # what a resumed run goes on with; last: (tokens, train time) of the last point
         self.seconds, self.last = dict.fromkeys(("data_wait", "eval_time", "save_time", "compile_time"), 0.0), (0, 0.0)
-        self.bad_steps, self.figures = [0, 0, 0], {}  # updates left out: in all, in a row until now, most in a row
+        self.bad_steps, self.figures = [0, 0], {}  # updates left out: in all, in a row until now
         self.train_time = 0.0  # when the checkpoint was made
 
     def facts(self, state, stats):
         """What a checkpoint has to know of the measurements, and stats, which are those of the last step."""
         self.count_bad_steps(state)
+        self.train_time = self.now() - self.start
+        kept = {name: getattr(self, name) for name in ("seconds", "last", "bad_steps", "figures", "train_time")}
         known = {name: self.records.summary[name] for name in ("world_size", "data_fingerprint")}
-        kept = {name: getattr(self, name) for name in ("seconds", "last", "bad_steps", "figures")}
-        return known | {"stats": stats and torch.stack(tuple(stats)).tolist(),
-                        "meter": kept | {"train_time": self.now() - self.start}}
+        return known | {"stats": stats and torch.stack(tuple(stats)).tolist(), "meter": kept}
 
     def resume(self, facts):
         """Goes on from facts; returns the stats of the step before."""
@@ -1593,17 +1599,22 @@ class Meter:
         return facts["stats"] and [torch.tensor(stat) for stat in facts["stats"]]
 
     def count_bad_steps(self, state):
-        """Reads which of the last updates were left out, and logs whose gradient was not finite and what it was of."""
+        """Logs whose gradient was not finite since the last call, and on what data. Raises Diverged after too many."""
+        most = 0
         for i, (skipped, *ranks) in enumerate(torch.stack(state.skipped).tolist() if state.skipped else []):
-            total, row, most = self.bad_steps
-            row = row + 1 if skipped else 0
-            self.bad_steps, step = [total + bool(skipped), row, max(most, row)], state.step - len(state.skipped) + i
+            total, row = self.bad_steps
+            self.bad_steps = [total + bool(skipped), row + 1 if skipped else 0]
+            step, most = state.step - len(state.skipped) + i, max(most, self.bad_steps[1])
             for rank in [rank for rank, bad in enumerate(ranks) if bad or not any(ranks)] if skipped else []:
                 share = self.cfg.batch_size // len(ranks)
                 (shard,), (index,) = self.loader.place(step * self.cfg.batch_size + rank * share, 1)
                 self.records.print(f"step:{step + 1}/{self.cfg.num_iterations} bad_gradient rank:{rank} shard:"
                                    f"{self.loader.files[shard]!r} offset:{index * self.loader.length} samples:{share}")
         state.skipped.clear()
+        if most > self.cfg.max_bad_steps:
+            self.sum_up(state)
+            raise Diverged(f"loss or gradients were not finite {most} times in a row until step {state.step}; "
+                           "lower LR or MUON_LR, or set GRAD_CLIP=1")
 
     def now(self):
         """Seconds on some clock, after the device has done what it was given."""
@@ -1641,7 +1652,6 @@ class Meter:
         self.sum_up(state, val_loss)
         bad = [f"val_loss is {val_loss}"] * (val_loss is not None and not math.isfinite(val_loss))
         bad += ["no gradient reaches any parameter"] * (values.get("grad_norm") == 0)
-        bad += ["loss or gradients were not finite for too long"] * (self.bad_steps[2] > cfg.max_bad_steps)
         if bad:
             raise Diverged(f"{' and '.join(bad)} at step {step}; lower LR or MUON_LR, or set GRAD_CLIP=1")
 
@@ -1663,6 +1673,10 @@ class Meter:
         self.figures |= figures
         self.records.summary |= self.figures
 
+def sound(stats):
+    """Whether the last update was that of a model that has not diverged. Waits for the device."""
+    return not stats or bool(stats[0].isfinite() and stats[1] != 0)
+
 def train(cfg, ranks, loaders, records, watch, path):
     """The run from its beginning or the checkpoint at `path`, records.summary kept current; returns its status."""
     train_loader, val_loader = loaders
@@ -1670,6 +1684,8 @@ def train(cfg, ranks, loaders, records, watch, path):
     meter, state = Meter(cfg, ranks, records, train_loader), State.build(cfg, ranks)
     if path:
         stats = meter.resume(checkpoints.load(state, path))
+        meter.start = meter.now() - meter.train_time
+        checkpoints.save(state, meter.facts(state, stats))  # where that was another run's: now it is this one's too
     elif cfg.init_from:
         import_weights(state.model, cfg.init_from)
     if cfg.compile == "1":
@@ -1684,8 +1700,7 @@ def train(cfg, ranks, loaders, records, watch, path):
         while True:  # `step` updates have been made, of which the last is not yet logged: a resumed run enters here
             step, last = state.step, state.step == cfg.num_iterations
             due |= last or cfg.save_every > 0 and step > first and step % cfg.save_every == 0
-            sound = not stats or stats[0].isfinite() and stats[1] != 0  # else the model has diverged
-            if watch.agreed() or due and sound:  # before the validation, which may fail
+            if watch.agreed() or due and sound(stats):  # before the validation, which may fail
                 with meter.off_the_clock("save_time"):
                     checkpoints.save(state, meter.facts(state, stats))
                 due = False
@@ -1712,7 +1727,7 @@ def train(cfg, ranks, loaders, records, watch, path):
         export_weights(state.model, cfg, records.folder)
     return watch.status or "ok"
 
-def report(error, ranks, records, env):
+def report(error, ranks, records, env, store):
     """Says why a run ended, on the terminal and in its records; returns the exit code."""
     full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     status = getattr(error, "status", "oom" if full else "stopped" if isinstance(error, KeyboardInterrupt) else "crash")
@@ -1732,9 +1747,10 @@ def report(error, ranks, records, env):
         status = records.fail(status, reason, trace)
     elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
         refuse(env, error)
-    if EXIT_CODES[status] > 1 and (store := launcher_store(env)):
-        store.set("train_gpt/exit", str(EXIT_CODES[status]))
-    if ranks.rank:
+    if EXIT_CODES[status] > 1 and store:
+        with contextlib.suppress(RuntimeError):  # the launcher may be gone
+            store.set("train_gpt/exit", str(EXIT_CODES[status]))
+    if ranks.rank and not (records and records.live):
         time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
     return EXIT_CODES[status]
 
@@ -1743,10 +1759,11 @@ def main(argv, env):
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
-    ranks, records, restarted = Ranks.from_env(env), None, env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    ranks, records, store = Ranks.from_env(env), None, launcher_store(env)
     try:
-        if restarted and (store := launcher_store(env)) and store.check(["train_gpt/exit"]):
-            return int(store.get("train_gpt/exit"))  # it would fail again
+        if store and store.check(["train_gpt/exit"]):
+            return int(store.get("train_gpt/exit"))  # started again, it would fail again
+        restarted = bool(store) and store.check(["train_gpt/claimed"])
         if argv:
             raise ConfigError(f"{argv[0].partition('=')[0]} is no option; settings go so: LR=0.003 python train_gpt.py")
         asked = Config.from_env(env)
@@ -1759,22 +1776,24 @@ def main(argv, env):
             return 0
         loaders = preflight(cfg, ranks)
         data = fingerprint(loaders, Path(cfg.log_dir)) if ranks.rank == 0 else ""  # before others wait in the group
-        records = Records(cfg, setup(cfg, ranks, env), ranks.rank)
+        records = Records(cfg, setup(cfg, ranks, env, store), ranks.rank)
         changes = " ".join(f"{name}={shlex.quote(str(int(value) if value is True or value is False else value))}"
                            for name, value in asked.changes().items() if name.lower() not in LABELS)
         facts = plan | {"device_name": device_name(ranks.device(cfg)), "changes": changes, "data_fingerprint": data}
         path = agree(functools.partial(records.open, facts, warnings, restarted))
         records.live = True
+        if store:
+            store.set("train_gpt/claimed", "1")
         with contextlib.closing(Watch(records.folder, ranks, cfg.hang_timeout)) as watch:
             records.close(train(cfg, ranks, loaders, records, watch, path))
             dist.barrier()  # until rank 0 has written everything, no signal may end another
         dist.destroy_process_group()
         return 1 if records.lost else 0
     except (Exception, KeyboardInterrupt) as error:
-        return report(error, ranks, records, env)
-    finally:
-        if records:
-            records.lock.release()
+        return report(error, ranks, records, env, store)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    code = main(sys.argv[1:], os.environ)
+    with contextlib.suppress(OSError):  # who reads may be gone
+        sys.stdout.flush()
+    os._exit(code)  # sys.exit would wait for a save that waits for a rank that hangs

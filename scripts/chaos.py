@@ -8,6 +8,7 @@ to all its processes. Goodput is the training time of the steps that counted ove
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,13 +21,26 @@ from pathlib import Path
 import train_gpt
 
 
+def processes(run_id):
+    """Those of a run, launcher and ranks: the ranks of torchrun are in process groups of their own. Linux only."""
+    mark = f"RUN_ID={run_id}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                yield int(folder.name)
+
+
 def attempt(command, env, seconds):
-    """Runs a command in a process group of its own, killed after so many seconds; its exit code, None where killed."""
-    with subprocess.Popen(command, env=env, start_new_session=True) as run:
+    """Runs a command whose processes are all killed after so many seconds; its exit code, None where killed."""
+    with subprocess.Popen(command, env=env) as run:
         try:
             return run.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
+            while found := [*processes(env["RUN_ID"])]:  # a zombie has no environment
+                for pid in found:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.1)
             return None
 
 

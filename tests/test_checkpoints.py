@@ -153,9 +153,10 @@ CRASH_POINTS = {
     "before the metadata": (dcp.FileSystemWriter, "finish"),
     "before the facts": (train_gpt, "write_whole"),
     "before the hashes": (train_gpt, "sha256sum"),
-    "before the disk has it": (train_gpt, "sync"),
-    "before it has its name": (os, "replace"),
-    "while an old one goes": (shutil, "rmtree")}
+    "before the disk has it": (train_gpt, "sync", ".tmp_step_000012"),
+    "before it has its name": (os, "replace", ".tmp_step_000012"),
+    "before its name is on the disk": (train_gpt, "sync", "toy"),
+    "while an old one goes": (shutil, "rmtree", ".tmp_step_000004")}
 
 
 @pytest.mark.parametrize("point", CRASH_POINTS)
@@ -163,12 +164,12 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_one_is_used(settings, mo
     """The third save, at step 12, is the one that dies: it would be the one that deletes the first."""
     settings |= WIDE | {"NUM_ITERATIONS": 16, "VAL_EVERY": 0}
     assert launch(settings | {"RUN_ID": "whole"})[0] == [0]
-    owner, name = CRASH_POINTS[point]
+    owner, name, *suffix = CRASH_POINTS[point]
     with monkeypatch.context() as patch:
         original, write = getattr(owner, name), Checkpoints.write
 
         def fatal(*args, **kwargs):
-            if Checkpoints.fatal and (name != "rmtree" or str(args[0]).endswith("step_000004")):
+            if Checkpoints.fatal and str(args[0]).endswith(*suffix or [""]):
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
@@ -179,9 +180,8 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_one_is_used(settings, mo
         patch.setattr(Checkpoints, "write", arm)
         patch.setattr(owner, name, fatal)
         assert launch(settings)[0] == [-9]
-    newest = 12 if name == "rmtree" else 8
-    left = [path.name for path in (settings["LOG_DIR"] / "toy").iterdir() if path.name.startswith(".tmp_")]
-    assert bool(left) == (name != "write_data") or name == "write_data"
+    newest = 12 if suffix in (["toy"], [".tmp_step_000004"]) else 8
+    assert name == "write_data" or suffix == ["toy"] or list((settings["LOG_DIR"] / "toy").glob(".tmp_*"))
     codes, out = launch(settings | {"RESUME": "auto"})
     assert codes == [0] and f"resumed:{folder(settings, newest)}" in out, out
     assert checkpoints(settings) == [12, 16] and not list((settings["LOG_DIR"] / "toy").glob(".tmp_*"))
@@ -403,10 +403,42 @@ def test_resume_by_path_goes_back_and_sets_later_ones_aside(two):
     assert (two["LOG_DIR"] / "toy/step_000008.superseded").is_dir()
 
 
+def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_it(settings, monkeypatch):
+    """What is saved is the state of its step, also where the writing takes longer than the steps after it."""
+    settings |= WIDE
+    assert launch(settings | {"RUN_ID": "whole"}, 2)[0] == [0, 0]
+    write, step = Checkpoints.write, train_gpt.train_step
+
+    def slow(self, *args):
+        time.sleep(0.5)
+        return write(self, *args)
+
+    def told(state, *args):
+        print(f"update:{state.step}", flush=True)
+        return step(state, *args)
+    monkeypatch.setattr(train_gpt, "SAVE_STALL", 0.0)
+    monkeypatch.setattr(Checkpoints, "write", slow)
+    monkeypatch.setattr(train_gpt, "train_step", told)
+    codes, out = launch(settings, 2)
+    assert codes == [0, 0] and out.index("update:6\n") < out.index("step_000004 write_time"), out
+    for saved in 4, 8:
+        assert_same(folder(settings, saved), folder(settings, saved, "whole"))
+    assert curve(settings) == curve(settings, "whole")
+
+
+def test_a_fork_killed_before_its_first_save_goes_on_from_where_it_began(two, monkeypatch):
+    with monkeypatch.context() as patch:
+        dies_at(patch, 5)
+        assert launch(two | {"RESUME": folder(two, 4), "RUN_ID": "fork"})[0] == [-9]
+    assert checkpoints(two, "fork") == [4]
+    codes, out = launch(two | {"RESUME": "auto", "RUN_ID": "fork"})
+    assert codes == [0] and f"resumed:{folder(two, 4, 'fork')}" in out and curve(two, "fork") == curve(two)[4:]
+
+
 def test_resume_by_path_under_another_id_is_another_run(two):
     files = {path: path.read_bytes() for path in two["LOG_DIR"].glob("toy*") if path.is_file()}
     codes, out = launch(two | {"RESUME": folder(two, 4), "RUN_ID": "fork"})
-    assert codes == [0] and checkpoints(two, "fork") == [8] and checkpoints(two) == [4, 8]
+    assert codes == [0] and checkpoints(two, "fork") == [4, 8] and checkpoints(two) == [4, 8]
     assert curve(two, "fork") == curve(two)[4:] and files == {path: path.read_bytes() for path in files}
 
 

@@ -265,6 +265,48 @@ def test_bad_steps_in_a_row_end_the_run_and_leave_no_bad_checkpoint(settings, mo
     assert all(torch.isfinite(x).all() for x in tensors(folder(settings, 4)).values())
 
 
+def test_float16_gradients_that_stay_infinite_end_the_run(settings, monkeypatch):
+    """The scale sinks to 1 first, as far as it can help."""
+    poison(monkeypatch, set(range(4, 10**6)), 0, "gradient")
+    codes, out = launch(settings | ENDLESS | {"DTYPE": "float16", "MAX_BAD_STEPS": 3})
+    assert codes == [4] and row(settings)["status"] == "diverged" and 3 < int(row(settings)["bad_steps"]) < 40
+
+
+def test_the_bad_step_of_a_checkpoint_is_told_after_resuming(settings, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, {5}, 0, "gradient")
+        dies_at(patch, 7)
+        assert launch(settings | {"SAVE_EVERY": 6})[0] == [-9]
+    assert launch(settings | {"RESUME": "auto", "SAVE_EVERY": 6})[0] == [0] and row(settings)["bad_steps"] == "1"
+    assert (settings["LOG_DIR"] / "toy.txt").read_text().count("\nstep:6/8 bad_gradient") == 1
+
+
+def test_the_step_waits_for_no_device(settings, monkeypatch):
+    """Reading a number from a device is what waits; between logged steps no line of train_gpt.py does."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if "_local_scalar_dense" in str(operator):
+                frame = sys._getframe()
+                while frame and frame.f_code.co_filename != train_gpt.__file__:
+                    frame = frame.f_back
+                seen.append(frame.f_code.co_name if frame else "elsewhere")
+            return operator(*args, **kwargs or {})
+    original = train_gpt.train
+
+    def watched(*args):
+        with Reads():
+            status = original(*args)
+        print("reads:", {name: seen.count(name) for name in sorted(set(seen))}, flush=True)
+        return status
+    monkeypatch.setattr(train_gpt, "train", watched)
+    codes, out = launch(settings | {"NUM_ITERATIONS": 40, "LOG_EVERY": 100, "VAL_EVERY": 0, "SAVE_EVERY": 0})
+    reads = json.loads(re.search(r"^reads: (.*)$", out, re.M)[1].replace("'", '"'))
+    assert codes == [0] and reads.pop("agreed") <= 42 and sum(reads.values()) < 12, reads  # agreed: a flag on the CPU
+
+
 def test_few_bad_steps_in_a_row_do_not_end_the_run_and_are_remembered(settings, monkeypatch):
     settings |= WIDE | {"MAX_BAD_STEPS": 3, "NUM_ITERATIONS": 16, "SAVE_EVERY": 6, "LOG_EVERY": 4}
     with monkeypatch.context() as patch:
@@ -327,7 +369,8 @@ def test_a_disk_that_stays_full_ends_the_run(settings, monkeypatch):
         resource.RLIM_INFINITY if facts["step"] == 2 else 400_000))
     codes, out = launch(settings | WIDE | ENDLESS | {"SAVE_EVERY": 2}, 2)
     assert codes == [1, 1] and checkpoints(settings) == [2] and out.count("no checkpoint at step") == 3
-    assert "3 checkpoints in a row could not be written" in row(settings)["error"] and row(settings)["status"] == "crash"
+    told = row(settings)
+    assert "3 checkpoints in a row could not be written" in told["error"] and told["status"] == "crash"
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_no_success(settings, monkeypatch):

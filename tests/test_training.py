@@ -103,7 +103,9 @@ def test_golden_losses(settings):
     golden = json.loads(file.read_text())
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(json.dumps(golden | {machine: seen["a"]}, indent=1) + "\n")
-    assert golden.get(machine, seen["a"]) == seen["a"], machine
+    if machine not in golden:
+        pytest.skip(f"no golden losses of this machine; UPDATE_GOLDEN=1 writes them: {machine}")
+    assert golden[machine] == seen["a"]
 
 
 def test_accumulation_does_not_change_the_curve(settings):
