@@ -136,17 +136,11 @@ class Config:
     def from_env(cls, env):
         """Config from a mapping of environment variables, over the preset, over the defaults. Raises ConfigError."""
         fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
-        by_letters = {name.replace("_", ""): name for name in fields}
-        for name in env:
-            if (ours := SYNONYMS.get(name) or by_letters.get(name.replace("_", ""), name)) != name:
-                raise ConfigError(f"{name} is no setting; the name here is {ours} (unset {name})")
+        check_env(env, fields)
         settings = read_preset(env.get("PRESET") or cls.preset) | {name: env[name] for name in fields if env.get(name)}
         if unknown := [name for name in settings if name not in fields]:
             raise ConfigError(f"PRESET={settings['PRESET']}: its file sets {unknown[0]}, which is no setting; "
                               "see python train_gpt.py --help")
-        for secret, value in secrets_of(env).items():
-            if holders := [name for name in fields if value in env.get(name, "")]:
-                raise ConfigError(f"{holders[0]} holds the value of {secret}, which no record may show; take it out")
         return cls(**{fields[name].name: parse(fields[name], text) for name, text in settings.items() if text})
 
     def changes(self):
@@ -168,6 +162,16 @@ BOUNDS = {  # inclusive
     "keep_last": (2, 2**31), "hang_timeout": (1, 2**31), "vocab_size": (0, 65536), "peak_tflops": (1e-6, 1e6),
     "lr embed_lr head_lr muon_lr": (1e-12, 1e30), "beta1 beta2 muon_momentum": (0, 0.9999999), "dropout": (0, 0.99),
     "val_tokens": (1, 2**40), "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1)}
+
+def check_env(env, fields):
+    """Raises ConfigError for a variable that is one of ours misspelled, and for a setting that shows a secret."""
+    by_letters = {name.replace("_", ""): name for name in fields}
+    for name in env:
+        if (ours := SYNONYMS.get(name) or by_letters.get(name.replace("_", ""), name)) != name:
+            raise ConfigError(f"{name} is no setting; the name here is {ours} (unset {name})")
+    for secret, value in secrets_of(env).items():
+        if holders := [name for name in fields if value in env.get(name, "")]:
+            raise ConfigError(f"{holders[0]} holds the value of {secret}, which no record may show; take it out")
 
 def check(cfg):
     """Raises ConfigError for a value that no run can use."""
@@ -1010,10 +1014,8 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # what has its name is whole
             sync(final.parent)
         for path in [*step_folders(final.parent).values()][:-self.cfg.keep_last]:
-            try:
-                doomed = path.with_name(f".tmp_{path.name}")  # half deleted, it must not look like a checkpoint
-                path.rename(doomed)
-                shutil.rmtree(doomed)
+            try:  # half deleted, it must not look like a checkpoint
+                shutil.rmtree(path.rename(path.with_name(f".tmp_{path.name}")))
             except OSError as error:
                 self.records.print(f"warning: {path} stays: {error}")
 
@@ -1170,9 +1172,8 @@ class Records:
                               "choose another RUN_ID or leave it blank")
         for later in [later for number, later in step_folders(self.folder).items() if number > step]:
             set_aside(later, "superseded")
-        commit, dirty = git_state()
         self.summary = dict.fromkeys(("run_id", "stage", "variant", "preset")) | {
-            "status": "running", "started": utc_now(), "git": commit, "dirty": dirty,
+            "status": "running", "started": utc_now(), **dict(zip(("git", "dirty"), git_state())),
             "source_sha": hashlib.sha256(SOURCE.encode()).hexdigest()[:12], "host": platform.node(),
             "torch": torch.__version__, "resumes": 0, "error": None} | facts | self.summary
         self.start_files(step)
@@ -1581,8 +1582,7 @@ class Meter:
         self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
         # what a resumed run goes on with; last: (tokens, train time) of the last point
         self.seconds, self.last = dict.fromkeys(("data_wait", "eval_time", "save_time", "compile_time"), 0.0), (0, 0.0)
-        self.bad_steps, self.figures = [0, 0], {}  # updates left out: in all, in a row until now
-        self.train_time = 0.0  # when the checkpoint was made
+        self.bad_steps, self.figures, self.train_time = [0, 0], {}, 0.0  # updates left out: in all, in a row until now
 
     def facts(self, state, stats):
         """What a checkpoint has to know of the measurements, and stats, which are those of the last step."""

@@ -53,7 +53,8 @@ def run_killed(command, env, waits):
         if code is not None:
             return code, kills, lost, time.perf_counter() - began
         kills += 1
-        reached = int(curve.read_text().splitlines()[-1].split(",")[0]) if curve.exists() else 0
+        points = curve.read_text().splitlines()[1:] if curve.exists() else []
+        reached = int(points[-1].split(",")[0]) if points else 0
         saved = max(train_gpt.step_folders(curve.with_suffix("")), default=0)
         lost += max(0, reached - saved)
         print(f"kill:{kills} reached:{reached} saved:{saved}", flush=True)

@@ -19,7 +19,7 @@ def test_kills_cost_time_and_nothing_else(settings, ranks):
     began = time.monotonic()
     trial = {"RUN_ID": "trial", "NUM_ITERATIONS": "2", "WARMDOWN_ITERS": "0"}
     subprocess.run([sys.executable, train_gpt.__file__], env=env | trial, check=True, stdout=subprocess.DEVNULL)
-    every = 1.2 * (time.monotonic() - began) + 1  # enough to start and train a little, not all
+    every = 1.2 * (time.monotonic() - began) * ranks + 1  # enough to start, with torchrun too, and to train a little
     command = [sys.executable, train_gpt.ROOT / "scripts/chaos.py", "--every", str(every), "--nproc", str(ranks)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
