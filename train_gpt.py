@@ -936,6 +936,17 @@ def tally(ranks):
             total[key] = described
     return total
 
+def cpu_copy(tensors, buffers, mesh):
+    """{key: (tensor, kind)} copied into CPU buffers, kept for the next time, and {key: tensor}, slices as DTensor."""
+    from torch.distributed.tensor import DTensor, Shard
+    for key, (tensor, _) in tensors.items():
+        if key not in buffers:
+            buffers[key] = torch.empty_like(tensor, device="cpu")
+        buffers[key].copy_(tensor)
+    held = {key: (buffers[key], kind) for key, (_, kind) in tensors.items()}
+    return held, {key: DTensor.from_local(copy, mesh, [Shard(0)]) if kind == "slice" else copy
+                  for key, (copy, kind) in held.items()}
+
 class Checkpoints:
     """Saves State in the folder of a run and restores it, on any number of ranks. Every rank calls every method.
 
@@ -947,17 +958,6 @@ class Checkpoints:
         self.mesh = dist.init_device_mesh("cpu", (self.world,))
         self.pool, self.pending, self.buffers = concurrent.futures.ThreadPoolExecutor(1), None, {}
         self.step, self.failures = -1, 0  # the last step saved or loaded; failed saves in a row
-
-    def copy(self, tensors):
-        """{key: (tensor, kind)} in CPU memory, kept for the next time, and {key: tensor} of it, slices as DTensor."""
-        from torch.distributed.tensor import DTensor, Shard
-        for key, (tensor, _) in tensors.items():
-            if key not in self.buffers:
-                self.buffers[key] = torch.empty_like(tensor, device="cpu")
-            self.buffers[key].copy_(tensor)
-        held = {key: (self.buffers[key], kind) for key, (_, kind) in tensors.items()}
-        return held, {key: DTensor.from_local(copy, self.mesh, [Shard(0)]) if kind == "slice" else copy
-                      for key, (copy, kind) in held.items()}
 
     def gather(self, tensors):
         """The tally of {key: (tensor, kind)} over the ranks."""
@@ -974,8 +974,8 @@ class Checkpoints:
         tensors, turns = state.tensors(), itertools.cycle(range(self.world))
         if self.world > 1:
             self.gather({key: held for key, held in tensors.items() if held[1] == "copy"})
-        held, copies = self.copy({key: held for key, held in tensors.items()
-                                  if held[1] != "copy" or next(turns) == self.rank})
+        mine = {key: held for key, held in tensors.items() if held[1] != "copy" or next(turns) == self.rank}
+        held, copies = cpu_copy(mine, self.buffers, self.mesh)
         facts |= {"step": state.step, "samples": state.step * self.cfg.batch_size,
                   "config": vars(self.cfg) | {"run_id": self.records.folder.name}}
         facts = json.loads(json.dumps(facts))  # the loop goes on to change some of it
@@ -1032,7 +1032,7 @@ class Checkpoints:
         """Restores State; returns the facts saved with it. Raises ConfigError, RuntimeError where a tensor is wrong."""
         import torch.distributed.checkpoint as dcp
         tensors, facts = state.tensors(), json.loads((path / "run.json").read_text())
-        (held, copies), self.buffers = self.copy(tensors), {}
+        held, copies = cpu_copy(tensors, {}, self.mesh)
         try:
             dcp.load(copies, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
         except dcp.CheckpointException as error:
@@ -1143,7 +1143,7 @@ def utc_now():
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 class Records:
-    """What a run leaves: log, curve, summary, row. Rank 0 writes them; elsewhere no method but fail() does anything."""
+    """What a run leaves: log, curve, summary, row. Rank 0 writes them; elsewhere no method writes."""
     def __init__(self, cfg, run_id, rank=0):
         self.cfg, self.rank, self.bar, self.lost, self.results_csv = cfg, rank, None, "", cfg.results_csv
         self.live = False  # set once the run_id is claimed
@@ -1157,7 +1157,7 @@ class Records:
         self.summary |= facts
         if self.rank:
             return None
-        self.claim()
+        claim(self)
         warnings, step = [*warnings], -1
         if path := find_checkpoint(self.cfg, self.folder, restarted, warnings):
             saved = json.loads((path / "run.json").read_text())
@@ -1176,52 +1176,11 @@ class Records:
             "status": "running", "started": utc_now(), **dict(zip(("git", "dirty"), git_state())),
             "source_sha": hashlib.sha256(SOURCE.encode()).hexdigest()[:12], "host": platform.node(),
             "torch": torch.__version__, "resumes": 0, "error": None} | facts | self.summary
-        self.start_files(step)
+        start_files(self, step)
         self.print("\n".join([f"run_id:{self.folder.name}", f"changes: {facts['changes'] or 'none'}",
                               *[f"resumed:{path}"] * bool(path), *(f"warning: {warning}" for warning in warnings)]))
         self.bar = tqdm(total=self.summary["num_iterations"], initial=max(0, step), unit="step", disable=None)
         return path
-
-    def claim(self):
-        """Makes sure that no other live run has this RUN_ID, and clears away what a killed one left half done."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.folder.resolve() != self.folder.parent.resolve() / self.folder.name:
-                raise ConfigError(f"RUN_ID={self.folder.name}: {self.folder} leads out of LOG_DIR; remove that link")
-            self.lock.acquire(timeout=1)
-        except Timeout:
-            raise ConfigError(f"RUN_ID={self.folder.name}: a run of that name is live; choose another RUN_ID, or end "
-                              f"it first: touch {self.folder / 'stop'}") from None
-        except OSError as error:
-            raise ConfigError(f"LOG_DIR={self.log.parent}: cannot be written ({error}); name another folder") from None
-        for path in self.folder.glob(".tmp_*"):
-            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
-
-    def start_files(self, step):
-        """Heads the log, or cuts the steps from `step` on out of log and curve, since they will be run again."""
-        def before(path, pattern):
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
-            return "".join(line for line in lines if not (found := re.match(pattern, line)) or
-                           int(found[1]) < step + (" bad_gradient " in line))  # that of `step` is in the checkpoint
-        rule, fresh = "=" * 100, not self.log.exists()
-        head = f"{rule}\n{SOURCE}\n{rule}\n{machine_text()}\nsettings: {json.dumps(self.summary, indent=1)}\n{rule}\n"
-        if not fresh:
-            old = json.loads(self.json.read_text()) if self.json.exists() else {}
-            head = head if old.get("source_sha") != self.summary["source_sha"] else ""  # what runs now is in the log
-            self.summary |= {"started": old.get("started"), "resumes": (old.get("resumes") or 0) + 1}
-        (self.folder / "stop").unlink(missing_ok=True)
-        if (error := self.folder / "error.txt").exists():
-            error.replace(self.folder / "last_error.txt")
-        try:
-            write_whole(self.log, before(self.log, r"(?:\[\w+\] )?step:(\d+)/") + head)
-            write_whole(self.curve, before(self.curve, r"(\d+),") or ",".join(CURVE) + "\n")
-            self.save()
-        except (OSError, ConfigError) as error:
-            for file in (self.log, self.curve, self.json) if fresh else ():
-                file.unlink(missing_ok=True)
-            raise error if isinstance(error, ConfigError) else ConfigError(
-                f"RESULTS_CSV={self.results_csv}: cannot be written ({error}); name another") from None
 
     def append(self, path, text):
         """Adds to a file. A disk that is full costs the record, not the run, which says so at once and at its end."""
@@ -1275,23 +1234,64 @@ class Records:
             lines = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in lines.items()}
             self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
 
-    def fail(self, status, reason, trace):
-        """Ends the records of a run that went wrong. The rank that fails first says why, for the others fail of it."""
-        first = self.folder / "error.txt"
-        with contextlib.suppress(OSError, ValueError):  # no disk, no record; the terminal has it
-            if not first.exists():
-                write_whole(first, f"{status}: {reason}\nrank {self.rank}, {utc_now()}\n{trace}")
-            if self.rank:
-                time.sleep(1)  # rank 0 knows more
-                self.summary = json.loads(self.json.read_text())
-                if self.summary["status"] == "running":  # rank 0 has not lived to say it
-                    self.summary |= {"status": status, "error": reason}
-                    self.save()
-            status, _, reason = first.read_text().splitlines()[0].partition(": ")
-        if self.rank == 0:
-            self.append(self.log, trace)
-            self.close(status, error=reason)
-        return status
+def claim(records):
+    """Makes sure that no other live run has this RUN_ID, and clears away what a killed one left half done."""
+    try:
+        records.folder.mkdir(parents=True, exist_ok=True)
+        if records.folder.resolve() != records.folder.parent.resolve() / records.folder.name:
+            raise ConfigError(f"RUN_ID={records.folder.name}: {records.folder} leads out of LOG_DIR; remove that link")
+        records.lock.acquire(timeout=1)
+    except Timeout:
+        raise ConfigError(f"RUN_ID={records.folder.name}: a run of that name is live; choose another RUN_ID, or end "
+                          f"it first: touch {records.folder / 'stop'}") from None
+    except OSError as error:
+        raise ConfigError(f"LOG_DIR={records.log.parent}: cannot be written ({error}); name another folder") from None
+    for path in records.folder.glob(".tmp_*"):
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+def start_files(records, step):
+    """Heads the log, or cuts the steps from `step` on out of log and curve, since they will be run again."""
+    def before(path, pattern):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
+        return "".join(line for line in lines if not (found := re.match(pattern, line)) or
+                       int(found[1]) < step + (" bad_gradient " in line))  # that of `step` is in the checkpoint
+    rule, fresh = "=" * 100, not records.log.exists()
+    head = f"{rule}\n{SOURCE}\n{rule}\n{machine_text()}\nsettings: {json.dumps(records.summary, indent=1)}\n{rule}\n"
+    if not fresh:
+        old = json.loads(records.json.read_text()) if records.json.exists() else {}
+        head = head if old.get("source_sha") != records.summary["source_sha"] else ""  # what runs now is in the log
+        records.summary |= {"started": old.get("started"), "resumes": (old.get("resumes") or 0) + 1}
+    (records.folder / "stop").unlink(missing_ok=True)
+    if (error := records.folder / "error.txt").exists():
+        error.replace(records.folder / "last_error.txt")
+    try:
+        write_whole(records.log, before(records.log, r"(?:\[\w+\] )?step:(\d+)/") + head)
+        write_whole(records.curve, before(records.curve, r"(\d+),") or ",".join(CURVE) + "\n")
+        records.save()
+    except (OSError, ConfigError) as error:
+        for file in (records.log, records.curve, records.json) if fresh else ():
+            file.unlink(missing_ok=True)
+        raise error if isinstance(error, ConfigError) else ConfigError(
+            f"RESULTS_CSV={records.results_csv}: cannot be written ({error}); name another") from None
+
+def record_failure(records, status, reason, trace):
+    """Ends the records of a run that went wrong. The rank that fails first says why, for the others fail of it."""
+    first = records.folder / "error.txt"
+    with contextlib.suppress(OSError, ValueError):  # no disk, no record; the terminal has it
+        if not first.exists():
+            write_whole(first, f"{status}: {reason}\nrank {records.rank}, {utc_now()}\n{trace}")
+        if records.rank:
+            time.sleep(1)  # rank 0 knows more
+            records.summary = json.loads(records.json.read_text())
+            if records.summary["status"] == "running":  # rank 0 has not lived to say it
+                records.summary |= {"status": status, "error": reason}
+                records.save()
+        status, _, reason = first.read_text().splitlines()[0].partition(": ")
+    if records.rank == 0:
+        records.append(records.log, trace)
+        records.close(status, error=reason)
+    return status
 
 def refuse(env, error):
     """Leaves a summary and a row for a run that did not start, with what is known of it."""
@@ -1744,7 +1744,7 @@ def report(error, ranks, records, env, store):
     elif ranks.local_rank == 0 or records and status in ("data", "oom"):  # others would say the same
         print(f"{status}: {reason}", file=sys.stderr)
     if records and records.live:
-        status = records.fail(status, reason, trace)
+        status = record_failure(records, status, reason, trace)
     elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
         refuse(env, error)
     if EXIT_CODES[status] > 1 and store:
@@ -1761,8 +1761,8 @@ def main(argv, env):
         return 0
     ranks, records, store = Ranks.from_env(env), None, launcher_store(env)
     try:
-        if store and store.check(["train_gpt/exit"]):
-            return int(store.get("train_gpt/exit"))  # started again, it would fail again
+        if env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and store and store.check(["train_gpt/exit"]):
+            return int(store.get("train_gpt/exit"))  # it would fail again
         restarted = bool(store) and store.check(["train_gpt/claimed"])
         if argv:
             raise ConfigError(f"{argv[0].partition('=')[0]} is no option; settings go so: LR=0.003 python train_gpt.py")

@@ -14,7 +14,7 @@ import train_gpt
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_cost_time_and_nothing_else(settings, ranks):
     env = {name: str(value) for name, value in settings.items()} | {
-        "NUM_ITERATIONS": "500", "SAVE_EVERY": "20", "LOG_EVERY": "5", "VAL_EVERY": "0", "PATH": os.environ["PATH"],
+        "NUM_ITERATIONS": "300", "SAVE_EVERY": "20", "LOG_EVERY": "5", "VAL_EVERY": "0", "PATH": os.environ["PATH"],
         "PYTHONPATH": str(train_gpt.ROOT), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     trial = {"RUN_ID": "trial", "NUM_ITERATIONS": "2", "WARMDOWN_ITERS": "0"}

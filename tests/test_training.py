@@ -190,7 +190,7 @@ def test_gradients_that_stay_bad_end_the_run(settings, monkeypatch):
     """Each is left out of the update and counted."""
     monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: train_gpt.torch.tensor(np.nan))
     codes, out = launch(settings | {"NUM_ITERATIONS": 1000})
-    assert codes == [4] and "not finite for too long" in out and rows(settings)[0]["bad_steps"] == "21"
+    assert codes == [4] and "not finite 21 times in a row" in out and rows(settings)[0]["bad_steps"] == "21"
     validations = {loss for loss, in curve(settings, "val_loss") if loss}
     assert len(validations) == 1  # no update was made
 
