@@ -1061,7 +1061,7 @@ def import_weights(model, path):
     import safetensors.torch
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
     try:
-        model.load_state_dict(safetensors.torch.load_file(file))
+        model.load_state_dict(safetensors.torch.load_file(file), assign=model.embed.is_meta)  # there it is a check
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise ConfigError(f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of this "
