@@ -1,6 +1,5 @@
 """
 Trains a GPT on token shards with Muon + AdamW; every setting is an environment variable, every run leaves a row.
-
     python train_gpt.py --help                                # the settings: default, choices, meaning
     DRY_RUN=1 python train_gpt.py                             # the plan: parameters, FLOPs, tokens (no GPU, no data)
     PRESET=quickstart python train_gpt.py                     # one process on whatever device is there
@@ -13,13 +12,12 @@ N = B * T tokens. A suffix gives the layout where it is not plain: q_BTHD.
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 SOURCE = Path(__file__).read_text()  # before torch loads: the log must hold the text that runs, not a later edit
 
 import concurrent.futures, contextlib, csv, ctypes, dataclasses, difflib, faulthandler, functools, glob, hashlib, io
 import itertools, json, math, platform, re, resource, shlex, shutil, signal, subprocess, sys, time, traceback
-from collections import deque
+from collections import deque, namedtuple
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -30,33 +28,46 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from tqdm import tqdm
-
 ################ Config ################
 ROOT = Path(__file__).resolve().parent
 RUN_ID_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
-SYNONYMS = {"LEARNING_RATE": "LR", "OPTIMISER": "OPTIMIZER", "GRADIENT_CLIP": "GRAD_CLIP", "EPOCHS": "MAX_EPOCHS",
-            "SEQ_LENGTH": "SEQUENCE_LENGTH", "BLOCK_SIZE": "SEQUENCE_LENGTH", "SEQ_LEN": "SEQUENCE_LENGTH",
-            "MAX_ITERS": "NUM_ITERATIONS", "MAX_STEPS": "NUM_ITERATIONS", "NUM_STEPS": "NUM_ITERATIONS",
-            "NUM_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "N_LAYERS": "N_LAYER", "N_HEADS": "N_HEAD",
-            "D_MODEL": "N_EMBD", "MODEL_DIM": "N_EMBD", "MICRO_BATCH_SIZE": "DEVICE_BATCH_SIZE",
-            "WARMUP_STEPS": "WARMUP_ITERS", "COOLDOWN_ITERS": "WARMDOWN_ITERS"}
+SYNONYMS = {"LEARNING_RATE": "LR", "OPTIMISER": "OPTIMIZER", "EPOCHS": "MAX_EPOCHS", "SEQ_LEN": "SEQUENCE_LENGTH",
+            "BLOCK_SIZE": "SEQUENCE_LENGTH", "MAX_ITERS": "NUM_ITERATIONS", "MAX_STEPS": "NUM_ITERATIONS",
+            "NUM_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "D_MODEL": "N_EMBD", "WARMUP_STEPS": "WARMUP_ITERS"}
 
 class ConfigError(ValueError):
     """A setting that cannot be used: says which, its value, the choices and what to do."""
     status = "config"
-
 class DataError(ValueError):
     """Data that cannot be trained on: says which file, what was expected, what was found and what to do."""
     status = "data"
-
 class Diverged(ArithmeticError):
     """The loss is no longer a finite number."""
     status = "diverged"
 
+class Settings:
+    """What Config can do with its fields."""
+    def __post_init__(self):
+        check(self)
+    @classmethod
+    def from_env(cls, env):
+        """Config from a mapping of environment variables, over the preset, over the defaults. Raises ConfigError."""
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        check_env(env, fields)
+        preset = read_preset(env.get("PRESET") or cls.preset, fields)
+        settings = preset | {name: env[name] for name in fields if env.get(name)}
+        return cls(**{fields[name].name: parse(fields[name], text) for name, text in settings.items() if text})
+    def changes(self):
+        """What differs from the defaults: {variable: value}."""
+        return {name.upper(): value for name, value in vars(self).items() if value != getattr(Config, name)}
+    def hash(self):
+        """Eight hex digits that runs share when they train the same model the same way, whatever seed and labels."""
+        kept = {name: value for name, value in vars(self).items() if name not in {*UNTRAINED, "seed"}}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Every setting of a run. The environment variable is the field's name in capitals."""
-    # what this run is
     preset: str = "gpt2_small"  # experiments/presets/<name>.env is read first; the environment wins over it
     run_id: str = ""  # names the log, curve and row; blank: <preset>-<UTC time>-<4 hex>
     stage: str = ""  # label of a series of runs
@@ -64,11 +75,10 @@ class Config:
     note: str = ""  # free text for the row
     seed: int = 0  # of initialisation, dropout and shuffling
     dry_run: bool = False  # print the plan and stop
-    # data
     input_bin: str = "data/fineweb10B/fineweb_train_*.bin"  # glob of the training shards
+    max_train_tokens: int = 0  # train on so many tokens from the start of the training shards; 0: on all
     input_val_bin: str = "data/fineweb10B/fineweb_val_*.bin"  # glob of the validation shards
     shuffle: bool = False  # visit the samples of each epoch in a seeded random order
-    # batch and length
     batch_size: int = 512  # sequences a step, over all ranks; gradient accumulation follows from it
     device_batch_size: int = 64  # sequences a forward pass, per rank
     sequence_length: int = 1024  # tokens
@@ -76,26 +86,39 @@ class Config:
     max_epochs: int = 1  # passes over the training data that NUM_ITERATIONS may take; 0: as many as it takes
     val_every: int = 125  # steps between validations; 0: only the last
     val_tokens: int = 10485760  # tokens of each validation, from the start of the validation shards
-    # model
     vocab_size: int = 50304  # rows of the embedding; 0: what the dataset's index.json says
     n_layer: int = 12  # blocks
     n_head: int = 6  # attention heads; head size n_embd / n_head
     n_embd: int = 768  # channels of the residual stream
-    d_ff: int = 0  # hidden units of the FFN; 0: 4 n_embd, or 8/3 n_embd up to a multiple of 64 for swiglu
+    d_ff: int = 0  # hidden units of the FFN or of an expert; 0: 4 n_embd (swiglu 8/3), over all experts of a token
     mixer: str = "attention"  # a comma list tiles over the layers
     ffn: str = "relu2"  # relu2: arXiv 2109.08668; swiglu: arXiv 2002.05202; a comma list tiles over the layers
-    norm: str = "rms"  # rms has no gains; layer has a gain, and a bias if BIAS=1
+    norm: str = "rms"  # rms has no gains; rms_gain has; layer has a gain, and a bias if BIAS=1
     pos: str = "rotary"  # rotary: arXiv 2104.09864; learned: an embedding a position
     qk_norm: bool = True  # RMS norm of every query and key head
     bias: bool = False  # biases in linear layers and layer norms
     tie_embeddings: bool = True  # one matrix for embedding and head
     dropout: float = 0.0  # probability, on embeddings, attention weights and branches
     init: str = "zero_proj"  # zero_proj: uniform 1/sqrt(fan in), projections 0; gpt2: normal 0.02, projections scaled
-    # attention gates, arXiv 2505.06708
-    attngate: str = "none"  # what a gate is computed for: each channel, each head, or a learned constant
+    attngate: str = "none"  # attention gate (arXiv 2505.06708) for each channel, each head, or a learned constant
     gatepos: str = "sdpa"  # on the attention output, or on the values before it
     gateact: str = "sigmoid"  # ns_sigmoid: 0.5 + 0.5 sigmoid
-    # optimization
+    num_experts: int = 8  # with FFN=moe: experts that a router chooses from
+    top_k: int = 2  # experts that it chooses for a token
+    expert: str = "relu2"  # the FFN that an expert is
+    shared_expert: bool = False  # one more expert, beside the router, for every token
+    balance: str = "aux"  # aux: arXiv 2101.03961, a loss; quantile: a bias on the choice; none
+    aux_loss_coef: float = 0.01  # of the balance loss, which is 1 in balance
+    aux_loss_coef_start: float | None = None  # in its place: held for AUX_WARMUP_FRAC, then linear to
+    aux_loss_coef_end: float | None = None  # this, which is reached at AUX_DECAY_END_FRAC
+    aux_warmup_frac: float = 0.05  # fraction of the steps
+    aux_decay_end_frac: float = 0.3  # fraction of the steps
+    balance_log_interval: int = 20  # steps between lines on the experts' load
+    router_optimizer: str = "adamw"  # of the routers' matrices
+    recurrence: str = "stacked"  # indexed: the same model, one block over banks of weights; shared: one block revisited
+    n_unique: int = 1  # blocks that RECURRENCE=shared visits in turn
+    unshared_ends: int = 0  # blocks at either end of them that are visited once
+    per_step: str = "none"  # what each visit of a shared block has for itself, a comma list: norm gains, router, scale
     optimizer: str = "muon"  # of the matrices inside the blocks; AdamW has the rest
     lr: float = 0.0036  # AdamW learning rate
     embed_lr: float | None = None  # of the embedding; blank: LR
@@ -111,53 +134,29 @@ class Config:
     warmup_iters: int = 0  # steps of linear warm-up
     warmdown_iters: int = 1450  # steps of the trapezoid's linear decay
     min_lr_frac: float = 0.0  # fraction of the peak at which cosine ends
-    # machine
     deterministic: bool = False  # the same bits on the same machine, also on cuda, at some cost of speed
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: str = "auto"  # of activations and matrix products; auto: bfloat16 on cuda, float32 on cpu
     compile: str = "auto"  # torch.compile of the blocks and the loss; auto: on cuda
     peak_tflops: float | None = None  # of one device, for mfu; blank: from the table of known devices
-    # checkpoints and faults
     resume: str = "none"  # auto: from the newest valid checkpoint of RUN_ID, if there is one; or the path of one
     init_from: str = ""  # safetensors file, or folder with model.safetensors, that gives a new run its weights
     save_every: int = 500  # steps between checkpoints; 0: only when the run ends
     keep_last: int = 2  # checkpoints that stay; at least 2, since the newest may be damaged
     max_bad_steps: int = 20  # non-finite gradients in a row that are left out; more end the run as diverged
     hang_timeout: int = 300  # seconds without a step, after the first, until the ranks write their stacks and give up
-    # records
     log_dir: str = "logs"  # folder of logs, curves and summaries
     results_csv: str = "experiments/results.csv"  # the table that gets a row
     log_every: int = 10  # steps between lines of the training loss
 
-    def __post_init__(self):
-        check(self)
-
-    @classmethod
-    def from_env(cls, env):
-        """Config from a mapping of environment variables, over the preset, over the defaults. Raises ConfigError."""
-        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
-        check_env(env, fields)
-        settings = read_preset(env.get("PRESET") or cls.preset) | {name: env[name] for name in fields if env.get(name)}
-        if unknown := [name for name in settings if name not in fields]:
-            raise ConfigError(f"PRESET={settings['PRESET']}: its file sets {unknown[0]}, which is no setting; "
-                              "see python train_gpt.py --help")
-        return cls(**{fields[name].name: parse(fields[name], text) for name, text in settings.items() if text})
-
-    def changes(self):
-        """What differs from the defaults: {variable: value}."""
-        return {name.upper(): value for name, value in vars(self).items() if value != getattr(Config, name)}
-
-    def hash(self):
-        """Eight hex digits that runs share when they train the same model the same way, whatever seed and labels."""
-        kept = {name: value for name, value in vars(self).items() if name not in {*UNTRAINED, "seed"}}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
-
 LABELS = ("run_id", "stage", "variant", "note", "dry_run", "log_dir", "results_csv", "resume")
 UNTRAINED = (*LABELS, "preset", "input_bin", "input_val_bin", "peak_tflops", "log_every", "save_every", "keep_last",
-             "max_bad_steps", "hang_timeout")  # say nothing of what is trained and how
-TILED = ("mixer", "ffn")
+             "max_bad_steps", "hang_timeout", "balance_log_interval")  # say nothing of what is trained and how
+LISTS = ("mixer", "ffn", "per_step")  # separated by commas
 BOUNDS = {  # inclusive
     "batch_size device_batch_size sequence_length num_iterations n_layer n_head n_embd log_every": (1, 2**31),
+    "num_experts top_k balance_log_interval n_unique": (1, 2**31), "unshared_ends max_train_tokens": (0, 2**40),
+    "aux_loss_coef aux_loss_coef_start aux_loss_coef_end": (0, 1e6), "aux_warmup_frac aux_decay_end_frac": (0, 1),
     "val_every save_every max_epochs d_ff warmup_iters warmdown_iters seed max_bad_steps": (0, 2**31),
     "keep_last": (2, 2**31), "hang_timeout": (1, 2**31), "vocab_size": (0, 65536), "peak_tflops": (1e-6, 1e6),
     "lr embed_lr head_lr muon_lr": (1e-12, 1e30), "beta1 beta2 muon_momentum": (0, 0.9999999), "dropout": (0, 0.99),
@@ -174,33 +173,45 @@ def check_env(env, fields):
             raise ConfigError(f"{holders[0]} holds the value of {secret}, which no record may show; take it out")
 
 def check(cfg):
-    """Raises ConfigError for a value that no run can use."""
+    """Raises ConfigError for a value that no run can use, and for values that have no meaning together."""
     for name, choices in axes().items():
-        for value in getattr(cfg, name).split(",") if name in TILED else [getattr(cfg, name)]:
+        for value in getattr(cfg, name).split(",") if name in LISTS else [getattr(cfg, name)]:
             if value not in choices:
                 raise ConfigError(f"{name.upper()}={value}: choose one of {', '.join(choices)}")
     for names, (low, high) in BOUNDS.items():
         for name in names.split():
             if (value := getattr(cfg, name)) is not None and not low <= value <= high:
                 raise ConfigError(f"{name.upper()}={value}: must lie between {low} and {high}")
-    if cfg.run_id and not re.fullmatch(RUN_ID_PATTERN, cfg.run_id):
-        raise ConfigError(f"RUN_ID={cfg.run_id!r}: use 1 to 100 letters, digits, '.', '_' and '-', "
-                          "the first no '.' or '-'")
-    if cfg.n_embd % cfg.n_head:
-        raise ConfigError(f"N_EMBD={cfg.n_embd}: must be a multiple of N_HEAD={cfg.n_head}; "
-                          f"choose {nearest_multiples(cfg.n_embd, cfg.n_head)}")
-    if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 2:
-        raise ConfigError(f"N_EMBD={cfg.n_embd} / N_HEAD={cfg.n_head} gives heads of an odd size; "
-                          "POS=rotary needs an even one: change either, or set POS=learned")
-    if cfg.val_tokens < cfg.sequence_length:
-        raise ConfigError(f"VAL_TOKENS={cfg.val_tokens}: must be at least SEQUENCE_LENGTH={cfg.sequence_length}")
+    unit = cfg.n_head * (2 if cfg.pos == "rotary" else 1)  # rotary turns the channels of a head in pairs
+    moe, shared, own = "moe" in cfg.ffn.split(","), cfg.recurrence == "shared", cfg.per_step.split(",")
+    ends, order = (cfg.aux_loss_coef_start, cfg.aux_loss_coef_end), RECURRENCES[cfg.recurrence](cfg)
+    for name, sound, needed in (
+            ("run_id", re.fullmatch(f"({RUN_ID_PATTERN})?", cfg.run_id), "1 to 100 letters, digits, _, and within . -"),
+            ("n_embd", cfg.n_embd % unit == 0, f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: "
+             f"{max(unit, cfg.n_embd - cfg.n_embd % unit)} or {max(unit, cfg.n_embd - cfg.n_embd % unit) + unit}"),
+            ("val_tokens", cfg.val_tokens >= cfg.sequence_length, f"at least SEQUENCE_LENGTH={cfg.sequence_length}"),
+            ("top_k", cfg.top_k <= cfg.num_experts or not moe, f"at most NUM_EXPERTS={cfg.num_experts}"),
+            ("balance", moe or cfg.balance == "aux", "FFN=moe, or the default aux"),
+            ("aux_loss_coef_start", ends == (None, None) or None not in ends, "AUX_LOSS_COEF_END as well, or neither"),
+            ("aux_warmup_frac", cfg.aux_warmup_frac <= cfg.aux_decay_end_frac, "at most AUX_DECAY_END_FRAC"),
+            *((name, shared or getattr(cfg, name) == getattr(Config, name), "RECURRENCE=shared")
+              for name in ("n_unique", "unshared_ends", "per_step")),
+            ("per_step", "router" not in own or moe, "FFN=moe"),
+            ("per_step", "norm" not in own or cfg.norm != "rms", "a NORM with gains: rms_gain or layer"),
+            ("n_layer", not shared or cfg.n_layer >= cfg.n_unique + 2 * cfg.unshared_ends,
+             f"at least N_UNIQUE={cfg.n_unique} + 2 UNSHARED_ENDS={cfg.unshared_ends}"),
+            ("n_unique", not any((layer - order.index(i)) % period(cfg) for layer, i in enumerate(order)),
+             f"a multiple of {period(cfg)}, the layers after which MIXER={cfg.mixer} and FFN={cfg.ffn} repeat")):
+        if not sound:
+            raise ConfigError(f"{name.upper()}={repr(str(getattr(cfg, name)))[1:-1]} needs {needed}")
 
 def axes():
     """Choices of every setting that has a list of them: {field: names}."""
     return {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "pos": POSITIONS, "init": INITS, "attngate": GATES,
-            "gatepos": GATE_POSITIONS, "gateact": GATE_ACTS, "optimizer": OPTIMIZERS, "muon_scale": MUON_SCALES,
-            "lr_schedule": SCHEDULES, "device": ("auto", "cpu", "cuda"), "dtype": ("auto", *DTYPES),
-            "compile": ("auto", "0", "1")}
+            "gatepos": GATE_POSITIONS, "gateact": GATE_ACTS, "expert": EXPERTS, "balance": BALANCES,
+            "recurrence": RECURRENCES, "per_step": PER_STEP, "optimizer": OPTIMIZERS, "router_optimizer": OPTIMIZERS,
+            "muon_scale": MUON_SCALES, "lr_schedule": SCHEDULES, "device": ("auto", "cpu", "cuda"),
+            "dtype": ("auto", *DTYPES), "compile": ("auto", "0", "1")}
 
 def cautions(env, cfg):
     """One sentence for every variable that is nearly one of ours, and for a schedule that never reaches its peak."""
@@ -210,14 +221,12 @@ def cautions(env, cfg):
     if cfg.resume == "auto" and not cfg.run_id:
         found.append("RESUME=auto goes on with a RUN_ID; without one, every start is a new run")
     if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
-        found.append(f"WARMDOWN_ITERS={cfg.warmdown_iters} exceeds NUM_ITERATIONS={cfg.num_iterations}: the learning "
-                     f"rate starts at {lr_factor(0, cfg):.0%} of its peak")
+        found.append(f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {lr_factor(0, cfg):.0%}")
     return found
 
 def secrets_of(env):
-    """Variables, none of them ours, whose values no file and no output may show: {name: value}."""
-    return {name: value for name, value in env.items() if name.endswith(("_TOKEN", "_KEY", "_SECRET", "PASSWORD"))
-            and len(value) >= 8 and name.lower() not in Config.__dataclass_fields__}
+    """Variables whose values no file and no output may show: {name: value}."""
+    return {n: v for n, v in env.items() if n.endswith(("_TOKEN", "_KEY", "_SECRET", "PASSWORD")) and len(v) >= 8}
 
 def redact(text, env):
     """text with the values of secret variables, also as Python and JSON spell them, replaced by their names."""
@@ -237,20 +246,15 @@ def parse(field, text):
         wanted = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a number")
         raise ConfigError(f"{field.name.upper()}={text!r}: must be {wanted}") from None
 
-def read_preset(name):
+def read_preset(name, fields):
     """Settings of experiments/presets/<name>.env: {variable: text}. Raises ConfigError."""
     files = {path.stem: path for path in sorted((ROOT / "experiments" / "presets").glob("*.env"))}
     if name not in files:
         raise ConfigError(f"PRESET={name}: choose one of {', '.join(files)}")
     lines = [line for line in map(str.strip, files[name].read_text().splitlines()) if line and line[0] != "#"]
-    if wrong := [line for line in lines if "=" not in line]:
-        raise ConfigError(f"{files[name]}: {wrong[0]!r} is no line of the form KEY=value")
+    if bad := [line for line in lines if "=" not in line or line.split("=")[0] not in fields]:
+        raise ConfigError(f"PRESET={name}: {bad[0]!r} in {files[name]} is no NAME=value of python train_gpt.py --help")
     return dict(line.split("=", 1) for line in lines) | {"PRESET": name}
-
-def nearest_multiples(value, factor):
-    """'6 or 12': the multiples of `factor` next to `value`, at least one `factor`."""
-    below = value // factor * factor
-    return " or ".join(str(n) for n in (below, below + factor) if n)
 
 def help_text():
     """The table of settings, read from the source: variable, default, choices and the comment of its line."""
@@ -262,7 +266,6 @@ def help_text():
         lines.append(f"  {field.name.upper():18} {value!s:38} {choices}{comments[field.name]}")
     presets = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
     return "\n".join([*lines, f"Presets: {', '.join(presets)}"])
-
 ################ Layers ################
 def normal_(w, std):
     """Fills w with normal numbers, but on the meta device, where it would load seconds of code to do nothing."""
@@ -279,66 +282,78 @@ ONEDNN = "AuthenticAMD" in CPUINFO and torch.backends.cpu.get_cpu_capability() =
 
 def product(a, b):
     """a (..., k) @ b (n, k).T by the faster of two CPU libraries; torch.compile lowers oneDNN's only for constant b."""
-    if ONEDNN and a.is_cpu and a.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if ONEDNN and a.is_cpu and a.dtype == torch.float32 and a.numel() and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.mT
 
-class OneDNNLinear(torch.autograd.Function):
-    """F.linear without bias through `product`, forward and backward: oneDNN's operator brings no gradient."""
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return product(x, weight)
+def grouped(a, b, ends):
+    """Products within groups of rows, which end at `ends` (E,); without ends, of all rows.
+    Rows a (..., k) by b (m, k), or each group's by its own of b (E, m, k): (..., m). Outer products of rows a (n, m)
+    and b (n, k), summed over each group, zero where it is empty: (E, m, k)."""
+    if ends is None:
+        return product(a, b)
+    if torch.compiler.is_compiling():
+        return grouped_op(a, b, ends)
+    if a.is_cuda:
+        return F.grouped_mm(a, b.mT, offs=ends) if b.ndim == 3 else F.grouped_mm(a.mT, b, offs=ends)
+    splits = ends[:-1].tolist()
+    if b.ndim == 3:
+        return torch.cat([product(rows, matrix) for rows, matrix in zip(a.tensor_split(splits), b)])
+    return torch.stack([product(x.mT, y.mT) for x, y in zip(a.tensor_split(splits), b.tensor_split(splits))])
 
+# opaque to torch.compile, which traces neither sizes that data decide nor grouped_mm in float32
+grouped_op = torch.library.custom_op(f"{__name__}::grouped", grouped, mutates_args=(),
+                                     schema="(Tensor a, Tensor b, Tensor ends) -> Tensor")
+grouped_op.register_fake(lambda a, b, ends: a.new_empty((len(a), b.size(1)) if b.ndim == 3 else
+                                                        (len(ends), a.size(1), b.size(1))))
+
+class Product(torch.autograd.Function):
+    """`grouped` of x and weight with the gradient that oneDNN's operator lacks and grouped_mm wants contiguous."""
+    @staticmethod
+    def forward(ctx, x, weight, ends=None):
+        ctx.save_for_backward(x, weight, ends)
+        return grouped(x, weight, ends)
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return product(grad, weight.mT), product(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)
+        (x, weight, ends), grad = ctx.saved_tensors, grad.contiguous()
+        grad_x, y, x = grouped(grad, weight.mT, ends), grad.flatten(0, -2), x.flatten(0, -2)
+        return grad_x, product(y.mT, x.mT) if ends is None else grouped(y, x, ends), None
 
 class Linear(nn.Module):
     """(..., fan_in) -> (..., parts * fan_out) in the input's dtype: one product, yet Muon takes each part by itself."""
-    def __init__(self, cfg, fan_in, fan_out, parts=1, ends=False, bias=None):
+    def __init__(self, cfg, fan_in, fan_out, parts=1, ends=False, bias=None, experts=()):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*[parts] * (parts > 1), fan_out, fan_in))
-        self.bias = nn.Parameter(torch.zeros(parts * fan_out)) if (cfg.bias if bias is None else bias) else None
+        self.weight = nn.Parameter(torch.empty(*experts, *[parts] * (parts > 1), fan_out, fan_in))
+        bias = cfg.bias if bias is None else bias
+        self.bias = nn.Parameter(torch.zeros(*experts, parts * fan_out)) if bias else None
         INITS[cfg.init](cfg, self.weight, ends)
         self.flops_per_token = 6 * self.weight.numel()
-
     def forward(self, x):
         weight = self.weight.flatten(0, -2).type_as(x)
-        y = OneDNNLinear.apply(x, weight) if ONEDNN and x.is_cpu else F.linear(x, weight)
+        y = Product.apply(x, weight) if ONEDNN and x.is_cpu else F.linear(x, weight)
         return y if self.bias is None else y + self.bias.type_as(x)
-
-class RMSNormFunction(torch.autograd.Function):
-    """x / rms(x) over the last dimension. By hand, because eager PyTorch makes some 15 passes of it on a CPU."""
-    @staticmethod
-    def forward(ctx, x):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = (norm.square() / x.size(-1) + 1e-6).rsqrt()
-        y = (x * scale).type_as(x)
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        return (torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1) * scale).type_as(y)
 
 class RMSNorm(nn.Identity):
     """Root mean square norm without gains (arXiv 1910.07467): (..., C) -> same."""
     def forward(self, x):
-        return RMSNormFunction.apply(x)
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in its input's dtype with a gain, and a bias if cfg.bias (arXiv 1607.06450): (..., C) -> same."""
+    """Layer norm with a gain, and a bias if cfg.bias, computed in float32 (arXiv 1607.06450): (..., C) -> same."""
     def __init__(self, cfg):
         super().__init__(cfg.n_embd, bias=cfg.bias)
-
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.type_as(x)
-        return F.layer_norm(x, self.weight.shape, self.weight.type_as(x), bias)
+        return super().forward(x.float()).type_as(x)
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+class Scale(nn.Module):
+    """A learned factor on its input, () or (C,), which starts as given."""
+    def __init__(self, start):
+        super().__init__()
+        self.weight = nn.Parameter(start)
+    def forward(self, x):
+        return x * self.weight.type_as(x)
+NORMS = {"rms": RMSNorm, "layer": LayerNorm,
+         "rms_gain": lambda cfg: nn.Sequential(RMSNorm(cfg), Scale(torch.ones(cfg.n_embd)))}
 
 class Rotary(nn.Module):
     """Rotary embedding, base 10000, halves paired as in GPT-NeoX, arXiv 2104.09864: (B, T, ..., D) -> same."""
@@ -348,12 +363,9 @@ class Rotary(nn.Module):
         with torch.device("cpu"):  # on the meta device, these operators would load seconds of code
             angles = torch.outer(torch.arange(cfg.sequence_length), 10000 ** -(torch.arange(half) / half)).repeat(1, 2)
             signs = torch.tensor([1.0, -1.0]).repeat_interleave(half)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin() * signs, persistent=False)
-
+        self.register_buffer("turn", torch.stack((angles.cos(), angles.sin() * signs)), persistent=False)
     def forward(self, x):
-        shape = (x.size(1), *[1] * (x.ndim - 3), -1)
-        cos, sin = self.cos[:x.size(1)].view(shape), self.sin[:x.size(1)].view(shape)
+        cos, sin = self.turn[:, :x.size(1)].view(2, x.size(1), *[1] * (x.ndim - 3), -1)
         x1, x2 = x.chunk(2, dim=-1)
         return torch.addcmul(x * cos, torch.cat((x2, x1), dim=-1), sin).type_as(x)
 
@@ -362,12 +374,9 @@ class LearnedPosition(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.weight = nn.Parameter(normal_(torch.empty(cfg.sequence_length, cfg.n_embd), 0.02))
-
     def forward(self, x):
         return x + self.weight[:x.size(1)].type_as(x)
-
 POSITIONS = {"rotary": (nn.Identity, Rotary), "learned": (LearnedPosition, nn.Identity)}  # (on embeddings, on q and k)
-
 ################ Gates #################
 GATE_ACTS = {"sigmoid": torch.sigmoid, "ns_sigmoid": lambda x: 0.5 + 0.5 * torch.sigmoid(x)}
 GATE_POSITIONS = ("sdpa", "value")
@@ -382,7 +391,6 @@ class ElementwiseGate(nn.Module):
     def __init__(self, cfg, gates=None):
         super().__init__()
         self.act, self.score = GATE_ACTS[cfg.gateact], Linear(cfg, cfg.n_embd, gates or cfg.n_embd, bias=False)
-
     def forward(self, y, x):
         return y * self.act(self.score(x)).view(*y.shape[:3], -1)
 
@@ -398,12 +406,9 @@ class ConstGate(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.act, self.score = GATE_ACTS[cfg.gateact], nn.Parameter(torch.zeros(cfg.n_head, cfg.n_embd // cfg.n_head))
-
     def forward(self, y, x):
         return y * self.act(self.score).type_as(y)
-
 GATES = {"none": NoGate, "headwise": HeadwiseGate, "elementwise": ElementwiseGate, "const": ConstGate}
-
 ################ Mixers ################
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention with optional QK norm and gate: (B, T, C) -> same."""
@@ -417,7 +422,6 @@ class CausalSelfAttention(nn.Module):
         self.rotate = POSITIONS[cfg.pos][1](cfg)
         self.gate_value = GATES[cfg.attngate if cfg.gatepos == "value" else "none"](cfg)
         self.gate_output = GATES[cfg.attngate if cfg.gatepos == "sdpa" else "none"](cfg)
-
     def forward(self, x):
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)
@@ -425,80 +429,185 @@ class CausalSelfAttention(nn.Module):
         v = self.gate_value(v.squeeze(2), x).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return self.proj(self.gate_output(y.transpose(1, 2), x).reshape(B, T, C))
-
 MIXERS = {"attention": CausalSelfAttention}
-
 ################# FFNs #################
 class MLP(nn.Module):
-    """Two-layer FFN, the base of the kinds below: (..., C) -> same."""
+    """Two-layer FFN, the base of the kinds below: (..., C) -> same, and the list of its routings, which is empty."""
     parts = 1  # matrices that read the input
-    def __init__(self, cfg):
+    def __init__(self, cfg, linear=Linear, share=1):
         super().__init__()
-        width = cfg.d_ff or (4 * cfg.n_embd if self.parts == 1 else 64 * math.ceil(8 * cfg.n_embd / 3 / 64))
-        self.fc = Linear(cfg, cfg.n_embd, width, parts=self.parts)
-        self.proj = Linear(cfg, width, cfg.n_embd, ends=True)
-
+        width, multiple = (4 if self.parts == 1 else 8 / 3) * cfg.n_embd, 1 if self.parts == share == 1 else 64
+        width = cfg.d_ff or multiple * math.ceil(width / share / multiple)
+        self.fc = linear(cfg, cfg.n_embd, width, parts=self.parts)
+        self.proj = linear(cfg, width, cfg.n_embd, ends=True)
+    def hidden(self, x, *groups):
+        return self.proj(self.act(self.fc(x, *groups)), *groups)
     def forward(self, x):
-        return self.proj(self.act(self.fc(x)))
+        return self.hidden(x), []
 
 class ReLU2(MLP):
     def act(self, h):
         positive = F.relu(h)
         return positive * positive  # several times faster on a CPU than a power, whose gradient is another
-
 class GELU(MLP):
     act = staticmethod(functools.partial(F.gelu, approximate="tanh"))
-
 class SwiGLU(MLP):
     parts = 2
     def act(self, h):
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
+EXPERTS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU}
 
-FFNS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU}
+class ExpertLinear(Linear):
+    """One linear layer an expert: rows (n, fan_in) sorted by their expert (n,) -> (n, parts * fan_out)."""
+    def __init__(self, cfg, *sizes, **kinds):
+        super().__init__(cfg, *sizes, **kinds, experts=(cfg.num_experts,))
+        self.flops_per_token = self.flops_per_token * cfg.top_k // cfg.num_experts
+    def forward(self, x, expert, ends):
+        y = Product.apply(x, self.weight.flatten(1, -2).type_as(x), ends)
+        if self.bias is None:
+            return y
+        return y + F.one_hot(expert, len(ends)).type_as(x) @ self.bias.type_as(x)  # its gradient is a product too
 
+def quantile_bias(p, bias, k):
+    """The bias (E,), zero in the mean, with which k / E of the tokens, given their p (N, E), choose each expert: those
+    where p + bias exceeds their (k + 1)-th largest; kexue.fm/archives/11619."""
+    missing = (p + bias).topk(min(k + 1, p.size(1))).values[:, -1:] - p
+    bias = missing.kthvalue(max(1, round(p.size(0) * k / p.size(1))), dim=0).values
+    return bias - bias.mean()
+BALANCES = {  # what a step leaves (E,) for the next, from its load (E,), its p (N, E), what it found (E,) and TOP_K
+    "aux": lambda load, p, found, k: load,  # to which the loss holds the next p
+    "quantile": lambda load, p, found, k: quantile_bias(p, found, k),  # which the next choice adds to p
+    "none": lambda load, p, found, k: found}
+
+class MoE(nn.Module):
+    """Token-choice mixture of experts without capacity: (..., C) -> same, and a list of its routing (4, E).
+    A token's TOP_K experts are those of the highest probability p, a softmax over all E, which also weights their
+    outputs; if TOP_K > 1 these weights are made to sum to 1 (arXiv 2101.03961, 2401.04088). The routing's rows: load f,
+    the share of all choices; importance P, the mean p, with its gradient; what is left in `balance`; what was there."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.top_k, self.biased, self.left = cfg.top_k, cfg.balance == "quantile", BALANCES[cfg.balance]
+        kind, share = EXPERTS[cfg.expert], cfg.top_k + cfg.shared_expert
+        self.router = Linear(cfg, cfg.n_embd, cfg.num_experts, bias=False)
+        self.router.optim = cfg.router_optimizer
+        self.experts = kind(cfg, ExpertLinear, share)
+        self.always = nn.ModuleList(kind(cfg, share=share) for _ in range(cfg.shared_expert))
+        self.register_buffer("balance", torch.zeros(cfg.num_experts))
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        N, E, k = len(rows), len(self.balance), self.top_k
+        p = self.router(rows.to(torch.promote_types(x.dtype, torch.float32))).softmax(-1)
+        chosen = (p + self.balance if self.biased else p).topk(k).indices
+        weight = p.gather(-1, chosen)
+        weight = weight / weight.sum(-1, keepdim=True) if k > 1 else weight
+        expert, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True, out_int32=True)
+        y = self.experts.hidden(rows.index_select(0, order // k), expert, ends).index_select(0, order.argsort())
+        y = (y.view(N, k, -1) * weight.unsqueeze(-1).type_as(y)).sum(1)
+        for expert in self.always:
+            y = y + expert.hidden(rows)
+        load = ends.diff(prepend=ends.new_zeros(1)) / (N * k)
+        left = self.left(load, p.detach(), self.balance, k) if self.training else self.balance
+        return y.view_as(x), [torch.stack([load, p.mean(0), left, self.balance])]
+FFNS = {**EXPERTS, "moe": MoE}
+
+def expert_health(routing):
+    """What a routing (..., 4, E) says of the load: each (...,), the entropy in units of that of an even one."""
+    load, importance = routing[..., 0, :], routing[..., 1, :]
+    entropy = torch.special.entr(load).sum(-1) / math.log(max(2, load.size(-1)))
+    return {"aux": aux_loss(load, importance), "entropy": entropy, "load_min": load.amin(-1), "load_max": load.amax(-1),
+            "dead": (load == 0).sum(-1)}
+
+def aux_loss(load, importance):
+    """E sum f P over the last dimension (..., E): 1 in balance, E / TOP_K where TOP_K experts have all; 2101.03961."""
+    return load.size(-1) * (load * importance).sum(-1)
 ################ Model #################
 class Block(nn.Module):
-    """A mixer and an FFN, each a residual branch behind a norm: (B, T, C) -> same."""
+    """A mixer and an FFN, each a residual branch behind a norm: (B, T, C) -> same, and the routing of the FFN."""
     def __init__(self, cfg, layer):
         super().__init__()
-        mixers, ffns = cfg.mixer.split(","), cfg.ffn.split(",")
+        mixers, ffns, order = cfg.mixer.split(","), cfg.ffn.split(","), RECURRENCES[cfg.recurrence](cfg)
         self.mixer_norm, self.mixer = NORMS[cfg.norm](cfg), MIXERS[mixers[layer % len(mixers)]](cfg)
         self.ffn_norm, self.ffn = NORMS[cfg.norm](cfg), FFNS[ffns[layer % len(ffns)]](cfg)
         self.dropout = nn.Dropout(cfg.dropout)
-
+        start, scaled = torch.tensor(1 / order.count(order[layer])), "scale" in cfg.per_step.split(",")
+        self.mixer_scale, self.ffn_scale = (Scale(start.clone()) if scaled else nn.Identity() for _ in range(2))
     def forward(self, x):
-        x = x + self.dropout(self.mixer(self.mixer_norm(x)))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = x + self.mixer_scale(self.dropout(self.mixer(self.mixer_norm(x))))
+        y, routing = self.ffn(self.ffn_norm(x))
+        return x + self.ffn_scale(self.dropout(y)), routing
+
+def period(cfg):
+    """Layers after which the lists of mixers and FFNs repeat together."""
+    return math.lcm(len(cfg.mixer.split(",")), len(cfg.ffn.split(",")))
+
+def revisits(cfg):
+    """Blocks in the order in which RECURRENCE=shared visits them: ends once, and in turn those between."""
+    ends, between = cfg.unshared_ends, range(cfg.n_layer - 2 * cfg.unshared_ends)
+    return (*range(ends), *(ends + i % cfg.n_unique for i in between), *(ends + cfg.n_unique + i for i in range(ends)))
+RECURRENCES = {  # the block of each visit
+    "stacked": lambda cfg: tuple(range(cfg.n_layer)),
+    "indexed": lambda cfg: tuple(i % period(cfg) for i in range(cfg.n_layer)),  # the same model: all weights in banks
+    "shared": revisits}
+PER_STEP = {"none": "?", "norm": "_norm.", "router": ".router.", "scale": "_scale."}  # in the names of what it banks
 
 class GPT(nn.Module):
-    """Decoder-only transformer, activations in `dtype`: tokens (B, T) -> float32 logits (B, T, V), or mean loss ()."""
+    """Decoder-only transformer, activations in `dtype`: tokens (B, T) -> float32 logits (B, T, V); with targets (B, T),
+    mean loss () and the routing (visits of an MoE, 4, E). The blocks are visited in `order`; a tensor named in `banked`
+    has a slice for each visit of its block."""
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype, self.loss_chunk = dtype, loss_chunk
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.head = None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
-        if self.head is not None and cfg.init == "zero_proj":
-            normal_(self.embed, 1.0)  # nothing but its own rows to reach through the first norm
-        else:
-            INITS[cfg.init](cfg, self.embed, False)
+        INITS[cfg.init](cfg, self.embed, False)
         if self.head is not None:
             INITS[cfg.init](cfg, self.head, cfg.init == "zero_proj")
+            normal_(self.embed, 1.0 if cfg.init == "zero_proj" else 0.02)  # rows that only a norm will read
         self.add_position = POSITIONS[cfg.pos][0](cfg)
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
-        self.order = tuple(range(cfg.n_layer))
+        self.order = RECURRENCES[cfg.recurrence](cfg)
+        self.blocks, self.banked = self.build_blocks(cfg)
         self.norm = NORMS[cfg.norm](cfg)
-
-    def forward(self, tokens_BT, targets_BT=None):
-        x = self.dropout(self.add_position(F.embedding(tokens_BT, self.embed).to(self.dtype)))
+    def build_blocks(self, cfg):
+        """The blocks, and the names of those of their tensors that are banks: (visits of the block, ...)."""
+        firsts, indexed, banked = [self.order.index(i) for i in self.order], cfg.recurrence == "indexed", set()
+        visits = [Block(cfg, i) if indexed or i == first else None for i, first in enumerate(firsts)]
+        marks = ["."] if indexed else [PER_STEP[name] for name in cfg.per_step.split(",")]
+        for first in set(firsts):
+            alike = [visits[i if indexed else first].state_dict() for i in range(cfg.n_layer) if firsts[i] == first]
+            for name in [name for name in alike[0] if any(mark in name for mark in marks)]:
+                part, _, leaf = name.rpartition(".")
+                module, bank = visits[first].get_submodule(part), torch.stack([tensors[name] for tensors in alike])
+                setattr(module, leaf, bank if leaf in module._buffers else nn.Parameter(bank))
+                banked.add(name)
+        return nn.ModuleList(visits[first] for first in dict.fromkeys(firsts)), banked
+    def visits(self):
+        """The blocks in order, as functions; banks are read by one unbind each, whose gradient is written once."""
+        banks = [{name: iter(tensor.unbind(0)) for name, tensor in block.state_dict(keep_vars=True).items()
+                  if name in self.banked} if self.banked else {} for block in self.blocks]
         for i in self.order:
-            x = self.blocks[i](x)
+            own = {name: next(slices) for name, slices in banks[i].items()}
+            yield functools.partial(torch.func.functional_call, self.blocks[i], own) if own else self.blocks[i]
+    def forward(self, tokens_BT, targets_BT=None):
+        x, routings = self.dropout(self.add_position(F.embedding(tokens_BT, self.embed).to(self.dtype))), []
+        for visit in self.visits():
+            x, routing = visit(x)
+            routings += routing
         x, head = self.norm(x), self.embed if self.head is None else self.head
         if targets_BT is None:
             return F.linear(x, head.type_as(x)).float()
-        return LinearCrossEntropy.apply(x.flatten(0, 1), head, targets_BT.flatten(), self.loss_chunk)
-
+        loss = LinearCrossEntropy.apply(x.flatten(0, 1), head, targets_BT.flatten(), self.loss_chunk)
+        return loss, torch.stack(routings) if routings else loss.new_zeros(0, 4, 0)
+    def balances(self):
+        """[(balance (E,) of an MoE, which of the visits of MoEs are its own)]: all those of a shared block."""
+        moe, found = [i for i in self.order if isinstance(self.blocks[i].ffn, MoE)], {}
+        for visit, i in enumerate(moe):
+            balance, turn = self.blocks[i].ffn.balance, moe[:visit].count(i)
+            turn, balance = (0, balance) if balance.ndim == 1 else (turn, balance[turn])
+            found.setdefault((i, turn), (balance, []))[1].append(visit)
+        return [*found.values()]
     def flops_per_token(self):
         """Training FLOPs a token: 6 per weight of a matrix product, head included, and 12 C T per attention layer."""
         parts = [part for i in self.order for part in self.blocks[i].modules() if hasattr(part, "flops_per_token")]
@@ -528,13 +637,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_head.add_(product(grad_logits.mT, xs.mT))
         ctx.save_for_backward(grad_x, grad_head)
         return total / len(x)
-
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_head = ctx.saved_tensors
         grad = grad / len(grad_x)
         return grad_x.mul_(grad), grad_head.mul_(grad), None, None
-
 ############## Optimizers ##############
 MUON_SCALES = {  # factor on the orthogonalised update of a matrix (rows, cols)
     "unit": lambda rows, cols: max(rows, cols)**0.5,  # unit mean square; modded-nanogpt, record of 2024-10-14
@@ -548,47 +655,41 @@ def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
     X = G.to(dtype).reshape(-1, *G.shape[-2:])
     X = X.mT if tall else X
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # spectral norm at most 1
-    if dtype == torch.float32 and X.size(-1) >= 2 * X.size(-2):
-        # the same polynomial, accumulated as a small square P, X <- P X at the end; half the work, but not for bfloat16
-        identity = torch.eye(X.size(-2), device=X.device)
-        A, P = X @ X.mT, identity
-        for _ in range(steps):
-            Q = torch.baddbmm(A, A, A, beta=b, alpha=c) + a * identity
-            A, P = Q @ A @ Q, Q @ P
-        X = P @ X
-    else:
-        for _ in range(steps):
-            A = X @ X.mT
-            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-            X = torch.baddbmm(X, B, X, beta=a)
+    for _ in range(steps):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if tall else X).reshape(G.shape)
 
-def reduce_scatter(full, world):
-    """Sum over the ranks of full (world * n, ...), of which each keeps its own n rows. One rank keeps what it has."""
+def exchange(names, tensor, rows, world):
+    """A collective by the first of these names that this torch has: tensor (n, ...) -> (rows, ...)."""
     if world == 1:
-        return full
-    own = full.new_empty(len(full) // world, *full.shape[1:])
-    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(own, full)  # torch 2.13 renames both
-    return own
+        return tensor
+    result = tensor.new_empty(rows, *tensor.shape[1:])
+    run = next(getattr(dist, name) for name in names if hasattr(dist, name))
+    run(result, tensor.contiguous())  # nccl refuses the transposed strides that Newton-Schulz leaves
+    return result
+
+def reduce_scatter(full, world):
+    """Sum over the ranks of full (world * n, ...), of which each keeps its own n rows."""
+    return exchange(("reduce_scatter_single", "reduce_scatter_tensor"), full, len(full) // world, world)
 
 def all_gather(own, world):
     """The ranks' own (n, ...) one after another: (world * n, ...)."""
-    if world == 1:
-        return own
-    full = own.new_empty(len(own) * world, *own.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(full, own.contiguous())  # nccl refuses the transposed strides that Newton-Schulz leaves on tall matrices
-    return full
+    return exchange(("all_gather_single", "all_gather_into_tensor"), own, len(own) * world, world)
 
 def squared_norm(tensors):
     """Sum of squares () over a list of tensors, 0.0 for none."""
     return torch.stack(torch._foreach_norm(tensors)).square().sum() if tensors else 0.0
 
+def largest(matrices):
+    """Largest magnitude in each of the matrices (..., m, n): (..., 1, 1)."""
+    return torch.linalg.vector_norm(matrices, math.inf, (-2, -1), keepdim=True)
+
 class Muon:
     """MomentUm Orthogonalized by Newton-Schulz (kellerjordan.github.io/posts/muon) for matrices, sharded over ranks.
-
-    Parameters (..., m, n) of one shape form a stack. Its gradients are reduce-scattered, each rank orthogonalises its
-    share in one batched product and keeps only that share's momentum, and the updates are all-gathered."""
+    Those of one shape (..., m, n) are a stack: gradients are reduce-scattered, each rank orthogonalises its share in
+    one batched product and keeps only that share's momentum, and the updates are all-gathered."""
     def __init__(self, params, cfg, lr, ranks):
         self.cfg, self.base_lr, self.world, self.rank, self.stacks = cfg, lr, ranks.world_size, ranks.rank, []
         for shape in dict.fromkeys(p.shape[-2:] for p in params):
@@ -599,32 +700,30 @@ class Muon:
             self.stacks.append({"params": members, "sizes": [*sizes, len(padding)], "padding": padding,
                                 "momentum": members[0].new_zeros(share, *shape), "grad": None})
         self.dtype = torch.bfloat16 if params[0].is_cuda else torch.float32  # few CPUs multiply bfloat16 fast
-
     def reduce_grads(self):
         """Sums the gradients over the ranks; returns the squared norm () of this rank's share."""
         for stack in self.stacks:
             grads = [p.grad.view(-1, *p.shape[-2:]) for p in stack["params"]]
             stack["grad"] = reduce_scatter(torch.cat([*grads, stack["padding"]]), self.world)
         return squared_norm([stack["grad"] for stack in self.stacks])
-
     @torch.no_grad()
     def step(self, factor, grad_scale, skip):
         """One update at `factor` of the learning rate, of gradients over grad_scale (), none where skip () is 1."""
         lr, mu = self.base_lr * factor, self.cfg.muon_momentum
-        decay = 1 - lr * self.cfg.weight_decay * (1 - skip.double())
         for stack in self.stacks:
             momentum = stack["momentum"]
             grad = stack["grad"] if grad_scale is None else stack["grad"] / grad_scale
-            grad = torch.where(skip > 0, momentum, grad)  # a non-finite one would poison the momentum for good
+            # a non-finite one would poison the momentum for good; an expert without tokens would go on along an old one
+            still = (skip > 0) | (largest(grad) == 0)
+            grad = torch.where(still, momentum, grad)
             momentum.lerp_(grad, 1 - mu)
-            update = zeropower_via_newtonschulz5(grad.lerp_(momentum, mu), self.dtype) * (1 - skip)
+            update = zeropower_via_newtonschulz5(grad.lerp_(momentum, mu), self.dtype).masked_fill_(still, 0)
             scale = MUON_SCALES[self.cfg.muon_scale](*momentum.shape[-2:])
             for p, u in zip(stack["params"], all_gather(update, self.world).split(stack["sizes"])):
                 if self.cfg.weight_decay:
-                    p.mul_(decay)
+                    p.view_as(u).mul_(torch.where(largest(u) == 0, 1, 1 - lr * self.cfg.weight_decay))
                 p.add_(u.view_as(p), alpha=-lr * scale)
             stack["grad"] = None  # its memory is for the next backward pass
-
     def tensors(self, names):
         """For checkpoints: {key: (momentum of a matrix, "own")}, since one rank alone holds it."""
         found = {}
@@ -635,10 +734,9 @@ class Muon:
         return found
 
 class AdamW:
-    """AdamW (arXiv 1711.05101) as torch computes it, fused, sharded over ranks.
-
-    A large parameter whose size the ranks divide is updated in slices: its gradient is reduce-scattered, each rank
-    holds the moments of its slice, and the slices are all-gathered. Any other is updated whole on every rank."""
+    """AdamW (arXiv 1711.05101) as torch computes it, fused, sharded over ranks. A large parameter whose size the ranks
+    divide is updated in slices: its gradient is reduce-scattered, each rank holds the moments of its slice, and the
+    slices are all-gathered. Any other is updated whole on every rank. The methods are those of Muon."""
     def __init__(self, params, cfg, lr, ranks, weight_decay=0.0):
         self.cfg, self.base_lr, self.world, self.weight_decay = cfg, lr, ranks.world_size, weight_decay
         self.sliced = [p for p in params if p.numel() >= 2**16 and p.numel() % self.world == 0]
@@ -647,9 +745,7 @@ class AdamW:
         self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.own] for _ in range(2))
         self.steps = [torch.zeros((), device=p.device) for p in self.own]
         self.grads = []
-
     def reduce_grads(self):
-        """Sums the gradients over the ranks; returns the squared norm () of this rank's share."""
         sliced = [reduce_scatter(p.grad.view(-1), self.world) for p in self.sliced]
         whole = [p.grad for p in self.whole]
         if self.whole and self.world > 1:
@@ -658,10 +754,8 @@ class AdamW:
             whole = [g.view_as(p) for g, p in zip(bucket.split([p.numel() for p in whole]), whole)]
         self.grads = sliced + whole
         return squared_norm(sliced) + squared_norm(whole) / self.world
-
     @torch.no_grad()
     def step(self, factor, grad_scale, skip):
-        """One update at `factor` of the learning rate, of gradients over grad_scale (), none where skip () is 1."""
         adamw(self.own, self.grads, self.exp_avg, self.exp_avg_sq, [], self.steps, fused=True, amsgrad=False,
               maximize=False, beta1=self.cfg.beta1, beta2=self.cfg.beta2, eps=1e-8, lr=self.base_lr * factor,
               weight_decay=self.weight_decay, grad_scale=grad_scale, found_inf=skip)
@@ -669,7 +763,6 @@ class AdamW:
         if self.world > 1:
             for p, own in zip(self.sliced, self.own):
                 p.data.view(-1).copy_(all_gather(own, self.world))
-
     def tensors(self, names):
         """For checkpoints: {key: (flat moment, "slice" or, where every rank has all of it, "copy")}."""
         found = {}
@@ -679,15 +772,15 @@ class AdamW:
             found[f"adamw.{names[p]}.exp_avg_sq"] = self.exp_avg_sq[i].view(-1), kind
             found[f"adamw.{names[p]}.step"] = self.steps[i], "copy"
         return found
-
 OPTIMIZERS = {  # of the matrices inside the blocks
     "muon": lambda params, cfg, ranks: Muon(params, cfg, 0.1 * cfg.lr if cfg.muon_lr is None else cfg.muon_lr, ranks),
     "adamw": lambda params, cfg, ranks: AdamW(params, cfg, cfg.lr, ranks, cfg.weight_decay)}
 
 def split_params(model):
-    """{"matrices", "embed", "head", "vectors": [Parameter]}; matrices of a class with optim = "adamw" are vectors."""
+    """{"matrices", "embed", "head", "vectors": [Parameter]}; matrices of a module with optim = "adamw" are vectors."""
     opted_out = {id(p) for m in model.modules() if getattr(m, "optim", "") == "adamw" for p in m.parameters()}
-    matrices = [p for p in model.blocks.parameters() if p.ndim >= 2 and id(p) not in opted_out]
+    named = [(name.partition(".")[2], p) for name, p in model.blocks.named_parameters() if id(p) not in opted_out]
+    matrices = [p for name, p in named if p.ndim - (name in model.banked) >= 2 and not name.endswith(".bias")]
     groups = {"matrices": matrices, "embed": [model.embed], "head": [] if model.head is None else [model.head]}
     taken = {id(p) for group in groups.values() for p in group}
     groups["vectors"] = [p for p in model.parameters() if id(p) not in taken]
@@ -702,18 +795,21 @@ def build_optimizers(model, cfg, ranks):
             decay = 0 if name == "vectors" else cfg.weight_decay
             optimizers.append(AdamW(groups[name], cfg, cfg.lr if lr is None else lr, ranks, decay))
     return optimizers
-
-def cosine(step, cfg):
-    progress = (step - cfg.warmup_iters) / max(1, cfg.num_iterations - cfg.warmup_iters)
-    return cfg.min_lr_frac + (1 - cfg.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
-
-SCHEDULES = {
+SCHEDULES = {  # fraction of the peak after the warm-up
     "trapezoid": lambda step, cfg: min(1.0, (cfg.num_iterations - step) / max(1, cfg.warmdown_iters)),
-    "cosine": cosine}
+    "cosine": lambda step, cfg: cfg.min_lr_frac + (1 - cfg.min_lr_frac) * 0.5 * (1 + math.cos(
+        math.pi * (step - cfg.warmup_iters) / max(1, cfg.num_iterations - cfg.warmup_iters)))}
 
 def lr_factor(step, cfg):
     """Fraction of the peak learning rate for the update that follows `step` updates."""
     return (step + 1) / cfg.warmup_iters if step < cfg.warmup_iters else SCHEDULES[cfg.lr_schedule](step, cfg)
+
+def aux_coef(step, cfg):
+    """Weight of the balance loss in the step that follows `step` updates, 0 where BALANCE is another."""
+    ends = cfg.aux_loss_coef_start, cfg.aux_loss_coef_end
+    ends = (cfg.aux_loss_coef, cfg.aux_loss_coef) if None in ends else ends
+    fractions = cfg.aux_warmup_frac, cfg.aux_decay_end_frac
+    return float(np.interp(step / cfg.num_iterations, fractions, ends)) * (cfg.balance == "aux")
 
 class LossScale:
     """Factor on a float16 loss (arXiv 1710.03740), on the device: halved on overflow, doubled after 2000 good steps."""
@@ -721,33 +817,23 @@ class LossScale:
         self.active = dtype == torch.float16
         self.value = torch.tensor(2.0**16 if self.active else 1.0, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
-
     def update(self, skip):
         if self.active:
             torch._amp_update_scale_(self.value, self.good_steps, skip, 2.0, 0.5, 2000)
-
 ################# Data #################
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the shard format of llm.c and modded-nanogpt
 
 def shard_tokens(path):
     """Number of tokens of a shard, after its header and size are verified. Raises DataError."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: expected a shard file, found {'a directory' if path.is_dir() else 'nothing'}")
     try:
-        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
+        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), os.path.getsize(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(header) < HEADER_INTS:
-        raise DataError(f"{path}: expected a header of {4 * HEADER_INTS} bytes, found a file of {size}")
-    for name, expected, found in ("magic", SHARD_MAGIC, header[0]), ("version", SHARD_VERSION, header[1]):
-        if found != expected:
-            raise DataError(f"{path}: expected {name} {expected}, found {found}; make the shard again")
-    if (tokens := int(header[2])) <= 0:
-        raise DataError(f"{path}: expected at least one token, found {tokens} in the header")
-    if size != 4 * HEADER_INTS + 2 * tokens:
-        raise DataError(f"{path}: expected {4 * HEADER_INTS + 2 * tokens} bytes for the {tokens} tokens of its header, "
-                        f"found {size}; fetch or make the shard again")
+    magic, version, tokens = [*header[:3].tolist(), 0, 0, 0][:3]  # a file may be shorter
+    whole = 4 * HEADER_INTS + 2 * tokens
+    if (magic, version, size) != (SHARD_MAGIC, SHARD_VERSION, whole) or tokens < 1:
+        raise DataError(f"{path}: expected magic {SHARD_MAGIC}, version {SHARD_VERSION}, a token or more and {whole} "
+                        f"bytes for {tokens}, found {magic}, {version} and {size} bytes; fetch or make the shard again")
     return tokens
 
 def load_shard(path):
@@ -756,18 +842,18 @@ def load_shard(path):
 
 class ShardLoader:
     """Samples of T + 1 tokens, each from i * T of a shard, in a glob's order, epoch after epoch. Raises DataError."""
-    def __init__(self, pattern, cfg, shuffle=False):
+    def __init__(self, pattern, cfg, shuffle=False, limit=0):
         self.files = sorted(glob.glob(pattern))
         if not self.files:
             shards = math.ceil(cfg.num_iterations * cfg.batch_size * cfg.sequence_length / 1e8)  # as FineWeb's are
             raise DataError(f"no file matches {pattern} (looked from {os.getcwd()}); {how_to_get(pattern, shards)}")
         self.shards = [load_shard(file) for file in self.files]
         self.length, self.vocab_size, self.seed, self.shuffle = cfg.sequence_length, cfg.vocab_size, cfg.seed, shuffle
-        self.ends = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
+        ends = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
+        self.ends = ends.clip(max=limit // self.length if limit else None)
         self.samples, self.tokens = int(self.ends[-1]), sum(len(shard) for shard in self.shards)
         self.order = functools.lru_cache(1)(
             lambda epoch: np.random.default_rng((self.seed, int(epoch))).permutation(self.samples))
-
     def read(self, first, count):
         """Samples first .. first + count - 1 of the global index: (count, T + 1) int64. Raises DataError."""
         which, index = self.place(first, count)
@@ -776,9 +862,8 @@ class ShardLoader:
             windows = np.lib.stride_tricks.sliding_window_view(self.shards[shard], self.length + 1)[::self.length]
             batch[which == shard] = windows[index[which == shard]]
         if batch.max() >= self.vocab_size:
-            self.check_tokens(np.unique(which))
+            self.check_tokens({*which})
         return batch
-
     def place(self, first, count):
         """Where these samples of the global index are: (number of the shard, index within it), (count,) each."""
         epochs, index = np.divmod(np.arange(first, first + count), self.samples)
@@ -786,38 +871,33 @@ class ShardLoader:
             index = np.concatenate([self.order(epoch)[index[epochs == epoch]] for epoch in np.unique(epochs)])
         which = np.searchsorted(self.ends, index, side="right")
         return which, index - np.concatenate(([0], self.ends))[which]
-
     def require(self, name, value, samples):
         """Raises DataError where there are fewer samples than the setting `name` needs."""
         if self.samples < (samples := max(1, samples)):
             shards = math.ceil(len(self.shards) * samples / max(1, self.samples))
-            more = f", or set MAX_EPOCHS=0 to repeat the data, or get more; {how_to_get(self.files[0], shards)}"
-            more *= name == "NUM_ITERATIONS"
-            raise DataError(f"{name}={value} needs {samples:,} samples of {self.length} tokens, but {self.files[0]} "
-                            f"and what else matches has {self.samples:,}; lower {name}{more}")
-
-    def check_tokens(self, shards=None):
+            more = f", set MAX_EPOCHS=0 to repeat the data, or get more; {how_to_get(self.files[0], shards)}"
+            raise DataError(f"{name}={value} needs {samples:,} samples of {self.length} tokens; {self.files[0]} "
+                            f"and its like have {self.samples:,}; lower {name}{more * (name == 'NUM_ITERATIONS')}")
+    def check_tokens(self, shards=()):
         """Scans every token of the shards with these numbers, or of all. Raises DataError."""
-        for shard in range(len(self.shards)) if shards is None else shards:
-            tokens = self.shards[shard]
-            if tokens.max() >= self.vocab_size:
-                bad = np.argmax(tokens >= self.vocab_size)
-                raise DataError(f"{self.files[shard]}: token {tokens[bad]} at offset {bad} is not below VOCAB_SIZE="
+        for shard in shards or range(len(self.shards)):
+            bad = np.argmax(self.shards[shard] >= self.vocab_size)
+            if (token := self.shards[shard][bad]) >= self.vocab_size:
+                raise DataError(f"{self.files[shard]}: token {token} at offset {bad} is not below VOCAB_SIZE="
                                 f"{self.vocab_size}; set VOCAB_SIZE to the tokenizer's size, or 0 to read it")
-
     def prefetch(self, slices, device, depth=4):
         """Yields (inputs (n, T), targets (n, T), seconds waited) for each (first, count), read ahead by a thread."""
         def load(first, count):
             batch = torch.from_numpy(self.read(first, count))
             return batch.pin_memory() if device.type == "cuda" else batch
-        slices = iter(slices)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            ahead = deque(pool.submit(load, *piece) for piece in itertools.islice(slices, depth))
+            batches = (pool.submit(load, *piece) for piece in slices)
+            ahead = deque(itertools.islice(batches, depth))
             while ahead:
                 start, ready = time.perf_counter(), ahead[0].done()
                 batch = ahead.popleft().result()
                 waited = 0.0 if ready else time.perf_counter() - start
-                ahead.extend(pool.submit(load, *piece) for piece in itertools.islice(slices, 1))
+                ahead.extend(itertools.islice(batches, 1))
                 batch = batch.to(device, non_blocking=True)
                 yield batch[:, :-1], batch[:, 1:], waited
 
@@ -825,39 +905,31 @@ def how_to_get(pattern, shards=9):
     """What makes or fetches the data of a glob."""
     folder = os.path.dirname(pattern) or "."
     if "fineweb" in pattern:
-        return f"fetch it: DATA_DIR={folder} python cached_fineweb10B.py {min(max(shards, 1), 103)}"
-    if os.path.basename(folder) == "sympy":
-        return f"make it: python scripts/prepare_data.py --source package:sympy --tokenizer bytes --out {folder}"
-    return f"make it from your text: python scripts/prepare_data.py --source ... --out {folder}"
+        return f"fetch it: DATA_DIR={folder} python cached_fineweb10B.py {min(shards, 103)}"
+    source = "package:sympy --tokenizer bytes" if os.path.basename(folder) == "sympy" else "..."
+    return f"make it: python scripts/prepare_data.py --source {source} --out {folder}"
 
 def dataset_index(pattern):
-    """index.json of the folder of a glob, {} where there is none. Raises DataError."""
+    """index.json of the folder of a glob, {} where there is none."""
     path = Path(pattern).parent / "index.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        raise DataError(f"{path}: expected JSON, found something else; {how_to_get(pattern)}") from None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 def fingerprint(loaders, folder):
     """SHA-256 over names and contents of the loaders' shards, hex; they are cached in folder by path, size and time."""
-    cache = folder / ".shard_hashes.json"
-    known, hashes = {}, []
-    with contextlib.suppress(OSError, ValueError):  # no cache yet, or a damaged one
-        known = json.loads(cache.read_text())
-    for file in itertools.chain.from_iterable(loader.files for loader in loaders):
-        stat = os.stat(file)
-        key = f"{os.path.realpath(file)}:{stat.st_size}:{stat.st_mtime_ns}"
-        if key not in known:
-            known[key] = sha256sum(Path(file))[:64]
-        hashes.append((os.path.basename(file), known[key]))
+    cache, hashes = folder / ".shard_hashes.json", []
+    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    for file in [Path(file) for loader in loaders for file in loader.files]:
+        key = f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
+        known[key] = known.get(key) or sha256sum(file)[:64]
+        hashes.append((file.name, known[key]))
     with contextlib.suppress(OSError):  # Records.open says what is wrong with the folder
         write_whole(cache, json.dumps(known))
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
 ############# Checkpoints ##############
 MAX_FAILED_SAVES = 3  # in a row
 SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint to be written; a slower one is written while it goes on
-SCHEDULED = ("num_iterations", "lr_schedule", "warmup_iters", "warmdown_iters", "min_lr_frac")
+SCHEDULED = ("num_iterations", "lr_schedule", "warmup_iters", "warmdown_iters", "min_lr_frac", "aux_loss_coef",
+             "aux_loss_coef_start", "aux_loss_coef_end", "aux_warmup_frac", "aux_decay_end_frac")
 RESUMABLE = (*UNTRAINED, "device_batch_size", "val_every", "val_tokens", "max_epochs", "device", "compile",
              "deterministic", "init_from")  # a run may go on with other values: what it learns does not change
 
@@ -871,10 +943,9 @@ def defect(folder):
     try:
         lines = (folder / "SHA256SUMS").read_bytes().decode().splitlines(keepends=True)
         wrong = [line[66:-1] for line in lines if line != sha256sum(folder / line[66:-1])]
-        if wrong or folder.is_symlink() or not {".metadata", "run.json"} <= {line[66:-1] for line in lines}:
-            return f"{(wrong or ['SHA256SUMS'])[0]} is not what was written there"
-        step = json.loads((folder / "run.json").read_text())["step"]
-        return "" if step == int(folder.name[5:]) else f"it is that of step {step}"
+        if folder.is_symlink() or not {".metadata", "run.json"} <= {line[66:-1] for line in lines}:
+            wrong.append("SHA256SUMS")
+        return f"{wrong[0]} is not what was written there" if wrong else ""
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
 
@@ -897,30 +968,27 @@ def find_checkpoint(cfg, folder, restarted, warnings):
         set_aside(path, "corrupt")
     if cfg.resume in ("none", "auto"):
         return None
-    path, home = Path(cfg.resume), Path(cfg.log_dir).resolve()
-    inside = home in path.resolve().parents
+    path = Path(cfg.resume)
+    inside = Path(cfg.log_dir).resolve() in path.resolve().parents
     there = [*step_folders(path.parent).values(), *step_folders(path).values()] if inside else []
-    problem = defect(path) if path in there else "is no checkpoint"
-    if path.name.startswith("step_") and not inside:
-        problem = f"lies outside LOG_DIR={cfg.log_dir}; INIT_FROM takes weights from elsewhere, as safetensors"
-    if problem:
+    outside = f"lies outside LOG_DIR={cfg.log_dir}; INIT_FROM takes weights from elsewhere, as safetensors"
+    if problem := defect(path) if path in there else "is no checkpoint" if inside else outside:
         raise ConfigError(f"RESUME={path}: {problem}; choose auto, none or one of "
                           f"{', '.join(map(str, there)) or f'{cfg.log_dir}/<run_id>/step_<number>'}")
     return path
 
 def changed_settings(saved, cfg, facts):
     """[] or a sentence on what differs from a checkpoint's run.json. Raises ConfigError where it is another run."""
-    before = {name: saved["config"].get(name, getattr(Config, name)) for name in vars(cfg)}
-    changed = {key: f"{key.upper()} {before[key]} -> {now}" for key, now in vars(cfg).items() if now != before[key]}
-    changed |= {name: f"{name} {str(saved[name])[:12]} -> {str(facts[name])[:12]}"
-                for name in ("world_size", "data_fingerprint") if saved[name] != facts[name]}
-    past, steps = Config(**before), range(saved["step"])
-    same_past = all(lr_factor(step, past) == lr_factor(step, cfg) for step in steps)
+    past = Config(**{name: value for name, value in saved["config"].items() if name in vars(cfg)})
+    before, now = vars(past) | saved, vars(cfg) | facts
+    changed = {name: f"{name.upper()} {before[name]} -> {now[name]}"
+               for name in (*vars(cfg), "world_size", "data_fingerprint") if before[name] != now[name]}
+    same_past = all(schedule(step, past) == schedule(step, cfg) for schedule in (lr_factor, aux_coef)
+                    for step in range(saved["step"]))
     harmless = {*RESUMABLE, "world_size", *SCHEDULED * same_past}
     if refused := [text for name, text in changed.items() if name not in harmless]:
-        raise ConfigError(f"RUN_ID={saved['config']['run_id']} came to step {saved['step']} with other settings: "
-                          f"{', '.join(refused)}" + ", which changes learning rates of the past" * (not same_past) +
-                          "; set them back, or start anew, with INIT_FROM where you want the weights of a finished run")
+        raise ConfigError(f"RUN_ID={past.run_id} came to step {saved['step']} with other settings or learning rates: "
+                          f"{', '.join(refused)}; set them back, or start anew, with INIT_FROM for its final weights")
     told = [text for name, text in changed.items() if name not in LABELS]
     return [f"goes on with other settings: {', '.join(told)}"] * bool(told)
 
@@ -940,32 +1008,27 @@ def cpu_copy(tensors, buffers, mesh):
     """{key: (tensor, kind)} copied into CPU buffers, kept for the next time, and {key: tensor}, slices as DTensor."""
     from torch.distributed.tensor import DTensor, Shard
     for key, (tensor, _) in tensors.items():
-        if key not in buffers:
-            buffers[key] = torch.empty_like(tensor, device="cpu")
+        buffers[key] = buffers[key] if key in buffers else torch.empty_like(tensor, device="cpu")
         buffers[key].copy_(tensor)
     held = {key: (buffers[key], kind) for key, (_, kind) in tensors.items()}
     return held, {key: DTensor.from_local(copy, mesh, [Shard(0)]) if kind == "slice" else copy
                   for key, (copy, kind) in held.items()}
 
 class Checkpoints:
-    """Saves State in the folder of a run and restores it, on any number of ranks. Every rank calls every method.
-
-    Each rank writes what it alone holds, and its share of what all hold, through torch.distributed.checkpoint, from
-    copies and in a thread, so that training can go on meanwhile. A folder gets its name when it is whole."""
+    """Saves State in a run's folder, each rank its share, and restores it on any number of ranks; all call all methods.
+    A thread writes, from copies, so that training can go on meanwhile. A folder gets its name when it is whole."""
     def __init__(self, cfg, ranks, records):
         self.cfg, self.rank, self.world, self.records = cfg, ranks.rank, ranks.world_size, records
         self.group = dist.new_group(backend="gloo")  # its own: the thread must not meet the collectives of the loop
         self.mesh = dist.init_device_mesh("cpu", (self.world,))
         self.pool, self.pending, self.buffers = concurrent.futures.ThreadPoolExecutor(1), None, {}
         self.step, self.failures = -1, 0  # the last step saved or loaded; failed saves in a row
-
     def gather(self, tensors):
         """The tally of {key: (tensor, kind)} over the ranks."""
         held = {key: (kind, str(tensor.dtype), tensor.numel(), tensor.reshape(-1).view(torch.int32).sum().item())
                 for key, (tensor, kind) in tensors.items()}
         dist.all_gather_object(ranks := [None] * self.world, held, self.group)
         return tally(ranks)
-
     def save(self, state, facts):
         """Writes what a run needs to go on from here, and `facts` (JSON); after SAVE_STALL the loop goes on anyway."""
         self.wait()
@@ -976,12 +1039,11 @@ class Checkpoints:
             self.gather({key: held for key, held in tensors.items() if held[1] == "copy"})
         mine = {key: held for key, held in tensors.items() if held[1] != "copy" or next(turns) == self.rank}
         held, copies = cpu_copy(mine, self.buffers, self.mesh)
-        facts |= {"step": state.step, "samples": state.step * self.cfg.batch_size,
-                  "config": vars(self.cfg) | {"run_id": self.records.folder.name}}
+        facts |= {"step": state.step, "config": vars(self.cfg) | {"run_id": self.records.folder.name},
+                  **{name: self.records.summary.get(name) for name in ("world_size", "data_fingerprint")}}
         facts = json.loads(json.dumps(facts))  # the loop goes on to change some of it
         self.step, self.pending = state.step, self.pool.submit(self.write, copies, held, facts)
         concurrent.futures.wait([self.pending], SAVE_STALL)
-
     def write(self, copies, held, facts):
         """Writes and publishes one checkpoint; returns what went wrong, the same on every rank, or ""."""
         import torch.distributed.checkpoint as dcp
@@ -994,31 +1056,24 @@ class Checkpoints:
                 self.publish(temporary, final, facts)
                 self.records.print(f"checkpoint:{final} write_time:{time.perf_counter() - began:.2f}s")
         except (Exception, dcp.CheckpointException) as error:  # the latter derives from BaseException
-            failures = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
-            free = shutil.disk_usage(self.records.folder).free / 1e6
-            problem = [f"{' '.join(str((failures or [error])[0]).split())[:200]} ({free:,.0f} MB free in LOG_DIR)"]
+            problem = [traceback.format_exception_only(error)[-1].strip().splitlines()[-1]]
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
                 self.records.print(f"warning: no checkpoint at step {facts['step']}: {problem[0]}")
         dist.broadcast_object_list(problem, group=self.group)
         return problem[0]
-
     def publish(self, temporary, final, facts):
         """Lists the hashes of all files, brings everything to the disk, gives the folder its name, and prunes."""
-        if missing := {f"__{rank}_0.distcp" for rank in range(self.world)} - {p.name for p in temporary.iterdir()}:
-            raise OSError(f"{sorted(missing)[0]} is not there: LOG_DIR has to be one folder for all machines")
         write_whole(temporary / "run.json", json.dumps(facts))
         write_whole(temporary / "SHA256SUMS", "".join(map(sha256sum, sorted(temporary.iterdir()))))
         sync(temporary)
         os.replace(temporary, final)
-        with contextlib.suppress(OSError):  # what has its name is whole
-            sync(final.parent)
+        sync(final.parent)
         for path in [*step_folders(final.parent).values()][:-self.cfg.keep_last]:
             try:  # half deleted, it must not look like a checkpoint
                 shutil.rmtree(path.rename(path.with_name(f".tmp_{path.name}")))
             except OSError as error:
                 self.records.print(f"warning: {path} stays: {error}")
-
     def wait(self, last=False):
         """Until the save under way is done. Raises OSError where too many have failed in a row, or the last one has."""
         if self.pending:
@@ -1027,7 +1082,6 @@ class Checkpoints:
             if problem and (last or self.failures == MAX_FAILED_SAVES):
                 raise OSError(f"{'the last checkpoint' if last else f'{self.failures} checkpoints in a row'} could not "
                               f"be written: {problem}; make room, and RESUME=auto goes on from the one before")
-
     def load(self, state, path):
         """Restores State; returns the facts saved with it. Raises ConfigError, RuntimeError where a tensor is wrong."""
         import torch.distributed.checkpoint as dcp
@@ -1048,13 +1102,11 @@ class Checkpoints:
 
 def export_weights(model, cfg, folder):
     """Writes model.safetensors, config.json and, where the dataset has one, tokenizer.json."""
-    from safetensors.torch import save  # save_file would make a file that only its owner can read
-    (temporary := folder / ".tmp_model.safetensors").write_bytes(save(model.state_dict(), {"format": "pt"}))
-    sync(temporary)
-    os.replace(temporary, folder / "model.safetensors")
+    from safetensors.torch import save
+    write_whole(folder / "model.safetensors", save(model.state_dict(), {"format": "pt"}))
     write_whole(folder / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
     if (tokenizer := Path(cfg.input_bin).parent / "tokenizer.json").is_file():
-        shutil.copy(tokenizer, folder)
+        write_whole(folder / "tokenizer.json", tokenizer.read_bytes())
 
 def import_weights(model, path):
     """Fills model from a safetensors file, or a folder with model.safetensors. Raises ConfigError."""
@@ -1063,15 +1115,20 @@ def import_weights(model, path):
     try:
         model.load_state_dict(safetensors.torch.load_file(file), assign=model.embed.is_meta)  # there it is a check
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise ConfigError(f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of this "
-                          f"shape, or the folder of a finished run; {reason}") from None
-
+                          f"shape, or the folder of a finished run; {' '.join(str(error)[:300].split())}") from None
 ############### Records ################
 CURVE = "step tokens epoch train_loss val_loss lr grad_norm train_time tokens_per_sec data_wait".split()
+HEALTH = "aux entropy load_min load_max dead".split()  # of each layer with experts
 PEAK_TFLOPS = {  # dense bfloat16 by the name CUDA gives the device, the more particular name first; makers' data sheets
     "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200 NVL": 836, "H200": 989, "GB200": 2500, "B200": 2250,
     "A100": 312, "L40S": 362, "RTX 4090": 165.2, "RTX 5090": 209.5, "RTX 3090": 71}
+
+def curve_columns(cfg):
+    """Names of the columns of the curve: those of every run, and of experts the coefficient and each layer's health."""
+    ffns = itertools.islice(itertools.cycle(cfg.ffn.split(",")), cfg.n_layer)
+    names = [f"{name}_{layer}" for layer, ffn in enumerate(ffns) if ffn == "moe" for name in HEALTH]
+    return CURVE + ["aux_coef"] * bool(names) + names
 
 def sync(path):
     """Brings a file, or the names in a folder, to the disk."""
@@ -1079,41 +1136,37 @@ def sync(path):
     os.fsync(file)
     os.close(file)
 
-def write_whole(path, text):
-    """Replaces a file at one stroke, so that no reader and no crash ever sees half of it."""
+def write_whole(path, content):
+    """Replaces a file by text or bytes at one stroke, so that no reader and no crash ever sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        content = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
+        temporary.write_bytes(content)
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 def update_results(path, rows):
-    """Merges rows into the results table, one per run_id, under a lock: columns are united, truth values 0 and 1."""
+    """Merges rows into the results table, one per run_id, under a lock: columns are united. Raises ConfigError."""
     path = Path(path).resolve()  # a link stays one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        table = {}
-        if path.is_file():
-            try:
-                with open(path, newline="") as file:
-                    table = {row["run_id"]: row for row in csv.DictReader(file)}
-            except (KeyError, UnicodeDecodeError, csv.Error):
-                raise ConfigError(f"RESULTS_CSV={path}: expected a table with a column run_id; mend it, or "
-                                  "name another") from None
-        for row in rows:
-            cells = {k: "" if v is None else int(v) if isinstance(v, bool) else v for k, v in row.items()}
-            table[row["run_id"]] = table.get(row["run_id"], {}) | cells
-        columns = dict.fromkeys(column for row in table.values() for column in row)
-        text = ""
-        for cells in [columns, *([row.get(column) for column in columns] for row in table.values())]:
-            csv.writer(line := io.StringIO(), lineterminator="\r\n").writerow(cells)  # 3.11 quotes \r only for this end
-            text += line.getvalue().removesuffix("\r\n") + "\n"
-        write_whole(path, text)
+    try:
+        with FileLock(f"{path}.lock"):  # which makes the folder
+            old = path.read_bytes().decode() if path.exists() else ""
+            table = {row["run_id"]: row for row in csv.DictReader(io.StringIO(old, newline=""))}
+            for row in rows:
+                cells = {name: int(value) if isinstance(value, bool) else value for name, value in row.items()}
+                table[row["run_id"]] = table.get(row["run_id"], {}) | cells
+            header, text = {column: column for row in table.values() for column in row}, ""
+            for row in (header, *table.values()) if table else ():
+                csv.DictWriter(line := io.StringIO(), header).writerow(row)  # to \r\n: only so does 3.11 quote a \r
+                text += line.getvalue().removesuffix("\r\n") + "\n"
+            write_whole(path, text)
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"RESULTS_CSV={path}: cannot be written as a table with a column run_id ({error!r}); "
+                          "name another") from None
 
 def output_of(*command):
     """What a command prints; "" where it fails or is not there."""
@@ -1145,55 +1198,57 @@ def utc_now():
 class Records:
     """What a run leaves: log, curve, summary, row. Rank 0 writes them; elsewhere no method writes."""
     def __init__(self, cfg, run_id, rank=0):
-        self.cfg, self.rank, self.bar, self.lost, self.results_csv = cfg, rank, None, "", cfg.results_csv
-        self.live = False  # set once the run_id is claimed
+        self.cfg, self.rank, self.bar, self.lost, self.live = cfg, rank, None, "", False  # live: the run_id is claimed
         self.log, self.curve, self.json = (Path(cfg.log_dir) / f"{run_id}.{kind}" for kind in ("txt", "csv", "json"))
         self.folder = Path(cfg.log_dir) / run_id  # checkpoints, the stop file, stacks of ranks that hang
         self.lock = FileLock(self.folder / "live.lock")
-        self.summary = dataclasses.asdict(cfg) | {"run_id": run_id}
-
+        self.summary, self.columns = dataclasses.asdict(cfg) | {"run_id": run_id}, curve_columns(cfg)
     def open(self, facts, warnings, restarted=False):
         """Claims the run_id, starts or continues its files; returns the checkpoint to resume. Raises ConfigError."""
         self.summary |= facts
         if self.rank:
             return None
-        claim(self)
-        warnings, step = [*warnings], -1
+        claim(self.folder, self.lock)
+        update_results(self.cfg.results_csv, [])  # where it cannot be written, nothing has begun
+        run_id, known, step, warnings = self.folder.name, self.log.exists(), -1, [*warnings]
         if path := find_checkpoint(self.cfg, self.folder, restarted, warnings):
             saved = json.loads((path / "run.json").read_text())
             step, warnings = saved["step"], warnings + changed_settings(saved, self.cfg, facts)
         goes_on = restarted or self.cfg.resume == "auto" or path and path.parent.resolve() == self.folder.resolve()
         if goes_on and not path and (self.folder / "model.safetensors").exists():
-            raise ConfigError(f"RUN_ID={self.folder.name}: the run has ended and no valid checkpoint is left to go on "
-                              f"from; choose another RUN_ID (INIT_FROM={self.folder} starts it with these weights)")
-        warnings += ["no valid checkpoint: starts at step 0"] * bool(goes_on and not path and self.log.exists())
-        if self.log.exists() and not goes_on:
-            raise ConfigError(f"RUN_ID={self.folder.name}: {self.log} exists; RESUME=auto goes on with that run, else "
-                              "choose another RUN_ID or leave it blank")
+            raise ConfigError(f"RUN_ID={run_id}: the run has ended and no valid checkpoint is left to go on from; "
+                              f"choose another RUN_ID (INIT_FROM={self.folder} starts it with these weights)")
+        if known and not goes_on:
+            raise ConfigError(f"RUN_ID={run_id}: {self.log} exists; RESUME=auto goes on with it, or choose another")
+        warnings += ["no valid checkpoint: starts at step 0"] * (known and not path)
         for later in [later for number, later in step_folders(self.folder).items() if number > step]:
             set_aside(later, "superseded")
+        old = json.loads(self.json.read_text()) if known and self.json.exists() else {}
         self.summary = dict.fromkeys(("run_id", "stage", "variant", "preset")) | {
-            "status": "running", "started": utc_now(), **dict(zip(("git", "dirty"), git_state())),
+            "status": "running", "started": old.get("started", utc_now()), **dict(zip(("git", "dirty"), git_state())),
             "source_sha": hashlib.sha256(SOURCE.encode()).hexdigest()[:12], "host": platform.node(),
-            "torch": torch.__version__, "resumes": 0, "error": None} | facts | self.summary
-        start_files(self, step)
-        self.print("\n".join([f"run_id:{self.folder.name}", f"changes: {facts['changes'] or 'none'}",
+            "torch": torch.__version__, "resumes": old.get("resumes", -1) + 1, "error": None} | facts | self.summary
+        (self.folder / "stop").unlink(missing_ok=True)
+        if (error := self.folder / "error.txt").exists():
+            error.replace(self.folder / "last_error.txt")
+        log, rule, settings = before(self.log, step), "=" * 100, json.dumps(self.summary, indent=1)
+        head = f"{rule}\n{SOURCE}\n{rule}\n{machine_text()}\nsettings: {settings}\n{rule}\n"
+        write_whole(self.log, log + head * (SOURCE not in log))
+        write_whole(self.curve, before(self.curve, step) or ",".join(self.columns) + "\n")
+        self.save()
+        self.given = len(self.summary)
+        self.print("\n".join([f"run_id:{run_id}", f"changes: {facts['changes'] or 'none'}",
                               *[f"resumed:{path}"] * bool(path), *(f"warning: {warning}" for warning in warnings)]))
         self.bar = tqdm(total=self.summary["num_iterations"], initial=max(0, step), unit="step", disable=None)
         return path
-
     def append(self, path, text):
         """Adds to a file. A disk that is full costs the record, not the run, which says so at once and at its end."""
-        size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a") as file:
                 file.write(text)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(path, size)  # half a line would spoil the next
             self.lost = self.lost or f"{path} is not whole: {error}"
             print(f"warning: {path}: {error}", file=sys.stderr)
-
     def print(self, line):
         """A line to the log and to standard output."""
         if self.rank == 0:
@@ -1202,30 +1257,27 @@ class Records:
             with contextlib.suppress(OSError):  # a reader that has gone away ends no run
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
-
     def point(self, values):
         """A row of the curve; what is not given stays blank."""
         if self.rank == 0:
-            self.append(self.curve, ",".join(repr(values[name]) if name in values else "" for name in CURVE) + "\n")
+            cells = (repr(values[name]) if name in values else "" for name in self.columns)
+            self.append(self.curve, ",".join(cells) + "\n")
             if "train_loss" in values:
                 loss, speed = values["train_loss"], values["tokens_per_sec"]
                 self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
                 self.bar.update(values["step"] - self.bar.n)
-
     def save(self):
         """Writes summary and row; in both a number that is not finite is a blank, for JSON has none."""
         summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.summary.items()}
         write_whole(self.json, json.dumps(summary, indent=1) + "\n")
-        update_results(self.results_csv, [summary])
-
+        update_results(self.cfg.results_csv, [summary])
     def close(self, status, **values):
         """The run's last words: a block of figures and files, the summary, the row."""
-        self.summary |= {"status": status} | ({"error": self.lost} if self.lost else {}) | values
+        self.summary |= {"status": status, "error": self.lost or None} | values
         if self.bar is not None:
             self.bar.close()
-            told = "status final_loss best_loss bits_per_byte tokens train_time eval_time compile_time step_avg".split()
-            told += "save_time tokens_per_sec mfu peak_mem data_wait bad_steps resumes error".split()
-            files = {"log": self.log, "curve": self.curve, "summary": self.json, "row": self.results_csv}
+            told = ["status", *list(self.summary)[self.given:], "resumes", "error"]  # what was measured
+            files = {"log": self.log, "curve": self.curve, "summary": self.json, "row": self.cfg.results_csv}
             try:
                 self.save()
             except (OSError, ConfigError) as error:
@@ -1234,46 +1286,24 @@ class Records:
             lines = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in lines.items()}
             self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
 
-def claim(records):
+def claim(folder, lock):
     """Makes sure that no other live run has this RUN_ID, and clears away what a killed one left half done."""
+    if folder.resolve() != folder.parent.resolve() / folder.name:
+        raise ConfigError(f"RUN_ID={folder.name}: {folder} leads out of LOG_DIR; remove that link")
     try:
-        records.folder.mkdir(parents=True, exist_ok=True)
-        if records.folder.resolve() != records.folder.parent.resolve() / records.folder.name:
-            raise ConfigError(f"RUN_ID={records.folder.name}: {records.folder} leads out of LOG_DIR; remove that link")
-        records.lock.acquire(timeout=1)
+        lock.acquire(timeout=1)  # makes the folder
     except Timeout:
-        raise ConfigError(f"RUN_ID={records.folder.name}: a run of that name is live; choose another RUN_ID, or end "
-                          f"it first: touch {records.folder / 'stop'}") from None
+        raise ConfigError(f"RUN_ID={folder.name} is live; choose another, or end it: touch {folder}/stop") from None
     except OSError as error:
-        raise ConfigError(f"LOG_DIR={records.log.parent}: cannot be written ({error}); name another folder") from None
-    for path in records.folder.glob(".tmp_*"):
+        raise ConfigError(f"LOG_DIR={folder.parent}: cannot be written ({error}); name another") from None
+    for path in folder.glob(".tmp_*"):
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
-def start_files(records, step):
-    """Heads the log, or cuts the steps from `step` on out of log and curve, since they will be run again."""
-    def before(path, pattern):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
-        return "".join(line for line in lines if not (found := re.match(pattern, line)) or
-                       int(found[1]) < step + (" bad_gradient " in line))  # that of `step` is in the checkpoint
-    rule, fresh = "=" * 100, not records.log.exists()
-    head = f"{rule}\n{SOURCE}\n{rule}\n{machine_text()}\nsettings: {json.dumps(records.summary, indent=1)}\n{rule}\n"
-    if not fresh:
-        old = json.loads(records.json.read_text()) if records.json.exists() else {}
-        head = head if old.get("source_sha") != records.summary["source_sha"] else ""  # what runs now is in the log
-        records.summary |= {"started": old.get("started"), "resumes": (old.get("resumes") or 0) + 1}
-    (records.folder / "stop").unlink(missing_ok=True)
-    if (error := records.folder / "error.txt").exists():
-        error.replace(records.folder / "last_error.txt")
-    try:
-        write_whole(records.log, before(records.log, r"(?:\[\w+\] )?step:(\d+)/") + head)
-        write_whole(records.curve, before(records.curve, r"(\d+),") or ",".join(CURVE) + "\n")
-        records.save()
-    except (OSError, ConfigError) as error:
-        for file in (records.log, records.curve, records.json) if fresh else ():
-            file.unlink(missing_ok=True)
-        raise error if isinstance(error, ConfigError) else ConfigError(
-            f"RESULTS_CSV={records.results_csv}: cannot be written ({error}); name another") from None
+def before(path, step):
+    """The whole lines of a log or curve, without those of the steps from `step` on, which will be run again."""
+    lines = re.findall(".*\n", path.read_text()) if path.exists() else []
+    return "".join(line for line in lines if not (found := re.match(r"(?:\[MOE] )?(?:step:)?(\d+)[/,]", line)) or
+                   int(found[1]) < step + (" bad_gradient " in line))  # that of `step` is in the checkpoint
 
 def record_failure(records, status, reason, trace):
     """Ends the records of a run that went wrong. The rank that fails first says why, for the others fail of it."""
@@ -1295,34 +1325,25 @@ def record_failure(records, status, reason, trace):
 
 def refuse(env, error):
     """Leaves a summary and a row for a run that did not start, with what is known of it."""
-    run_id = redact(env.get("RUN_ID", ""), env)
-    run_id = run_id if re.fullmatch(RUN_ID_PATTERN, run_id) else new_run_id("refused")
-    row = {name: redact(env.get(name.upper(), ""), env) for name in ("stage", "variant", "preset", "note")}
-    row = {"run_id": run_id} | row | {"status": error.status, "error": redact(str(error), env),
-                                      "started": utc_now(), "host": platform.node()}
-    places = [env.get("LOG_DIR") or Config.log_dir, env.get("RESULTS_CSV") or Config.results_csv]
-    summary = Path(places[0]) / f"{run_id}.json"
+    labels = "run_id", "stage", "variant", "preset", "note", "log_dir", "results_csv"
+    row = {name: redact(env.get(name.upper()) or getattr(Config, name), env) for name in labels}
+    row |= {"status": error.status, "error": redact(str(error), env), "started": utc_now(), "host": platform.node()}
+    row["run_id"] = row["run_id"] if re.fullmatch(RUN_ID_PATTERN, row["run_id"]) else new_run_id("refused")
+    summary = Path(row["log_dir"]) / f"{row['run_id']}.json"
     with contextlib.suppress(OSError, ConfigError):  # where nothing can be written, the terminal has to do
-        if not summary.exists() and places == [redact(place, env) for place in places]:  # no finished run is touched
+        if not summary.exists():  # no finished run is touched
             write_whole(summary, json.dumps(row, indent=1) + "\n")
-            update_results(places[1], [row])
-
+            update_results(row["results_csv"], [row])
 ############### Training ###############
 FIRST_STEP_TIMEOUT = 1800  # seconds: joining, compiling and reading may take so long
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXIT_CODES = {"ok": 0, "stopped": 0, "preempted": 0, "crash": 1, "config": 2, "data": 3, "diverged": 4, "oom": 5}
 
-class Ranks(NamedTuple):
+class Ranks(namedtuple("Ranks", "rank local_rank world_size local_world_size", defaults=(0, 0, 1, 1))):
     """Where this process stands among those that torchrun started; alone without torchrun."""
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-
     @classmethod
     def from_env(cls, env):
         return cls(**{name: int(env[name.upper()]) for name in cls._fields if name.upper() in env})
-
     def device(self, cfg):
         return torch.device("cuda", self.local_rank) if cfg.device == "cuda" else torch.device("cpu")
 
@@ -1349,8 +1370,10 @@ def make_plan(cfg, ranks):
     """What a run of cfg on these ranks will be, without touching a device: counts as plain integers."""
     with torch.device("meta"):
         model = GPT(cfg)
-    total = sum(p.numel() for p in model.parameters())
-    return {"world_size": ranks.world_size, "config_hash": cfg.hash(), "params_total": total, "params_active": total,
+    total, E = sum(p.numel() for p in model.parameters()), cfg.num_experts
+    experts = sum(p.numel() for part in model.modules() if isinstance(part, ExpertLinear) for p in part.parameters())
+    return {"world_size": ranks.world_size, "config_hash": cfg.hash(), "params_total": total,
+            "params_active": total - experts * (E - cfg.top_k) // E,
             "flops_per_token": model.flops_per_token(), "tokens_per_step": cfg.batch_size * cfg.sequence_length,
             "tokens_needed": cfg.num_iterations * cfg.batch_size * cfg.sequence_length + 1,
             "tokens_on_disk": sum(shard_tokens(file) for file in glob.glob(cfg.input_bin)),
@@ -1360,28 +1383,22 @@ def check_batch(cfg, ranks):
     """Raises ConfigError where the ranks cannot share the batch in whole micro-batches."""
     batch, micro, world = cfg.batch_size, cfg.device_batch_size, ranks.world_size
     if batch % (micro * world):
-        near = [sorted((n for n in range(1, batch + 1) if batch % (n * other) == 0), key=lambda n: abs(n - now))[:4]
-                for now, other in ((world, micro), (micro, world))]
-        choices = [f"BATCH_SIZE={nearest_multiples(batch, micro * world)}"]
-        choices += [f"DEVICE_BATCH_SIZE={' or '.join(map(str, near[1][:2]))}"] * bool(near[1])
-        choices += [f"{' or '.join(map(str, sorted(near[0])))} ranks"] * bool(near[0])
+        able = " or ".join(str(n) for n in range(1, batch // micro + 1) if batch % (n * micro) == 0)
+        near = " or ".join(str(n) for n in (batch - batch % (micro * world), batch + -batch % (micro * world)) if n)
         raise ConfigError(f"BATCH_SIZE={batch}: must be a multiple of DEVICE_BATCH_SIZE={micro} x {world} ranks; "
-                          f"choose {', or '.join(choices)}")
+                          f"choose {near}" + f", or {able} ranks" * bool(able))
 
 def preflight(cfg, ranks):
     """Loaders for training and validation, after all that can be checked has been. Raises ConfigError, DataError."""
     if cfg.device == "cuda" and ranks.local_world_size > (devices := torch.cuda.device_count()):
-        raise ConfigError(f"{ranks.local_world_size} ranks on this machine but {devices} CUDA devices; "
-                          f"start torchrun with --nproc_per_node={devices} or set DEVICE=cpu")
-    train, val = ShardLoader(cfg.input_bin, cfg, cfg.shuffle), ShardLoader(cfg.input_val_bin, cfg)
-    epochs = cfg.max_epochs or math.inf
-    train.require("NUM_ITERATIONS", cfg.num_iterations, math.ceil(cfg.num_iterations * cfg.batch_size / epochs))
+        raise ConfigError(f"{ranks.local_world_size} ranks on this machine but {devices} CUDA devices; start torchrun "
+                          f"with --nproc_per_node={devices}, or set DEVICE=cpu")
+    train, val = ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens), ShardLoader(cfg.input_val_bin, cfg)
+    samples = cfg.num_iterations * cfg.batch_size
+    train.require("NUM_ITERATIONS", cfg.num_iterations, math.ceil(samples / (cfg.max_epochs or math.inf)))
     val.require("VAL_TOKENS", cfg.val_tokens, cfg.val_tokens // cfg.sequence_length)
-    if both := {os.path.realpath(file) for file in train.files} & {os.path.realpath(file) for file in val.files}:
-        raise DataError(f"{sorted(both)[0]} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
-    sizes = [dataset_index(pattern).get("vocab_size") for pattern in (cfg.input_bin, cfg.input_val_bin)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise DataError(f"INPUT_BIN has {sizes[0]} kinds of token, INPUT_VAL_BIN {sizes[1]}; name one dataset in both")
+    if both := {*map(os.path.realpath, train.files)} & {*map(os.path.realpath, val.files)}:
+        raise DataError(f"{min(both)} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
     if cfg.init_from:
         with torch.device("meta"):
             import_weights(GPT(cfg), cfg.init_from)
@@ -1390,18 +1407,11 @@ def preflight(cfg, ranks):
             loader.check_tokens()
     return train, val
 
-def launcher_store(env):
-    """The key-value store of torchrun, which outlives the ranks that it starts again; None without torchrun."""
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(minutes=1))
-
 def setup(cfg, ranks, env, store=None):
     """Joins the ranks in a process group, of one without torchrun, and agrees on the run's id, which is returned."""
     if cfg.deterministic:
-        if (workspace := env.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")) not in (":4096:8", ":16:8"):
-            raise ConfigError(f"CUBLAS_WORKSPACE_CONFIG={workspace}: DETERMINISTIC=1 needs :4096:8 or :16:8; unset it")
         torch.use_deterministic_algorithms(True)
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if cfg.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     with contextlib.suppress(OSError, AttributeError):  # another system or C library
@@ -1411,18 +1421,13 @@ def setup(cfg, ranks, env, store=None):
         if cfg.device == "cpu":  # keep what is freed for the next step: large tensors' pages anew take a tenth of it
             libc.mallopt(mmap_max, 0)
             libc.mallopt(trim_threshold, 2**31 - 1)
-    where = {"rank": ranks.rank, "world_size": ranks.world_size}
-    if "MASTER_ADDR" not in env:
-        where["store"] = dist.HashStore()
-    elif store and ranks.local_world_size == ranks.world_size:  # it still has the addresses of ranks that have died
-        where["store"] = dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=FIRST_STEP_TIMEOUT), **where)
-    run_id = [cfg.run_id or new_run_id(cfg.preset)]
-    if ranks.rank == 0 and store:
-        run_id = [store.compare_set("train_gpt/run_id", "", run_id[0]).decode()]  # the same after a restart
-    dist.broadcast_object_list(run_id, device=torch.device("cpu"))
-    return run_id[0]
+    meeting = None if "MASTER_ADDR" in env else dist.HashStore()
+    if store and ranks.local_world_size == ranks.world_size:  # it still has the addresses of ranks that have died
+        meeting = dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo", store=meeting, rank=ranks.rank,
+                            world_size=ranks.world_size, timeout=timedelta(seconds=FIRST_STEP_TIMEOUT))
+    run_id = cfg.run_id or new_run_id(cfg.preset)  # unless the store has one from before a restart
+    return agree(lambda: store.compare_set("train_gpt/run_id", "", run_id).decode() if store else run_id)
 
 def agree(work):
     """Runs work on every rank and returns what it returned on rank 0, whose ConfigError is raised by all."""
@@ -1439,18 +1444,14 @@ class Watch:
     """Ends a run in good order, by one decision of all ranks; ranks that make no step write where they stand."""
     def __init__(self, folder, ranks, timeout):
         self.stop_file, self.leads, self.timeout = folder / "stop", ranks.rank == 0, timeout
-        self.asked, self.status, self.pending, self.flag = 0, "", None, None
-        self.patience, self.longest, self.last, self.armed = FIRST_STEP_TIMEOUT, 0, 0, 0
-        folder.mkdir(parents=True, exist_ok=True)  # where machines share no disk
+        self.asked, self.status, self.pending, self.flag, self.patience = 0, "", None, None, FIRST_STEP_TIMEOUT
         (stacks := folder / f"stacks_rank{ranks.rank}.txt").unlink(missing_ok=True)  # it may be a link to elsewhere
         self.stacks = open(stacks, "x")
         for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self.ask)  # to the end of the process: no signal may cut off its last words
-
     def ask(self, number, frame):
         self.asked = 1
-
     def agreed(self):
         """Status to end with, or "". Every rank calls it equally often; all learn in the next call what one asks."""
         if self.pending:
@@ -1458,18 +1459,12 @@ class Watch:
             self.status = self.status or ("", "preempted", "stopped")[self.flag.item()]
         self.flag = torch.tensor(2 if self.leads and self.stop_file.exists() else self.asked)
         self.pending = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
-        now = time.monotonic()
-        self.longest, self.last = max(self.longest, now - (self.last or now)), now
-        if now - self.armed > min(1, self.patience / 10):
-            faulthandler.dump_traceback_later(self.patience, file=self.stacks)
-            self.armed = now
+        faulthandler.dump_traceback_later(self.patience, file=self.stacks)
         return self.status
-
     def hurry(self):
-        """Shortens the patience, once the first step has shown how long one takes."""
-        self.patience, self.armed = max(self.timeout, 10 * self.longest), 0
+        """Shortens the patience, once a step has been made."""
+        self.patience = self.timeout
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1.5 * self.patience))  # first the stacks, then the end
-
     def close(self):
         faulthandler.cancel_dump_traceback_later()
         if not self.stacks.tell():
@@ -1484,19 +1479,16 @@ class State:
     loss_scale: LossScale
     step: int = 0  # updates made
     skipped: list = dataclasses.field(default_factory=list)  # (1 + ranks,) a step: update left out, ranks not finite
-
     @classmethod
     def build(cls, cfg, ranks):
         """Model and optimizers, the same on every rank because the seed is."""
         torch.manual_seed(cfg.seed)
-        dtype, device = DTYPES[cfg.dtype], ranks.device(cfg)
-        model = GPT(cfg, dtype).to(device)
-        return cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device))
-
+        model = GPT(cfg, DTYPES[cfg.dtype]).to(ranks.device(cfg))
+        return cls(model, build_optimizers(model, cfg, ranks), LossScale(DTYPES[cfg.dtype], ranks.device(cfg)))
     def tensors(self):
         """What a checkpoint holds: {key: (tensor, "copy" where every rank has the same, else "own" or "slice")}."""
         names = {p: name for name, p in self.model.named_parameters()}
-        found = {f"model.{name}": (p.data, "copy") for p, name in names.items()}
+        found = {f"model.{name}": (tensor, "copy") for name, tensor in self.model.state_dict().items()}
         for optimizer in self.optimizers:
             found |= optimizer.tensors(names)
         return found | {f"loss_scale.{n}": (getattr(self.loss_scale, n), "copy") for n in ("value", "good_steps")}
@@ -1507,7 +1499,7 @@ def compile_model(model, cfg, device):
         block.compile()
     model.loss_chunk = torch.compile(loss_chunk, dynamic=False)  # two sizes, of which the last chunk has its own
     tokens = torch.zeros(cfg.device_batch_size, cfg.sequence_length, dtype=torch.int64, device=device)
-    model(tokens, tokens).backward()
+    model(tokens, tokens)[0].backward()
     model.zero_grad()
     with torch.no_grad():
         model.eval()(tokens, tokens)
@@ -1515,20 +1507,24 @@ def compile_model(model, cfg, device):
     dist.barrier()
 
 def train_step(state, cfg, inputs, targets):
-    """One update from this rank's (n, T) of the batch: its mean loss () and gradient norm (), still on the device."""
+    """One update from this rank's (n, T) of the batch: its mean loss, gradient norm, routing, still on the device."""
     micro, scale, rank, world = cfg.device_batch_size, state.loss_scale.value, dist.get_rank(), dist.get_world_size()
     if cfg.dropout:  # no generator has a state to save: every step and rank has its own seed
         torch.manual_seed(int(np.random.SeedSequence((cfg.seed, state.step, rank)).generate_state(1, np.uint64)[0]))
-    weight, losses = micro / (len(inputs) * world), []
+    weight, losses, routings, coef = micro / (len(inputs) * world), [], [], aux_coef(state.step, cfg)
     for x, y in zip(inputs.split(micro), targets.split(micro)):
-        losses.append(state.model(x, y))
-        losses[-1].backward(scale * weight)
-    loss, guilty = sum(losses).detach() * weight, torch.zeros(world, device=scale.device)
+        loss, routing = state.model(x, y)
+        aux = aux_loss(routing[:, 3], routing[:, 1]).sum() / max(1, len(routing))
+        (loss + coef * aux).backward(scale * weight)
+        losses.append(loss.detach())
+        routings.append(routing.detach())
+    loss, routing, guilty = sum(losses) * weight, sum(routings) * weight, torch.zeros(world, device=scale.device)
     squares = sum(optimizer.reduce_grads() for optimizer in state.optimizers)
     own = squares if world == 1 else squared_norm([p.grad for p in state.model.parameters()])
     guilty[rank] = ~torch.isfinite(loss + own)
-    stats = torch.cat([torch.stack([loss, squares]), guilty])
+    stats = torch.cat([torch.stack([loss, squares]), guilty, routing.flatten()])
     dist.all_reduce(stats)
+    guilty, routing = stats[2:2 + world], stats[2 + world:].view_as(routing)
     loss, norm = stats[0], stats[1].sqrt() / scale
     skip, lost = (~torch.isfinite(norm + loss)).float(), (~torch.isfinite(loss)).float()
     clip = (norm / cfg.grad_clip).clamp(min=1) if cfg.grad_clip else 1
@@ -1536,27 +1532,28 @@ def train_step(state, cfg, inputs, targets):
     for optimizer in state.optimizers:
         optimizer.step(lr_factor(state.step, cfg), grad_scale, skip)
     state.model.zero_grad()
+    for balance, visits in state.model.balances():
+        balance.copy_(torch.where(skip > 0, balance, routing[visits, 2].mean(0)))
     bad = torch.where(scale > 1, lost, skip)  # an overflow is how a scale finds out how far it can go
-    state.skipped.append(torch.cat([bad.view(1), stats[2:]]))
+    state.skipped.append(torch.cat([bad.view(1), guilty]))
     state.loss_scale.update(skip)
     state.step += 1
-    return loss, norm
+    return loss, norm, routing
 
 @torch.no_grad()
 def evaluate(model, loader, cfg, ranks, watch):
     """Mean loss of the first VAL_TOKENS, each rank taking a share of the samples; None where the run is to end."""
     samples, device, micro = cfg.val_tokens // cfg.sequence_length, ranks.device(cfg), cfg.device_batch_size
-    first, last = (samples * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
-    slices = [(i, min(micro, last - i)) for i in range(first, last, micro)]
+    slices = [(i, min(micro, samples - i)) for i in range(micro * ranks.rank, samples, micro * ranks.world_size)]
     total = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
     with contextlib.closing(loader.prefetch(slices, device)) as batches:
         for i, (x, y, _) in enumerate(batches):
-            if i < samples // ranks.world_size // micro and watch.agreed():  # as often as every rank comes by here
+            if i < samples // (micro * ranks.world_size) and watch.agreed():  # as often as every rank comes by here
                 break
             odd = cfg.compile == "1" and len(x) < micro  # not worth a compilation
             with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
-                total += model(x, y) * len(x)
+                total += model(x, y)[0] * len(x)
     model.train()
     dist.all_reduce(total)
     return None if watch.status else total.item() / samples
@@ -1573,55 +1570,16 @@ def model_flops_utilization(cfg, device, flops_per_sec):
     peak = cfg.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
     return flops_per_sec / (peak * 1e12) if peak else None
 
-class Meter:
-    """Turns what the loop measures into lines, points of the curve and the summary."""
-    def __init__(self, cfg, ranks, records, loader):
-        self.cfg, self.device, self.ranks, self.records, self.loader = cfg, ranks.device(cfg), ranks, records, loader
-        self.waits, self.start = [], 0.0  # seconds each step has waited for data; where the clock of training began
-        self.flops = records.summary["flops_per_token"] / ranks.world_size
-        self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
-        # what a resumed run goes on with; last: (tokens, train time) of the last point
-        self.seconds, self.last = dict.fromkeys(("data_wait", "eval_time", "save_time", "compile_time"), 0.0), (0, 0.0)
-        self.bad_steps, self.figures, self.train_time = [0, 0], {}, 0.0  # updates left out: in all, in a row until now
-
-    def facts(self, state, stats):
-        """What a checkpoint has to know of the measurements, and stats, which are those of the last step."""
-        self.count_bad_steps(state)
-        self.train_time = self.now() - self.start
-        kept = {name: getattr(self, name) for name in ("seconds", "last", "bad_steps", "figures", "train_time")}
-        known = {name: self.records.summary[name] for name in ("world_size", "data_fingerprint")}
-        return known | {"stats": stats and torch.stack(tuple(stats)).tolist(), "meter": kept}
-
-    def resume(self, facts):
-        """Goes on from facts; returns the stats of the step before."""
-        vars(self).update(facts["meter"])
-        self.records.summary |= self.figures
-        return facts["stats"] and [torch.tensor(stat) for stat in facts["stats"]]
-
-    def count_bad_steps(self, state):
-        """Logs whose gradient was not finite since the last call, and on what data. Raises Diverged after too many."""
-        most = 0
-        for i, (skipped, *ranks) in enumerate(torch.stack(state.skipped).tolist() if state.skipped else []):
-            total, row = self.bad_steps
-            self.bad_steps = [total + bool(skipped), row + 1 if skipped else 0]
-            step, most = state.step - len(state.skipped) + i, max(most, self.bad_steps[1])
-            for rank in [rank for rank, bad in enumerate(ranks) if bad or not any(ranks)] if skipped else []:
-                share = self.cfg.batch_size // len(ranks)
-                (shard,), (index,) = self.loader.place(step * self.cfg.batch_size + rank * share, 1)
-                self.records.print(f"step:{step + 1}/{self.cfg.num_iterations} bad_gradient rank:{rank} shard:"
-                                   f"{self.loader.files[shard]!r} offset:{index * self.loader.length} samples:{share}")
-        state.skipped.clear()
-        if most > self.cfg.max_bad_steps:
-            self.sum_up(state)
-            raise Diverged(f"loss or gradients were not finite {most} times in a row until step {state.step}; "
-                           "lower LR or MUON_LR, or set GRAD_CLIP=1")
-
+class Clock:
+    """Measures training from `start` on, and apart from it the seconds of work of other kinds."""
+    def __init__(self, device):
+        self.device, self.start = device, 0.0
+        self.seconds = dict.fromkeys(("data_wait", "eval_time", "save_time", "compile_time"), 0.0)
     def now(self):
         """Seconds on some clock, after the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
     @contextlib.contextmanager
     def off_the_clock(self, kind):
         """Times work of another kind, for which the clock of the training stands still."""
@@ -1631,6 +1589,41 @@ class Meter:
         self.seconds[kind] += spent
         self.start += spent
 
+class Meter(Clock):
+    """Turns what the loop measures into lines, points of the curve and the summary."""
+    def __init__(self, cfg, ranks, records, loader):
+        super().__init__(ranks.device(cfg))
+        self.cfg, self.records, self.loader = cfg, records, loader
+        self.flops = records.summary["flops_per_token"] / ranks.world_size
+        self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
+        self.last = 0, 0.0  # tokens and train time of the last point
+        self.bad_steps, self.figures = [0, 0], {"train_time": 0.0}  # updates left out: in all, in a row until now
+    def facts(self, state, stats):
+        """What a checkpoint has to know of the measurements, and stats, which are those of the last step."""
+        self.count_bad_steps(state)
+        self.sum_up(state)
+        kept = {name: getattr(self, name) for name in ("seconds", "last", "bad_steps", "figures")}
+        return {"stats": stats and [stat.tolist() for stat in stats], "meter": kept}
+    def resume(self, facts):
+        """Goes on from facts; returns the stats of the step before."""
+        vars(self).update(facts["meter"])
+        self.records.summary |= self.figures
+        return facts["stats"] and [torch.tensor(stat) for stat in facts["stats"]]
+    def count_bad_steps(self, state):
+        """Logs whose gradient was not finite since the last call, and on what data. Raises Diverged after too many."""
+        steps, most = torch.stack(state.skipped).tolist() if state.skipped else [], 0
+        for step, (skipped, *ranks) in enumerate(steps, state.step - len(steps)):
+            self.bad_steps = [self.bad_steps[0] + bool(skipped), self.bad_steps[1] + 1 if skipped else 0]
+            most, share = max(most, self.bad_steps[1]), self.cfg.batch_size // len(ranks)
+            for rank in [rank for rank, bad in enumerate(ranks) if bad or not any(ranks)] if skipped else []:
+                (shard,), (index,) = self.loader.place(step * self.cfg.batch_size + rank * share, 1)
+                self.records.print(f"step:{step + 1}/{self.cfg.num_iterations} bad_gradient rank:{rank} shard:"
+                                   f"{self.loader.files[shard]!r} offset:{index * self.loader.length} samples:{share}")
+        state.skipped.clear()
+        if most > self.cfg.max_bad_steps:
+            self.sum_up(state)
+            raise Diverged(f"loss or gradients were not finite {most} times in a row until step {state.step}; "
+                           "lower LR or MUON_LR, or set GRAD_CLIP=1")
     def point(self, state, stats, val_loss):
         """Logs a step: stats (loss, gradient norm) of its update or None, and the validation loss after it or None."""
         self.count_bad_steps(state)
@@ -1640,42 +1633,51 @@ class Meter:
                   "train_time": seconds, "data_wait": self.seconds["data_wait"]}
         times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(1, step):.2f}ms"
         if stats is not None:
-            loss, norm = (stat.item() for stat in stats)  # here alone the loop waits for the device
+            loss, norm, routing = stats[0].item(), stats[1].item(), stats[2].cpu()  # here alone the loop waits
             values |= {"train_loss": loss, "grad_norm": norm, "lr": cfg.lr * lr_factor(step - 1, cfg),
                        "tokens_per_sec": (tokens - self.last[0]) / (seconds - self.last[1])}
             self.records.print(f"step:{step}/{cfg.num_iterations} train_loss:{loss:.4f} {times}")
+            if len(routing) and step % cfg.balance_log_interval == 0:
+                values |= self.experts(state, routing)
         if val_loss is not None:
             values["val_loss"] = val_loss
             self.records.print(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} {times}")
         self.last = tokens, seconds
         self.records.point(values)
         self.sum_up(state, val_loss)
-        bad = [f"val_loss is {val_loss}"] * (val_loss is not None and not math.isfinite(val_loss))
-        bad += ["no gradient reaches any parameter"] * (values.get("grad_norm") == 0)
-        if bad:
-            raise Diverged(f"{' and '.join(bad)} at step {step}; lower LR or MUON_LR, or set GRAD_CLIP=1")
-
+        if not math.isfinite(val_loss or 0) or values.get("grad_norm") == 0:
+            raise Diverged(f"val_loss is {val_loss}, the gradient's norm {values.get('grad_norm')} at step {step}; "
+                           "lower LR or MUON_LR, or set GRAD_CLIP=1")
+    def experts(self, state, routing):
+        """Logs the load of the experts, pooled over the visits of each; returns that of each visit, for the curve."""
+        pooled = expert_health(torch.stack([routing[visits].mean(0) for _, visits in state.model.balances()]))
+        reduce = {"aux": Tensor.mean, "entropy": Tensor.mean, "load_min": Tensor.min, "load_max": Tensor.max}
+        figures = {name: how(pooled[name]).item() for name, how in reduce.items()}
+        told = " ".join(f"{name}:{value:.4f}" for name, value in figures.items())
+        coef, dead = aux_coef(state.step - 1, self.cfg), pooled["dead"].sum().item()
+        self.records.print(f"[MOE] step:{state.step}/{self.cfg.num_iterations} coef:{coef:.4f} {told} dead:{dead} "
+                           "dropped:0")  # for an expert takes whatever comes
+        figures |= {"dead": dead, "max_vio": figures["load_max"] * self.cfg.num_experts - 1}
+        self.figures |= {f"moe_{name}": value for name, value in figures.items()}
+        each = expert_health(routing)
+        cells = torch.stack([each[name] for name in HEALTH], dim=-1).flatten().tolist()
+        return dict(zip(self.records.columns[len(CURVE):], [coef, *cells]))
     def sum_up(self, state, val_loss=None):
         """Brings the summary's figures up to this step."""
         tokens = state.step * self.cfg.batch_size * self.cfg.sequence_length
         seconds = self.now() - self.start if state.step else 0.0
         speed = tokens / seconds if tokens else None
-        figures = {
+        self.figures |= self.seconds | {
             "bad_steps": self.bad_steps[0], "tokens": tokens, "train_time": seconds, "tokens_per_sec": speed,
-            **self.seconds, "compile_time": self.seconds["compile_time"] if self.cfg.compile == "1" else None,
             "step_avg": 1000 * seconds / state.step if tokens else None, "peak_mem": peak_memory(self.device),
-            "data_wait_p99": float(np.percentile(self.waits, 99)) if self.waits else None,
-            "mfu": model_flops_utilization(self.cfg, self.device, speed * self.flops) if tokens else None}
+            "mfu": model_flops_utilization(self.cfg, self.device, speed * self.flops) if tokens else None,
+            "compile_time": self.seconds["compile_time"] or None}
         if val_loss is not None:
             bits = val_loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
-            figures |= {"final_loss": val_loss, "best_loss": min(val_loss, self.figures.get("best_loss", math.inf)),
-                        "bits_per_byte": bits, "ppl": math.exp(val_loss) if val_loss < 700 else None}
-        self.figures |= figures
+            best = min(val_loss, self.figures.get("best_loss", math.inf))
+            self.figures |= {"final_loss": val_loss, "best_loss": best, "bits_per_byte": bits,
+                             "ppl": math.exp(val_loss) if val_loss < 700 else None}
         self.records.summary |= self.figures
-
-def sound(stats):
-    """Whether the last update was that of a model that has not diverged. Waits for the device."""
-    return not stats or bool(stats[0].isfinite() and stats[1] != 0)
 
 def train(cfg, ranks, loaders, records, watch, path):
     """The run from its beginning or the checkpoint at `path`, records.summary kept current; returns its status."""
@@ -1683,44 +1685,42 @@ def train(cfg, ranks, loaders, records, watch, path):
     checkpoints, stats = Checkpoints(cfg, ranks, records), None
     meter, state = Meter(cfg, ranks, records, train_loader), State.build(cfg, ranks)
     if path:
-        stats = meter.resume(checkpoints.load(state, path))
-        meter.start = meter.now() - meter.train_time
-        checkpoints.save(state, meter.facts(state, stats))  # where that was another run's: now it is this one's too
+        stats = meter.resume(facts := checkpoints.load(state, path))
+        checkpoints.save(state, facts)  # where that was another run's: now it is this one's too
     elif cfg.init_from:
         import_weights(state.model, cfg.init_from)
     if cfg.compile == "1":
         records.print("compiling blocks and loss: a minute or two the first time on a machine")
         with meter.off_the_clock("compile_time"):
             compile_model(state.model, cfg, meter.device)
-        records.print(f"compile_time:{meter.seconds['compile_time']:.1f}s")
     first, share, due = state.step, cfg.batch_size // ranks.world_size, False
-    meter.start = meter.now() - meter.train_time
+    meter.start = meter.now() - meter.figures["train_time"]
     slices = ((step * cfg.batch_size + ranks.rank * share, share) for step in range(first, cfg.num_iterations))
     with contextlib.closing(train_loader.prefetch(slices, meter.device)) as batches:
         while True:  # `step` updates have been made, of which the last is not yet logged: a resumed run enters here
             step, last = state.step, state.step == cfg.num_iterations
             due |= last or cfg.save_every > 0 and step > first and step % cfg.save_every == 0
-            if watch.agreed() or due and sound(stats):  # before the validation, which may fail
-                with meter.off_the_clock("save_time"):
+            if watch.agreed() or due and (not stats or stats[0].isfinite() and 0 < stats[1] < math.inf):  # sound
+                with meter.off_the_clock("save_time"):  # before the validation, which may fail
                     checkpoints.save(state, meter.facts(state, stats))
                 due = False
             if step == first + 1:
                 watch.hurry()
             validating = last or cfg.val_every and step % cfg.val_every == 0
-            if not watch.status and (validating or stats and (step == 1 or step % cfg.log_every == 0)):
+            logging = stats and (step == 1 or step % cfg.log_every == 0 or
+                                 len(stats[2]) and step % cfg.balance_log_interval == 0)
+            if not watch.status and (validating or logging):
                 with meter.off_the_clock("eval_time"):
                     val_loss = evaluate(state.model, val_loader, cfg, ranks, watch) if validating else None
                 if watch.status:
                     continue  # the validation was cut short: save, and leave the point to who goes on
                 meter.point(state, stats, val_loss)
             if watch.status:
-                meter.sum_up(state)
                 records.print(f"{watch.status} at step {step}: RUN_ID={records.folder.name} RESUME=auto goes on here")
             if watch.status or last:
                 break
             inputs, targets, waited = next(batches)
             stats = train_step(state, cfg, inputs, targets)
-            meter.waits.append(waited)
             meter.seconds["data_wait"] += waited
     checkpoints.wait(last=True)
     if not watch.status and ranks.rank == 0:
@@ -1748,8 +1748,7 @@ def report(error, ranks, records, env, store):
     elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
         refuse(env, error)
     if EXIT_CODES[status] > 1 and store:
-        with contextlib.suppress(RuntimeError):  # the launcher may be gone
-            store.set("train_gpt/exit", str(EXIT_CODES[status]))
+        store.set("train_gpt/exit", str(EXIT_CODES[status]))
     if ranks.rank and not (records and records.live):
         time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
     return EXIT_CODES[status]
@@ -1759,7 +1758,9 @@ def main(argv, env):
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
-    ranks, records, store = Ranks.from_env(env), None, launcher_store(env)
+    ranks, records, store = Ranks.from_env(env), None, None
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher's outlives the ranks that it starts again
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(minutes=1))
     try:
         if env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and store and store.check(["train_gpt/exit"]):
             return int(store.get("train_gpt/exit"))  # it would fail again
@@ -1780,7 +1781,7 @@ def main(argv, env):
         changes = " ".join(f"{name}={shlex.quote(str(int(value) if value is True or value is False else value))}"
                            for name, value in asked.changes().items() if name.lower() not in LABELS)
         facts = plan | {"device_name": device_name(ranks.device(cfg)), "changes": changes, "data_fingerprint": data}
-        path = agree(functools.partial(records.open, facts, warnings, restarted))
+        path = agree(lambda: records.open(facts, warnings, restarted))
         records.live = True
         if store:
             store.set("train_gpt/claimed", "1")

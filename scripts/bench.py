@@ -2,6 +2,7 @@
 
     PRESET=quickstart python scripts/bench.py --json experiments/bench/quickstart.json
     torchrun --standalone --nproc_per_node=8 scripts/bench.py     # all but the start; every rank measures, rank 0 tells
+    PRESET=moe_muon_exp5 python scripts/bench.py --against FFN=gelu D_FF=3072     # steps in turn with another model
 
 Tokens are random, so no data is needed, but VOCAB_SIZE=0 asks for the dataset's index.json. All files except that of
 --json are temporary; TMPDIR chooses the disk they are on, and so the disk the loader is measured on.
@@ -50,17 +51,37 @@ def timed(call, count, device=torch.device("cpu")):
     return np.diff(marks)
 
 
-def bench_step(state, cfg, ranks, args):
-    """Times train_step. The first optimizer notes the end of the backward pass, in the very steps that are timed."""
-    device, marks, first = ranks.device(cfg), [], state.optimizers[0]
+def timed_step(state, cfg, ranks):
+    """Seconds of one train_step on random tokens: (forward and backward, reduction and optimizer)."""
+    device, first = ranks.device(cfg), state.optimizers[0]
     batch = torch.randint(cfg.vocab_size, (cfg.batch_size // ranks.world_size, cfg.sequence_length + 1), device=device)
-    reduce_grads = first.reduce_grads
-    first.reduce_grads = lambda: (marks.append(now(device)), reduce_grads())[1]
-    for _ in range(args.warmup + args.steps):
-        marks.append(now(device))
-        train_gpt.train_step(state, cfg, batch[:, :-1], batch[:, 1:])
+    marks, reduce_grads = [now(device)], first.reduce_grads
+    first.reduce_grads = lambda: (marks.append(now(device)), reduce_grads())[1]  # here the backward pass has ended
+    train_gpt.train_step(state, cfg, batch[:, :-1], batch[:, 1:])
     first.reduce_grads = reduce_grads
-    backward, optimizer = np.diff([*marks, now(device)]).reshape(-1, 2)[args.warmup:].T
+    return np.diff([*marks, now(device)])
+
+
+def bench_against(state, cfg, other_cfg, ranks, args):
+    """Steps of this model and another in turn, and their ratios pair by pair: above 1, this one takes longer."""
+    other_cfg = replace(other_cfg, num_iterations=cfg.num_iterations)
+    other = train_gpt.State.build(other_cfg, ranks)
+    if other_cfg.compile == "1":
+        train_gpt.compile_model(other.model, other_cfg, ranks.device(cfg))
+    pairs = [(timed_step(state, cfg, ranks), timed_step(other, other_cfg, ranks)) if i % 2 else
+             (timed_step(other, other_cfg, ranks), timed_step(state, cfg, ranks))[::-1]
+             for i in range(args.warmup + args.steps)]
+    ours, theirs = np.array(pairs[args.warmup:]).transpose(1, 2, 0)
+    figures = {"step": (ours.sum(0), theirs.sum(0))}
+    figures |= {"forward_backward": (ours[0], theirs[0]), "optimizer": (ours[1], theirs[1])}
+    return {f"{name}_{kind}": figure(unit, values) for name, (a, b) in figures.items() for kind, unit, values in
+            (("ours", "ms", 1000 * a), ("other", "ms", 1000 * b), ("ratio", "ours / other", a / b))}
+
+
+def bench_step(state, cfg, ranks, args):
+    """Times train_step and its two parts."""
+    device, times = ranks.device(cfg), [timed_step(state, cfg, ranks) for _ in range(args.warmup + args.steps)]
+    backward, optimizer = np.array(times)[args.warmup:].T
     seconds, tokens = backward + optimizer, cfg.batch_size * cfg.sequence_length
     speed, flops = tokens / np.median(seconds), state.model.flops_per_token() / ranks.world_size
     mfu = train_gpt.model_flops_utilization(cfg, device, flops * speed)
@@ -146,6 +167,8 @@ def bench(args, env, ranks, folder):
     """What was measured, where and with what. Raises ConfigError, DataError."""
     asked = train_gpt.Config.from_env(env)
     cfg = train_gpt.resolve(asked)
+    other_cfg = train_gpt.resolve(train_gpt.Config.from_env(env | dict(args.against)))
+    train_gpt.check_batch(other_cfg, ranks)
     file, device, figures = f"{folder}/random.bin", ranks.device(cfg), {}
     header = [train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, TOKENS] + [0] * (train_gpt.HEADER_INTS - 3)
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=TOKENS, dtype="<u2")
@@ -162,8 +185,10 @@ def bench(args, env, ranks, folder):
     train_gpt.setup(cfg, ranks, env)
     cfg = replace(cfg, num_iterations=2**31)  # no end for the learning rate to go to
     state = train_gpt.State.build(cfg, ranks)
-    if cfg.compile == "1" and {"step", "loader"} & args.only:
+    if cfg.compile == "1" and ({"step", "loader"} & args.only or args.against):
         train_gpt.compile_model(state.model, cfg, device)
+    if args.against:
+        figures |= bench_against(state, cfg, other_cfg, ranks, args)
     if "step" in args.only:
         figures |= bench_step(state, cfg, ranks, args)
         figures |= bench_records(folder, cfg, figures["step_time"]["value"])
@@ -187,8 +212,13 @@ def main(argv, env):
     parser.add_argument("--steps", type=int, default=20, help="timed training steps")
     parser.add_argument("--warmup", type=int, default=3, help="training steps before them")
     parser.add_argument("--only", type=lambda text: set(text.split(",")), default=SECTIONS, help="like step,peak")
+    parser.add_argument("--against", nargs="+", metavar="NAME=VALUE", default=[], type=lambda text: text.split("=", 1),
+                        help="settings of another model to time in turn with this one; nothing else is measured then")
     parser.add_argument("--json", help="file for the report; without it the table is all")
     args, ranks = parser.parse_args(argv), train_gpt.Ranks.from_env(env)
+    if any(len(pair) < 2 for pair in args.against):
+        parser.error("--against takes settings like FFN=gelu D_FF=3072")
+    args.only = set() if args.against else args.only
     if not args.only <= SECTIONS or min(args.steps, args.warmup) < 1:
         parser.error(f"--only takes some of {','.join(sorted(SECTIONS))}; --steps and --warmup are at least 1")
     try:

@@ -136,6 +136,14 @@ def start(env, output):
 
 
 @pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def settings(shards, tmp_path):
     """The environment of a tiny run that leaves everything below tmp_path."""
     return ({name.upper(): int(value) if isinstance(value, bool) else value for name, value in (TINY | shards).items()}

@@ -81,7 +81,7 @@ def test_nothing_is_left_behind(measured):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    ({"N_EMBD": "33"}, "config: N_EMBD=33: must be a multiple of N_HEAD=2; choose 32 or 34"),
+    ({"N_EMBD": "33"}, "config: N_EMBD=33 needs a multiple of 4, for N_HEAD=2 and POS=rotary: 32 or 36"),
     ({"BATCH_SIZE": "3"}, "config: BATCH_SIZE=3: must be a multiple of DEVICE_BATCH_SIZE=2 x 1 ranks"),
     ({"LEARNING_RATE": "1"}, "config: LEARNING_RATE is no setting; the name here is LR")])
 def test_bad_settings_are_refused(capsys, change, sentence):
@@ -96,3 +96,18 @@ def test_bad_arguments_are_refused(capsys, argv):
         bench.main(argv, SETTINGS)
     assert stopped.value.code == 2
     assert "--only takes some of checkpoint,loader,peak,start,step" in capsys.readouterr().err
+
+
+def test_two_models_are_timed_in_turn(capsys):
+    """One of twice the layers takes longer; the parts add up to the step."""
+    twice = ["--against", "N_LAYER=1", "D_FF=64"]
+    assert bench.main(["--steps", "5", *twice], SETTINGS | {"N_LAYER": "6", "D_FF": "512"}) == 0
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    kinds = "ours", "other", "ratio"
+    parts = [f"{part}_{kind}" for part in ("step", "forward_backward", "optimizer") for kind in kinds]
+    assert list(table) == parts
+    assert float(table["forward_backward_ratio"][1]) > 1
+    with pytest.raises(SystemExit):
+        bench.main(["--against", "N_LAYER"], SETTINGS)
+    assert "--against takes settings like" in capsys.readouterr().err
+    assert bench.main(["--against", "N_EMBD=33"], SETTINGS) == 2

@@ -243,7 +243,7 @@ def test_saved_on_two_ranks_and_resumed_on_others(settings, monkeypatch, world):
 
     codes, out = launch(settings | {"RESUME": "auto"}, world)
     assert codes == [0] * world, out
-    assert f"world_size 2 -> {world}" in out
+    assert f"WORLD_SIZE 2 -> {world}" in out
     ours, whole = (np.array([[float.fromhex(x or "nan") for x in point[:3]] for point in curve(settings, run_id)])
                    for run_id in ("toy", "whole"))
     assert np.allclose(ours, whole, atol=1e-4, equal_nan=True)
@@ -359,7 +359,7 @@ def test_changed_settings_are_refused_field_by_field(two):
 def test_changed_data_is_refused(two, tmp_path):
     write_shard(tmp_path / "toy_train_000002.bin", range(1, 60))
     codes, out = launch(two | {"RESUME": "auto"})
-    assert codes == [2] and "data_fingerprint" in out
+    assert codes == [2] and "DATA_FINGERPRINT" in out
 
 
 def test_a_longer_run_before_its_cooldown_is_the_longer_run(settings, monkeypatch):
@@ -471,7 +471,7 @@ def test_two_live_runs_never_share_an_id(settings, monkeypatch):
         before = (settings["LOG_DIR"] / "toy.txt").read_text()[:1000]
         for resume in "auto", "none":
             codes, out = launch(settings | {"RESUME": resume, "NUM_ITERATIONS": 10**6})
-            assert codes == [2] and "a run of that name is live" in out and "touch" in out
+            assert codes == [2] and "RUN_ID=toy is live" in out and "touch" in out
         assert (settings["LOG_DIR"] / "toy.txt").read_text()[:1000] == before
         (settings["LOG_DIR"] / "toy/stop").touch()
         assert job.wait()[0] == [0] and row(settings)["status"] == "stopped"

@@ -50,6 +50,13 @@ ORDINARY = """
 """.split()
 
 
+# What a setting needs beside it to mean something.
+COMPANIONS = {"balance": {"ffn": "moe"}, "n_unique": {"recurrence": "shared"},
+              "unshared_ends": {"recurrence": "shared"},
+              "per_step": {"recurrence": "shared", "ffn": "moe", "norm": "layer"},
+              "aux_loss_coef_start": {"aux_loss_coef_end": 0.1}, "aux_loss_coef_end": {"aux_loss_coef_start": 0.1}}
+
+
 def refused(env):
     with pytest.raises(ConfigError) as error:
         Config.from_env(env)
@@ -87,9 +94,14 @@ def preset(tmp_path, monkeypatch):
 
 def test_the_settings_are_exactly_these():
     assert [name.upper() for name in FIELDS] == """
-        PRESET RUN_ID STAGE VARIANT NOTE SEED DRY_RUN INPUT_BIN INPUT_VAL_BIN SHUFFLE BATCH_SIZE DEVICE_BATCH_SIZE
+        PRESET RUN_ID STAGE VARIANT NOTE SEED DRY_RUN INPUT_BIN MAX_TRAIN_TOKENS INPUT_VAL_BIN SHUFFLE BATCH_SIZE
+        DEVICE_BATCH_SIZE
         SEQUENCE_LENGTH NUM_ITERATIONS MAX_EPOCHS VAL_EVERY VAL_TOKENS VOCAB_SIZE N_LAYER N_HEAD N_EMBD D_FF MIXER FFN
-        NORM POS QK_NORM BIAS TIE_EMBEDDINGS DROPOUT INIT ATTNGATE GATEPOS GATEACT OPTIMIZER LR EMBED_LR HEAD_LR MUON_LR
+        NORM POS QK_NORM BIAS TIE_EMBEDDINGS DROPOUT INIT ATTNGATE GATEPOS GATEACT NUM_EXPERTS TOP_K EXPERT
+        SHARED_EXPERT
+        BALANCE AUX_LOSS_COEF AUX_LOSS_COEF_START AUX_LOSS_COEF_END AUX_WARMUP_FRAC AUX_DECAY_END_FRAC
+        BALANCE_LOG_INTERVAL ROUTER_OPTIMIZER RECURRENCE N_UNIQUE UNSHARED_ENDS PER_STEP OPTIMIZER LR EMBED_LR HEAD_LR
+        MUON_LR
         MUON_SCALE MUON_MOMENTUM BETA1 BETA2 WEIGHT_DECAY GRAD_CLIP LR_SCHEDULE WARMUP_ITERS WARMDOWN_ITERS MIN_LR_FRAC
         DETERMINISTIC DEVICE DTYPE COMPILE PEAK_TFLOPS RESUME INIT_FROM SAVE_EVERY KEEP_LAST MAX_BAD_STEPS HANG_TIMEOUT
         LOG_DIR RESULTS_CSV LOG_EVERY""".split()
@@ -113,18 +125,22 @@ def test_every_preset_is_the_same_as_its_lines_in_the_environment(name):
 
 
 def test_the_promised_choices_are_there():
-    promised = {"mixer": "attention", "ffn": "relu2 gelu swiglu", "norm": "rms layer", "pos": "rotary learned",
+    promised = {"mixer": "attention", "ffn": "relu2 gelu swiglu moe", "norm": "rms rms_gain layer",
+                "pos": "rotary learned",
                 "init": "zero_proj gpt2", "attngate": "none headwise elementwise const", "gatepos": "sdpa value",
                 "gateact": "sigmoid ns_sigmoid", "optimizer": "muon adamw",
                 "muon_scale": "unit original match_rms_adamw", "lr_schedule": "trapezoid cosine",
-                "device": "auto cpu cuda", "dtype": "auto float32 bfloat16 float16", "compile": "auto 0 1"}
+                "expert": "relu2 gelu swiglu", "balance": "aux quantile none", "router_optimizer": "adamw muon",
+                "recurrence": "stacked indexed shared", "per_step": "none norm router scale", "device": "auto cpu cuda",
+                "dtype": "auto float32 bfloat16 float16", "compile": "auto 0 1"}
     missing = {(axis, name) for axis, names in promised.items() for name in names.split() if name not in axes()[axis]}
     assert promised.keys() == axes().keys() and not missing
 
 
 @pytest.mark.parametrize("axis, choice", [(axis, choice) for axis, choices in axes().items() for choice in choices])
 def test_every_named_choice_builds(axis, choice):
-    assert getattr(Config.from_env({axis.upper(): choice}), axis) == choice
+    beside = {name.upper(): value for name, value in COMPANIONS.get(axis, {}).items()}
+    assert getattr(Config.from_env(beside | {axis.upper(): choice}), axis) == choice
 
 
 def test_tiled_choices_build():
@@ -175,16 +191,16 @@ def test_a_blank_line_of_a_preset_counts_as_not_set(preset):
     ("N_LAYER=1.5", "N_LAYER='1.5': must be a whole number"),
     ("DROPOUT=1", "DROPOUT=1.0: must lie between 0 and 0.99"),
     ("BETA2=1", "BETA2=1.0: must lie between 0 and 0.9999999"),
-    ("RUN_ID=../x", "RUN_ID='../x': use 1 to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"),
-    ("RUN_ID=a/b", "RUN_ID='a/b': use 1 to 100 letters"),
-    ("RUN_ID=-x", "RUN_ID='-x': use 1 to 100 letters"),
-    ("RUN_ID=x\n", r"RUN_ID='x\n': use 1 to 100 letters"),
-    (f"RUN_ID={'x' * 101}", f"RUN_ID='{'x' * 101}': use 1 to 100 letters"),
-    ("N_EMBD=100", "N_EMBD=100: must be a multiple of N_HEAD=6; choose 96 or 102"),
-    ("N_EMBD=4", "N_EMBD=4: must be a multiple of N_HEAD=6; choose 6"),
-    ("N_EMBD=18", "N_EMBD=18 / N_HEAD=6 gives heads of an odd size; POS=rotary needs an even one"),
-    ("N_EMBD=30", "N_EMBD=30 / N_HEAD=6 gives heads of an odd size; POS=rotary needs an even one"),
-    ("VAL_TOKENS=1023", "VAL_TOKENS=1023: must be at least SEQUENCE_LENGTH=1024"),
+    ("RUN_ID=../x", "RUN_ID=../x needs 1 to 100 letters, digits, _, and within . -"),
+    ("RUN_ID=a/b", "RUN_ID=a/b needs 1 to 100 letters"),
+    ("RUN_ID=-x", "RUN_ID=-x needs 1 to 100 letters"),
+    ("RUN_ID=x\n", r"RUN_ID=x\n needs 1 to 100 letters"),
+    (f"RUN_ID={'x' * 101}", f"RUN_ID={'x' * 101} needs 1 to 100 letters"),
+    ("N_EMBD=100", "N_EMBD=100 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 96 or 108"),
+    ("N_EMBD=4", "N_EMBD=4 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
+    ("N_EMBD=18", "N_EMBD=18 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
+    ("N_EMBD=30", "N_EMBD=30 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 24 or 36"),
+    ("VAL_TOKENS=1023", "VAL_TOKENS=1023 needs at least SEQUENCE_LENGTH=1024"),
 ])
 def test_a_wrong_value_is_refused_by_name_and_choices(setting, sentence):
     name, _, text = setting.partition("=")
@@ -194,6 +210,7 @@ def test_a_wrong_value_is_refused_by_name_and_choices(setting, sentence):
 def test_the_longest_run_id_and_an_odd_head_with_learned_positions_are_taken():
     assert Config.from_env({"RUN_ID": "x" * 100}).run_id == "x" * 100
     assert Config.from_env({"N_EMBD": "30", "POS": "learned"}).n_embd == 30
+    assert "a multiple of 6, for N_HEAD=6 and POS=learned: 30 or 36" in refused({"N_EMBD": "32", "POS": "learned"})
 
 
 @pytest.mark.parametrize("name, ours", [
@@ -205,9 +222,10 @@ def test_another_spelling_is_refused_and_ours_named(name, ours):
 
 
 @pytest.mark.parametrize("text, parts", [
-    ("N_LAYER 3\n", ["mine.env", "'N_LAYER 3' is no line of the form KEY=value"]),
-    ("N_LAYERS=3\n", ["PRESET=mine", "N_LAYERS, which is no setting"]),
-    ("LEARNING_RATE=3\n", ["PRESET=mine", "LEARNING_RATE, which is no setting"]),
+    ("N_LAYER 3\n", ["PRESET=mine", "'N_LAYER 3' in ", "mine.env is no NAME=value"]),
+    ("N_LAYER\n", ["PRESET=mine", "'N_LAYER' in ", "mine.env is no NAME=value"]),
+    ("N_LAYERS=3\n", ["PRESET=mine", "'N_LAYERS=3' in ", "mine.env is no NAME=value"]),
+    ("LEARNING_RATE=3\n", ["PRESET=mine", "'LEARNING_RATE=3' in ", "mine.env is no NAME=value"]),
     ("LR=fast\n", ["LR='fast': must be a number"]),
 ])
 def test_a_wrong_line_of_a_preset_is_refused_by_name(preset, text, parts):
@@ -251,7 +269,8 @@ def test_config_is_frozen():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_changes_are_exactly_what_differs(name):
-    assert Config(**{name: another(name)}).changes() == {name.upper(): another(name)}
+    settings = COMPANIONS.get(name, {}) | {name: another(name)}
+    assert Config(**settings).changes() == {key.upper(): value for key, value in settings.items()}
 
 
 def test_defaults_have_no_changes():
@@ -259,9 +278,14 @@ def test_defaults_have_no_changes():
 
 
 def test_hash_ignores_seed_labels_paths_and_logging_and_nothing_else():
-    same = {name for name in FIELDS if Config(**{name: another(name)}).hash() == Config().hash()}
+    beside = {name: COMPANIONS.get(name, {}) for name in FIELDS}
+    beside |= {"aux_loss_coef_start": {"aux_loss_coef_end": 0.1, "aux_loss_coef_start": 0.1},
+               "aux_loss_coef_end": {"aux_loss_coef_start": 0.1, "aux_loss_coef_end": 0.1}}
+    same = {name for name in FIELDS
+            if Config(**beside[name] | {name: another(name)}).hash() == Config(**beside[name]).hash()}
     assert same == set("""preset run_id stage variant note seed dry_run input_bin input_val_bin peak_tflops log_dir
-                          results_csv log_every resume save_every keep_last max_bad_steps hang_timeout""".split())
+                          results_csv log_every resume save_every keep_last max_bad_steps hang_timeout
+                          balance_log_interval""".split())
     assert re.fullmatch("[0-9a-f]{8}", Config().hash())
     hashes = {Config(lr=lr, embed_lr=embed_lr).hash() for lr in (0.1, 0.2) for embed_lr in (None, 0.1, 0.2)}
     assert len(hashes) == 6

@@ -66,29 +66,33 @@ def test_a_shard_is_read_as_it_is_specified(tmp_path):
 
 
 @pytest.mark.parametrize("raw, sentence", [
-    (header(magic=20240521) + bytes(8), "expected magic 20240520, found 20240521"),
-    (header(version=2) + bytes(8), "expected version 1, found 2"),
-    (header() + bytes(6), "expected 1032 bytes for the 4 tokens of its header, found 1030"),
-    (header() + bytes(10), "expected 1032 bytes for the 4 tokens of its header, found 1034"),
-    (header() + bytes(7), "expected 1032 bytes for the 4 tokens of its header, found 1031"),
-    (header(), "expected 1032 bytes for the 4 tokens of its header, found 1024"),
-    (header(tokens=0), "expected at least one token, found 0 in the header"),
-    (header(tokens=-4) + bytes(8), "expected at least one token, found -4 in the header"),
-    (header()[:1023], "expected a header of 1024 bytes, found a file of 1023"),
-    (b"", "expected a header of 1024 bytes, found a file of 0"),
-    ("a folder", "expected a shard file, found a directory"),
-    (None, "expected a shard file, found nothing"),
-], ids="magic version truncated longer odd header-only zero negative short-header empty directory missing".split())
+    (header(magic=20240521) + bytes(8), "1032 bytes for 4, found 20240521, 1 and 1032 bytes; "),
+    (header(version=2) + bytes(8), "1032 bytes for 4, found 20240520, 2 and 1032 bytes; "),
+    (header() + bytes(6), "1032 bytes for 4, found 20240520, 1 and 1030 bytes; "),
+    (header() + bytes(10), "1032 bytes for 4, found 20240520, 1 and 1034 bytes; "),
+    (header() + bytes(7), "1032 bytes for 4, found 20240520, 1 and 1031 bytes; "),
+    (header(), "1032 bytes for 4, found 20240520, 1 and 1024 bytes; "),
+    (header(tokens=0), "1024 bytes for 0, found 20240520, 1 and 1024 bytes; "),
+    (header(tokens=-4) + bytes(8), "1016 bytes for -4, found 20240520, 1 and 1032 bytes; "),
+    (header(tokens=-4)[:1016], "1016 bytes for -4, found 20240520, 1 and 1016 bytes; "),
+    (header()[:1023], "1032 bytes for 4, found 20240520, 1 and 1023 bytes; "),
+    (header()[:7], "1024 bytes for 0, found 20240520, 0 and 7 bytes; "),
+    (b"", "1024 bytes for 0, found 0, 0 and 0 bytes; "),
+    ("a folder", "cannot be read (Is a directory)"),
+    (None, "cannot be read (No such file or directory)"),
+], ids="magic version truncated longer odd header-only zero negative fits-negative short-header stub empty directory "
+    "missing".split())
 def test_a_broken_shard_is_refused_with_what_was_expected_and_found(tmp_path, raw, sentence):
     path = tmp_path / "x.bin"
     if raw == "a folder":
         path.mkdir()
     elif raw is not None:
         path.write_bytes(raw)
+    start = f"{path}: " + "expected magic 20240520, version 1, a token or more and " * isinstance(raw, bytes)
     for call in shard_tokens, load_shard:
-        assert message(call, path).startswith(f"{path}: {sentence}")
+        assert message(call, path).startswith(start + sentence)
     if raw is not None:
-        assert message(make, path).startswith(f"{path}: {sentence}")
+        assert message(make, path).startswith(start + sentence)
 
 
 def test_a_shard_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
@@ -261,7 +265,7 @@ def test_a_glob_without_files_names_the_command(tmp_path):
         f"no file matches {tmp_path}/fineweb10B/fineweb_train_*.bin (looked from {os.getcwd()}); "
         f"fetch it: DATA_DIR={tmp_path}/fineweb10B python cached_fineweb10B.py 1")
     assert message(make, f"{tmp_path}/toy/toy_train_*.bin") == (
-        f"no file matches {tmp_path}/toy/toy_train_*.bin (looked from {os.getcwd()}); make it from your text: "
+        f"no file matches {tmp_path}/toy/toy_train_*.bin (looked from {os.getcwd()}); make it: "
         f"python scripts/prepare_data.py --source ... --out {tmp_path}/toy")
     assert "--source package:sympy --tokenizer bytes --out data/sympy" in how_to_get("data/sympy/sympy_*.bin")
     assert "--out ." in how_to_get("toy_*.bin")
@@ -274,8 +278,8 @@ def test_require_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
     loader.require("NUM_ITERATIONS", 5, 20)
     for samples, shards in (21, 3), (30, 3), (31, 4), (10**6, 103):  # there are no more than 103
         sentence = message(loader.require, "NUM_ITERATIONS", 5, samples)
-        assert sentence.startswith(f"NUM_ITERATIONS=5 needs {samples:,} samples of 8 tokens, but ")
-        assert "has 20; lower NUM_ITERATIONS, or set MAX_EPOCHS=0 to repeat the data, or get more; fetch" in sentence
+        assert sentence.startswith(f"NUM_ITERATIONS=5 needs {samples:,} samples of 8 tokens; ")
+        assert "have 20; lower NUM_ITERATIONS, set MAX_EPOCHS=0 to repeat the data, or get more; fetch" in sentence
         assert sentence.endswith(f"DATA_DIR={tmp_path} python cached_fineweb10B.py {shards}")
     assert "lower VAL_TOKENS" in message(loader.require, "VAL_TOKENS", 800, 100)
     assert "MAX_EPOCHS" not in message(loader.require, "VAL_TOKENS", 800, 100)

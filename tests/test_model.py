@@ -15,6 +15,9 @@ VARIANTS = [dict(zip(("attngate", "gatepos", "gateact"), (gate, where, act)))
             for gate in train_gpt.GATES for where in train_gpt.GATE_POSITIONS for act in train_gpt.GATE_ACTS]
 VARIANTS += [{axis: choice} for axis in ("mixer", "ffn", "norm", "pos", "init") for choice in axes()[axis]]
 VARIANTS += [{"bias": True, "norm": "layer"}, {"tie_embeddings": False}, {"qk_norm": False}, {"ffn": "relu2,swiglu"}]
+VARIANTS += [{"ffn": "moe", axis: choice} for axis in ("expert", "balance", "recurrence") for choice in axes()[axis]]
+VARIANTS += [{"ffn": "moe", "norm": "rms_gain", "recurrence": "shared", "n_layer": 4, "per_step": choice}
+             for choice in axes()["per_step"]]
 
 
 def trained_a_little(cfg):
@@ -35,7 +38,7 @@ def test_contract(variant):
     model = trained_a_little(cfg)
     logits = model(tokens[:, :-1])
     assert logits.shape == (2, 16, 64) and logits.dtype == torch.float32
-    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss, _ = model(tokens[:, :-1], tokens[:, 1:])
     assert torch.allclose(loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), atol=1e-6)
     loss.backward()
     for name, p in model.named_parameters():
@@ -51,8 +54,8 @@ def test_causal_by_gradient(variant):
     model.embed = torch.nn.Parameter(rows.detach())  # the head keeps a constant copy
     embedded = F.embedding(tokens, rows)
     x = model.add_position(embedded)
-    for i in model.order:
-        x = model.blocks[i](x)
+    for visit in model.visits():
+        x, _ = visit(x)
     grad, = torch.autograd.grad(model.norm(x)[0, 7].square().sum() + x[0, 7].sum(), embedded)
     assert grad[0, 8:].abs().max() == 0 and (grad[0, :8].abs().amax(-1) > 0).all()
 
@@ -123,7 +126,7 @@ def test_half_precision_keeps_parameters_in_float32():
     cfg, tokens = tiny(), torch.randint(0, 64, (2, 16))
     full, half = GPT(cfg), GPT(cfg, torch.bfloat16)
     half.load_state_dict(full.state_dict())
-    losses = full(tokens, tokens), half(tokens, tokens)
+    losses = full(tokens, tokens)[0], half(tokens, tokens)[0]
     losses[1].backward()
     assert abs(losses[0] - losses[1]) < 0.05
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in half.parameters())

@@ -119,21 +119,25 @@ def test_a_skipped_step_leaves_no_trace(build):
 
 
 def three_steps(ranks, **settings):
-    """Parameters after three real steps on this rank's share of batches of six, losses and gradient norms."""
+    """Parameters after three real steps on this rank's share of batches of six; losses, gradient norms, routing."""
     cfg = tiny(grad_clip=0.5, weight_decay=0.1, **settings)
     state, share, stats = State.build(cfg, ranks), 6 // ranks.world_size, []
     for step in range(3):
         batch = torch.randint(0, 64, (6, 17), generator=torch.Generator().manual_seed(step))
         own = batch[ranks.rank * share:][:share]
-        stats += train_step(state, cfg, own[:, :-1], own[:, 1:])
+        loss, norm, routing = train_step(state, cfg, own[:, :-1], own[:, 1:])
+        stats.append(torch.cat([loss[None], norm[None], routing.flatten()]))
     return torch.cat([p.detach().flatten() for p in state.model.parameters()]), torch.stack(stats)
 
 
 @pytest.mark.parametrize("settings", [
     {}, {"optimizer": "adamw"}, {"tie_embeddings": False, "vocab_size": 4099, "bias": True, "norm": "layer"},
-    {"attngate": "headwise", "ffn": "swiglu", "n_layer": 1}], ids=str)
+    {"attngate": "headwise", "ffn": "swiglu", "n_layer": 1}, {"ffn": "moe", "aux_loss_coef": 0.1},
+    {"ffn": "moe", "balance": "quantile", "recurrence": "shared", "bias": True, "device_batch_size": 1},
+    {"ffn": "moe", "recurrence": "indexed", "router_optimizer": "muon"}], ids=str)
 def test_ranks_agree(settings):
-    """1, 2 and 3 ranks: one batch, one model. Every rank of a group holds the same bits."""
+    """1, 2 and 3 ranks: one batch, one model. Every rank of a group holds the same bits. The micro-batches may be
+    others, but with BALANCE=quantile, which takes quantiles within each."""
     settings = {"vocab_size": 4096} | settings  # an embedding large enough to be sliced
     (alone, stats), = run_ranks(1, lambda ranks: three_steps(ranks, **settings))
     for world in (2, 3):
@@ -209,3 +213,23 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_2000_good_steps():
     fixed = LossScale(torch.bfloat16, "cpu")
     fixed.update(torch.ones(()))
     assert fixed.value == 1
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_an_expert_without_tokens_keeps_weights_and_momentum(decay):
+    """An orthogonalised update has the same size however old its momentum is; the other experts move as ever."""
+    bank = torch.nn.Parameter(torch.randn(2, 3, 8, 16))
+    twin, optimizers = torch.nn.Parameter(bank.detach().clone()), []
+    for p in (bank, twin):
+        optimizers.append(muon([p], torch.float32, weight_decay=decay))
+        steps(optimizers[-1], [p], 1)
+    before, momentum = bank.detach().clone(), optimizers[0].stacks[0]["momentum"].clone()
+    for optimizer, p in zip(optimizers, (bank, twin)):
+        gradients([p], 1)
+        if p is bank:
+            p.grad[1, 2] = 0
+        optimizer.reduce_grads()
+        optimizer.step(1.0, None, GO)
+    assert torch.equal(bank[1, 2], before[1, 2]) and torch.equal(optimizers[0].stacks[0]["momentum"][5], momentum[5])
+    assert not torch.equal(twin[1, 2], before[1, 2])
+    assert torch.equal(bank.flatten(0, 1)[:5], twin.flatten(0, 1)[:5])

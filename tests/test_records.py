@@ -185,8 +185,7 @@ def test_a_run_id_that_exists_is_refused_and_its_files_stay(tmp_path):
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     with pytest.raises(ConfigError) as error:
         start(tmp_path, seed=1)
-    assert str(error.value) == (f"RUN_ID=r: {tmp_path}/logs/r.txt exists; RESUME=auto goes on with that run, else "
-                                "choose another RUN_ID or leave it blank")
+    assert str(error.value) == f"RUN_ID=r: {tmp_path}/logs/r.txt exists; RESUME=auto goes on with it, or choose another"
     refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, error.value)
     assert before == {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
 
