@@ -188,7 +188,8 @@ if (FOLDER / "crashed").exists() and RANK == "1":
     assert resumed == uninterrupted and len(resumed) == 9
 
 
-@pytest.mark.parametrize("changes, status", [({"LR": 1e30, "MUON_LR": 1e30, "NUM_ITERATIONS": 100}, "diverged"), ({"VOCAB_SIZE": 63}, "data")])
+@pytest.mark.parametrize("changes, status", [
+    ({"LR": 1e30, "MUON_LR": 1e30, "NUM_ITERATIONS": 100}, "diverged"), ({"VOCAB_SIZE": 63}, "data")])
 def test_what_would_fail_again_is_not_tried_again(settings, tmp_path, changes, status):
     settings |= changes | {"NPROC_PER_NODE": 2, "MAX_RESTARTS": 1}
     with Launch(RUN_8XH100, settings, tmp_path) as run:
