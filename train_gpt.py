@@ -875,7 +875,7 @@ class ShardLoader:
         """Raises DataError where there are fewer samples than the setting `name` needs."""
         if self.samples < (samples := max(1, samples)):
             shards = math.ceil(len(self.shards) * samples / max(1, self.samples))
-            more = f", set MAX_EPOCHS=0 to repeat the data, or get more; {how_to_get(self.files[0], shards)}"
+            more = f", set MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS, or get more; {how_to_get(self.files[0], shards)}"
             raise DataError(f"{name}={value} needs {samples:,} samples of {self.length} tokens; {self.files[0]} "
                             f"and its like have {self.samples:,}; lower {name}{more * (name == 'NUM_ITERATIONS')}")
     def check_tokens(self, shards=()):
@@ -1533,7 +1533,7 @@ def train_step(state, cfg, inputs, targets):
         optimizer.step(lr_factor(state.step, cfg), grad_scale, skip)
     state.model.zero_grad()
     for balance, visits in state.model.balances():
-        balance.copy_(torch.where(skip > 0, balance, routing[visits, 2].mean(0)))
+        balance.copy_(torch.where(skip > 0, balance, sum(routing[visit, 2] for visit in visits) / len(visits)))
     bad = torch.where(scale > 1, lost, skip)  # an overflow is how a scale finds out how far it can go
     state.skipped.append(torch.cat([bad.view(1), guilty]))
     state.loss_scale.update(skip)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny, write_shard
+from conftest import launch, tiny, write_shard
 
 from train_gpt import DataError, ShardLoader, fingerprint, how_to_get, load_shard, shard_tokens
 
@@ -359,3 +359,27 @@ def test_reading_is_fast(large_shard, T, shuffle, least):
     speed = len(batches) * 64 * T / statistics.median(seconds)
     print(f"T={T} shuffle={shuffle}: {speed / 1e6:.0f} million tokens/s")
     assert speed > least
+
+
+def test_a_limit_keeps_the_first_samples(tmp_path):
+    """MAX_TRAIN_TOKENS ends within a shard or before one; what is shuffled and repeated is what is left."""
+    for i, size in enumerate((35, 20, 50)):
+        write_shard(tmp_path / f"{i}.bin", 100 * i + np.arange(size))
+    cfg = tiny(sequence_length=10, vocab_size=1000)
+    everything = ShardLoader(f"{tmp_path}/*.bin", cfg)
+    assert everything.samples == 3 + 1 + 4
+    for limit, samples in (39, 3), (40, 4), (65, 6), (10**6, 8):
+        loader = ShardLoader(f"{tmp_path}/*.bin", cfg, limit=limit)
+        assert loader.samples == samples
+        assert (loader.read(0, samples) == everything.read(0, samples)).all()
+        assert (loader.read(samples, 1) == everything.read(0, 1)).all()
+    shuffled = ShardLoader(f"{tmp_path}/*.bin", cfg, shuffle=True, limit=40).read(0, 8)
+    assert sorted(shuffled[:4, 0]) == sorted(shuffled[4:, 0]) == [0, 10, 20, 100]
+
+
+def test_a_limit_below_what_is_needed_is_refused(settings):
+    codes, out = launch(settings | {"MAX_TRAIN_TOKENS": 100, "MAX_EPOCHS": 1})
+    assert codes == [3] and "NUM_ITERATIONS=8 needs 96 samples" in out and "MAX_TRAIN_TOKENS" in out
+    codes, out = launch(settings | {"MAX_TRAIN_TOKENS": 10, "RUN_ID": "none"})
+    assert codes == [3] and "needs 1 samples" in out
+    assert launch(settings | {"MAX_TRAIN_TOKENS": 100, "RUN_ID": "some"})[0] == [0]

@@ -1,14 +1,21 @@
 """Mixture of experts against explicit mixtures, and its balance against the definitions."""
 
+import csv
+import json
 import math
+import os
+import re
+import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_ranks, tiny
+from conftest import launch, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
-from train_gpt import BALANCES, EXPERTS, MoE, aux_coef, aux_loss, grouped, quantile_bias
+from train_gpt import (BALANCES, EXPERTS, HEALTH, MoE, Ranks, State, aux_coef, aux_loss, expert_health, grouped,
+                       quantile_bias, train_step)
 
 KINDS = [(expert, bias) for expert in EXPERTS for bias in (False, True)]
 
@@ -186,3 +193,114 @@ def test_it_compiles_without_a_graph_break(balance):
     for p, grad in zip(layer.parameters(), grads):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
     assert math.isfinite(y.sum().item())
+
+
+def test_health_of_loads_that_are_known():
+    routing = torch.zeros(3, 4, 8)
+    routing[0, :2] = 1 / 8  # even
+    routing[1, :2, :2] = 0.5  # two of eight have all
+    routing[2, 0, 0], routing[2, 1] = 1.0, 1 / 8
+    health = expert_health(routing)
+    assert health["entropy"].tolist() == pytest.approx([1, 1 / 3, 0]) and health["dead"].tolist() == [0, 6, 7]
+    assert health["aux"].tolist() == pytest.approx([1, 4, 1])
+    assert health["load_min"].tolist() == [1 / 8, 0, 0] and health["load_max"].tolist() == [1 / 8, 0.5, 1]
+
+
+MOE = {"FFN": "relu2,moe", "N_LAYER": 4, "BALANCE_LOG_INTERVAL": 2, "LOG_EVERY": 3, "NUM_ITERATIONS": 10,
+       "AUX_LOSS_COEF_START": 0.05, "AUX_LOSS_COEF_END": 0.01, "AUX_WARMUP_FRAC": 0.2, "AUX_DECAY_END_FRAC": 0.8}
+LINE = re.compile(r"^\[MOE\] step:(\d+)/10 coef:(\d\.\d{4}) aux:(\d+\.\d{4}) entropy:(\d\.\d{4}) load_min:(\d\.\d{4}) "
+                  r"load_max:(\d\.\d{4}) dead:(\d+) dropped:0$", re.M)
+
+
+def points(settings):
+    with open(settings["LOG_DIR"] / "toy.csv", newline="") as file:
+        return {int(row["step"]): row for row in csv.DictReader(file)}
+
+
+def test_a_run_tells_the_health_of_its_experts(settings):
+    codes, out = launch(settings | MOE)
+    assert codes == [0], out
+    lines = {int(step): [float(value) for value in values] for step, *values in LINE.findall(out)}
+    assert list(lines) == [2, 4, 6, 8, 10]
+    assert [lines[step][0] for step in (2, 4, 10)] == pytest.approx([0.05, 0.0433, 0.01], abs=1e-4)
+    curve = points(settings)
+    assert [name for name in curve[2] if name.endswith(("_1", "_3"))] == [f"{n}_{i}" for i in (1, 3) for n in HEALTH]
+    for step, (coef, aux, entropy, least, most, dead) in lines.items():
+        of = {name: [float(curve[step][f"{name}_{layer}"]) for layer in (1, 3)] for name in HEALTH}
+        assert float(curve[step]["aux_coef"]) == pytest.approx(coef, abs=1e-4)
+        assert [aux, entropy] == pytest.approx([sum(of[name]) / 2 for name in ("aux", "entropy")], abs=1e-4)
+        assert [least, most, dead] == pytest.approx(
+            [min(of["load_min"]), max(of["load_max"]), sum(of["dead"])], abs=1e-4)
+        assert least <= 1 / 8 <= most <= 1 / 2 and 0 < entropy <= 1
+    assert {step for step, row in curve.items() if row["aux_1"]} == set(lines)
+    told = json.loads((settings["LOG_DIR"] / "toy.json").read_text())
+    assert told["moe_load_max"] == pytest.approx(lines[10][4], abs=1e-4)
+    assert told["moe_max_vio"] == pytest.approx(8 * told["moe_load_max"] - 1)
+    with open(settings["RESULTS_CSV"], newline="") as file:
+        row, = csv.DictReader(file)
+    assert all(float(row[f"moe_{name}"]) == told[f"moe_{name}"] for name in [*HEALTH, "max_vio"])
+    dense, out = launch(settings | {"RUN_ID": "dense"})
+    assert dense == [0] and "[MOE]" not in out and "aux" not in (settings["LOG_DIR"] / "dense.csv").read_text()
+
+
+def test_a_resumed_run_goes_on_with_balance_and_schedule(settings, tmp_path, monkeypatch):
+    """Killed between checkpoints, it tells each step once, and all it tells is what a run never stopped tells."""
+    straight = settings | MOE | {"LOG_DIR": tmp_path / "straight"}
+    assert launch(straight)[0] == [0]
+    original = train_gpt.train_step
+
+    def fatal(state, *args):
+        if state.step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(state, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "train_step", fatal)
+        assert launch(settings | MOE | {"SAVE_EVERY": 3})[0] == [-9]
+    codes, out = launch(settings | MOE | {"SAVE_EVERY": 3, "RESUME": "auto"})
+    assert codes == [0], out
+    logs = [LINE.findall((run["LOG_DIR"] / "toy.txt").read_text()) for run in (straight, settings)]
+    assert logs[0] == logs[1] and len(logs[0]) == 5
+    clocks = {"train_time", "tokens_per_sec", "data_wait"}
+    curves = [[{name: cell for name, cell in row.items() if name not in clocks} for row in points(run).values()]
+              for run in (straight, settings)]
+    assert curves[0] == curves[1]
+    codes, out = launch(settings | MOE | {"NUM_ITERATIONS": 20, "RESUME": "auto", "WARMDOWN_ITERS": 4})
+    assert codes == [2] and "AUX" not in out.split("other settings")[0] and "NUM_ITERATIONS 10 -> 20" in out
+
+
+def test_a_coefficient_of_the_past_cannot_change(settings):
+    steady = settings | {"FFN": "moe", "WARMDOWN_ITERS": 0}
+    assert launch(steady)[0] == [0]
+    codes, out = launch(steady | {"AUX_LOSS_COEF": 0.02, "NUM_ITERATIONS": 12, "RESUME": "auto"})
+    assert codes == [2] and "AUX_LOSS_COEF 0.01 -> 0.02" in out
+    assert launch(steady | {"NUM_ITERATIONS": 12, "RESUME": "auto"})[0] == [0]
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_step_reads_nothing_from_the_device(group, balance):
+    """Neither item() nor a tensor in an if; sizes of groups are read on a CPU only, where nothing waits."""
+    class Reads(TorchDispatchMode):
+        found = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.found += [function] * (function is torch.ops.aten._local_scalar_dense.default)
+            return function(*args, **kwargs or {})
+
+    cfg = tiny(ffn="moe", balance=balance, n_layer=3, recurrence="shared", unshared_ends=1)
+    state, batch = State.build(cfg, Ranks()), torch.randint(0, 64, (12, 17))
+    with Reads() as reads:
+        train_step(state, cfg, batch[:, :-1], batch[:, 1:])
+        assert reads.found == []
+        batch.sum().item()
+    assert len(reads.found) == 1
+
+
+def test_what_a_step_left_out_does_not_reach_the_balance(group, monkeypatch):
+    cfg = tiny(ffn="moe")
+    state, batch = State.build(cfg, Ranks()), torch.randint(0, 64, (12, 17))
+    train_step(state, cfg, batch[:, :-1], batch[:, 1:])
+    before = [balance.clone() for balance, _ in state.model.balances()]
+    assert all(balance.any() for balance in before)
+    monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: torch.tensor(math.nan))
+    train_step(state, cfg, batch[:, :-1], batch[:, 1:])
+    assert all(torch.equal(a, b) for a, (b, _) in zip(before, state.model.balances()))
