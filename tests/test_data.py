@@ -279,7 +279,7 @@ def test_require_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
     for samples, shards in (21, 3), (30, 3), (31, 4), (10**6, 103):  # there are no more than 103
         sentence = message(loader.require, "NUM_ITERATIONS", 5, samples)
         assert sentence.startswith(f"NUM_ITERATIONS=5 needs {samples:,} samples of 8 tokens; ")
-        assert "have 20; lower NUM_ITERATIONS, set MAX_EPOCHS=0 to repeat the data, or get more; fetch" in sentence
+        assert "have 20; lower NUM_ITERATIONS, set MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS, or get more; fetch" in sentence
         assert sentence.endswith(f"DATA_DIR={tmp_path} python cached_fineweb10B.py {shards}")
     assert "lower VAL_TOKENS" in message(loader.require, "VAL_TOKENS", 800, 100)
     assert "MAX_EPOCHS" not in message(loader.require, "VAL_TOKENS", 800, 100)
