@@ -31,9 +31,8 @@ from tqdm import tqdm
 ################ Config ################
 ROOT = Path(__file__).resolve().parent
 RUN_ID_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
-SYNONYMS = {"LEARNING_RATE": "LR", "OPTIMISER": "OPTIMIZER", "EPOCHS": "MAX_EPOCHS", "SEQ_LEN": "SEQUENCE_LENGTH",
-            "BLOCK_SIZE": "SEQUENCE_LENGTH", "MAX_ITERS": "NUM_ITERATIONS", "MAX_STEPS": "NUM_ITERATIONS",
-            "NUM_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "D_MODEL": "N_EMBD", "WARMUP_STEPS": "WARMUP_ITERS"}
+SYNONYMS = {"LEARNING_RATE": "LR", "EPOCHS": "MAX_EPOCHS", "BLOCK_SIZE": "SEQUENCE_LENGTH", "D_MODEL": "N_EMBD",
+            "N_EXPERTS": "NUM_EXPERTS", "NUM_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "MAX_ITERS": "NUM_ITERATIONS"}
 
 class ConfigError(ValueError):
     """A setting that cannot be used: says which, its value, the choices and what to do."""
@@ -87,7 +86,7 @@ class Config(Settings):
     val_every: int = 125  # steps between validations; 0: only the last
     val_tokens: int = 10485760  # tokens of each validation, from the start of the validation shards
     vocab_size: int = 50304  # rows of the embedding; 0: what the dataset's index.json says
-    n_layer: int = 12  # blocks
+    n_layer: int = 12  # blocks, or visits of shared ones
     n_head: int = 6  # attention heads; head size n_embd / n_head
     n_embd: int = 768  # channels of the residual stream
     d_ff: int = 0  # hidden units of the FFN or of an expert; 0: 4 n_embd (swiglu 8/3), over all experts of a token
@@ -190,6 +189,7 @@ def check(cfg):
             ("n_embd", cfg.n_embd % unit == 0, f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: "
              f"{max(unit, cfg.n_embd - cfg.n_embd % unit)} or {max(unit, cfg.n_embd - cfg.n_embd % unit) + unit}"),
             ("val_tokens", cfg.val_tokens >= cfg.sequence_length, f"at least SEQUENCE_LENGTH={cfg.sequence_length}"),
+            ("router_optimizer", cfg.router_optimizer in ("adamw", cfg.optimizer), "OPTIMIZER=muon as well"),
             ("top_k", cfg.top_k <= cfg.num_experts or not moe, f"at most NUM_EXPERTS={cfg.num_experts}"),
             ("balance", moe or cfg.balance == "aux", "FFN=moe, or the default aux"),
             ("aux_loss_coef_start", ends == (None, None) or None not in ends, "AUX_LOSS_COEF_END as well, or neither"),
@@ -287,14 +287,13 @@ def product(a, b):
     return a @ b.mT
 
 def grouped(a, b, ends):
-    """Products within groups of rows, which end at `ends` (E,); without ends, of all rows.
-    Rows a (..., k) by b (m, k), or each group's by its own of b (E, m, k): (..., m). Outer products of rows a (n, m)
-    and b (n, k), summed over each group, zero where it is empty: (E, m, k)."""
+    """Rows a (..., k) by b (m, k), or, in groups ending at `ends` (E,), each's by its own of b (E, m, k): (..., m).
+    Outer products of rows a (n, m) and b (n, k), summed over each group, zero where it is empty: (E, m, k)."""
     if ends is None:
         return product(a, b)
     if torch.compiler.is_compiling():
         return grouped_op(a, b, ends)
-    if a.is_cuda:
+    if a.is_cuda and not (a.size(-1) | b.size(1) | b.size(-1)) * a.element_size() % 16:  # bytes, as its rows must be
         return F.grouped_mm(a, b.mT, offs=ends) if b.ndim == 3 else F.grouped_mm(a.mT, b, offs=ends)
     splits = ends[:-1].tolist()
     if b.ndim == 3:
@@ -324,8 +323,7 @@ class Linear(nn.Module):
     def __init__(self, cfg, fan_in, fan_out, parts=1, ends=False, bias=None, experts=()):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*experts, *[parts] * (parts > 1), fan_out, fan_in))
-        bias = cfg.bias if bias is None else bias
-        self.bias = nn.Parameter(torch.zeros(*experts, parts * fan_out)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(*experts, parts * fan_out)) if bias or bias is None and cfg.bias else None
         INITS[cfg.init](cfg, self.weight, ends)
         self.flops_per_token = 6 * self.weight.numel()
     def forward(self, x):
@@ -440,10 +438,10 @@ class MLP(nn.Module):
         width = cfg.d_ff or multiple * math.ceil(width / share / multiple)
         self.fc = linear(cfg, cfg.n_embd, width, parts=self.parts)
         self.proj = linear(cfg, width, cfg.n_embd, ends=True)
-    def hidden(self, x, *groups):
+    def transform(self, x, *groups):
         return self.proj(self.act(self.fc(x, *groups)), *groups)
     def forward(self, x):
-        return self.hidden(x), []
+        return self.transform(x), []
 
 class ReLU2(MLP):
     def act(self, h):
@@ -465,15 +463,13 @@ class ExpertLinear(Linear):
         self.flops_per_token = self.flops_per_token * cfg.top_k // cfg.num_experts
     def forward(self, x, expert, ends):
         y = Product.apply(x, self.weight.flatten(1, -2).type_as(x), ends)
-        if self.bias is None:
-            return y
-        return y + F.one_hot(expert, len(ends)).type_as(x) @ self.bias.type_as(x)  # its gradient is a product too
+        return y if self.bias is None else y + F.one_hot(expert, len(ends)).type_as(x) @ self.bias.type_as(x)
 
 def quantile_bias(p, bias, k):
     """The bias (E,), zero in the mean, with which k / E of the tokens, given their p (N, E), choose each expert: those
     where p + bias exceeds their (k + 1)-th largest; kexue.fm/archives/11619."""
     missing = (p + bias).topk(min(k + 1, p.size(1))).values[:, -1:] - p
-    bias = missing.kthvalue(max(1, round(p.size(0) * k / p.size(1))), dim=0).values
+    bias = missing.sort(dim=0).values[max(1, round(p.size(0) * k / p.size(1))) - 1]
     return bias - bias.mean()
 BALANCES = {  # what a step leaves (E,) for the next, from its load (E,), its p (N, E), what it found (E,) and TOP_K
     "aux": lambda load, p, found, k: load,  # to which the loss holds the next p
@@ -503,10 +499,9 @@ class MoE(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True) if k > 1 else weight
         expert, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True, out_int32=True)
-        y = self.experts.hidden(rows.index_select(0, order // k), expert, ends).index_select(0, order.argsort())
+        y = self.experts.transform(rows.index_select(0, order // k), expert, ends).index_select(0, order.argsort())
         y = (y.view(N, k, -1) * weight.unsqueeze(-1).type_as(y)).sum(1)
-        for expert in self.always:
-            y = y + expert.hidden(rows)
+        y = sum((each.transform(rows) for each in self.always), y)
         load = ends.diff(prepend=ends.new_zeros(1)) / (N * k)
         left = self.left(load, p.detach(), self.balance, k) if self.training else self.balance
         return y.view_as(x), [torch.stack([load, p.mean(0), left, self.balance])]
@@ -666,8 +661,7 @@ def exchange(names, tensor, rows, world):
     if world == 1:
         return tensor
     result = tensor.new_empty(rows, *tensor.shape[1:])
-    run = next(getattr(dist, name) for name in names if hasattr(dist, name))
-    run(result, tensor.contiguous())  # nccl refuses the transposed strides that Newton-Schulz leaves
+    next(getattr(dist, name) for name in names if hasattr(dist, name))(result, tensor.contiguous())  # or nccl refuses
     return result
 
 def reduce_scatter(full, world):
@@ -734,9 +728,8 @@ class Muon:
         return found
 
 class AdamW:
-    """AdamW (arXiv 1711.05101) as torch computes it, fused, sharded over ranks. A large parameter whose size the ranks
-    divide is updated in slices: its gradient is reduce-scattered, each rank holds the moments of its slice, and the
-    slices are all-gathered. Any other is updated whole on every rank. The methods are those of Muon."""
+    """AdamW (arXiv 1711.05101) as torch computes it, fused, sharded over ranks, with the methods of Muon. Of a large
+    parameter whose size the ranks divide, each rank holds the moments of a slice; any other is whole on every rank."""
     def __init__(self, params, cfg, lr, ranks, weight_decay=0.0):
         self.cfg, self.base_lr, self.world, self.weight_decay = cfg, lr, ranks.world_size, weight_decay
         self.sliced = [p for p in params if p.numel() >= 2**16 and p.numel() % self.world == 0]
@@ -792,7 +785,7 @@ def build_optimizers(model, cfg, ranks):
     optimizers = [OPTIMIZERS[cfg.optimizer](groups["matrices"], cfg, ranks)]
     for name, lr in ("embed", cfg.embed_lr), ("head", cfg.head_lr), ("vectors", None):
         if groups[name]:
-            decay = 0 if name == "vectors" else cfg.weight_decay
+            decay = cfg.weight_decay * (name != "vectors")
             optimizers.append(AdamW(groups[name], cfg, cfg.lr if lr is None else lr, ranks, decay))
     return optimizers
 SCHEDULES = {  # fraction of the peak after the warm-up
@@ -850,7 +843,7 @@ class ShardLoader:
         self.shards = [load_shard(file) for file in self.files]
         self.length, self.vocab_size, self.seed, self.shuffle = cfg.sequence_length, cfg.vocab_size, cfg.seed, shuffle
         ends = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
-        self.ends = ends.clip(max=limit // self.length if limit else None)
+        self.ends = np.minimum(ends, limit // self.length) if limit else ends
         self.samples, self.tokens = int(self.ends[-1]), sum(len(shard) for shard in self.shards)
         self.order = functools.lru_cache(1)(
             lambda epoch: np.random.default_rng((self.seed, int(epoch))).permutation(self.samples))
@@ -910,14 +903,18 @@ def how_to_get(pattern, shards=9):
     return f"make it: python scripts/prepare_data.py --source {source} --out {folder}"
 
 def dataset_index(pattern):
-    """index.json of the folder of a glob, {} where there is none."""
+    """index.json of the folder of a glob, {} where there is none. Raises DataError."""
     path = Path(pattern).parent / "index.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        raise DataError(f"{path}: expected JSON, found something else; {how_to_get(pattern)}") from None
 
 def fingerprint(loaders, folder):
     """SHA-256 over names and contents of the loaders' shards, hex; they are cached in folder by path, size and time."""
-    cache, hashes = folder / ".shard_hashes.json", []
-    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    cache, known, hashes = folder / ".shard_hashes.json", {}, []
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
+        known = json.loads(cache.read_text())
     for file in [Path(file) for loader in loaders for file in loader.files]:
         key = f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
         known[key] = known.get(key) or sha256sum(file)[:64]
@@ -985,7 +982,7 @@ def changed_settings(saved, cfg, facts):
                for name in (*vars(cfg), "world_size", "data_fingerprint") if before[name] != now[name]}
     same_past = all(schedule(step, past) == schedule(step, cfg) for schedule in (lr_factor, aux_coef)
                     for step in range(saved["step"]))
-    harmless = {*RESUMABLE, "world_size", *SCHEDULED * same_past}
+    harmless = {*RESUMABLE, "world_size", *SCHEDULED * same_past} - {"device_batch_size" * (cfg.balance == "quantile")}
     if refused := [text for name, text in changed.items() if name not in harmless]:
         raise ConfigError(f"RUN_ID={past.run_id} came to step {saved['step']} with other settings or learning rates: "
                           f"{', '.join(refused)}; set them back, or start anew, with INIT_FROM for its final weights")
@@ -1015,8 +1012,7 @@ def cpu_copy(tensors, buffers, mesh):
                   for key, (copy, kind) in held.items()}
 
 class Checkpoints:
-    """Saves State in a run's folder, each rank its share, and restores it on any number of ranks; all call all methods.
-    A thread writes, from copies, so that training can go on meanwhile. A folder gets its name when it is whole."""
+    """Saves State, each rank its share, in a thread and from copies, and restores it on any number of ranks."""
     def __init__(self, cfg, ranks, records):
         self.cfg, self.rank, self.world, self.records = cfg, ranks.rank, ranks.world_size, records
         self.group = dist.new_group(backend="gloo")  # its own: the thread must not meet the collectives of the loop
@@ -1064,6 +1060,8 @@ class Checkpoints:
         return problem[0]
     def publish(self, temporary, final, facts):
         """Lists the hashes of all files, brings everything to the disk, gives the folder its name, and prunes."""
+        if len([*temporary.glob("*.distcp")]) < self.world:
+            raise OSError("files of some ranks are not there: LOG_DIR has to be one folder for all machines")
         write_whole(temporary / "run.json", json.dumps(facts))
         write_whole(temporary / "SHA256SUMS", "".join(map(sha256sum, sorted(temporary.iterdir()))))
         sync(temporary)
@@ -1140,7 +1138,7 @@ def write_whole(path, content):
     """Replaces a file by text or bytes at one stroke, so that no reader and no crash ever sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".tmp_{path.name}.{os.getpid()}.tmp")
     try:
         content = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
         temporary.write_bytes(content)
@@ -1160,10 +1158,11 @@ def update_results(path, rows):
                 cells = {name: int(value) if isinstance(value, bool) else value for name, value in row.items()}
                 table[row["run_id"]] = table.get(row["run_id"], {}) | cells
             header, text = {column: column for row in table.values() for column in row}, ""
-            for row in (header, *table.values()) if table else ():
+            for row in (header, *table.values()):
                 csv.DictWriter(line := io.StringIO(), header).writerow(row)  # to \r\n: only so does 3.11 quote a \r
                 text += line.getvalue().removesuffix("\r\n") + "\n"
-            write_whole(path, text)
+            if rows:  # without, it is a trial
+                write_whole(path, text)
     except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"RESULTS_CSV={path}: cannot be written as a table with a column run_id ({error!r}); "
                           "name another") from None
@@ -1449,9 +1448,7 @@ class Watch:
         self.stacks = open(stacks, "x")
         for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, self.ask)  # to the end of the process: no signal may cut off its last words
-    def ask(self, number, frame):
-        self.asked = 1
+                signal.signal(number, lambda *_: setattr(self, "asked", 1))  # for good: none may cut off last words
     def agreed(self):
         """Status to end with, or "". Every rank calls it equally often; all learn in the next call what one asks."""
         if self.pending:
@@ -1700,7 +1697,8 @@ def train(cfg, ranks, loaders, records, watch, path):
         while True:  # `step` updates have been made, of which the last is not yet logged: a resumed run enters here
             step, last = state.step, state.step == cfg.num_iterations
             due |= last or cfg.save_every > 0 and step > first and step % cfg.save_every == 0
-            if watch.agreed() or due and (not stats or stats[0].isfinite() and 0 < stats[1] < math.inf):  # sound
+            if watch.agreed() or due and (not stats or stats[0].isfinite() and stats[1] != 0 and
+                                          (last or stats[1].isfinite())):  # else it has diverged, or may have
                 with meter.off_the_clock("save_time"):  # before the validation, which may fail
                     checkpoints.save(state, meter.facts(state, stats))
                 due = False
@@ -1739,7 +1737,7 @@ def report(error, ranks, records, env, store):
         reason = f"out of memory, peak {peak:.2f} GiB; lower {tips} (the first leaves the result as it is)"
     if status == "crash":
         reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
-        reason += f"; {records.folder}/stacks_rank*.txt say where" * bool(records and "imed out" in reason)
+        reason += f"; {records.folder}/stacks_rank*.txt say where" if records and "imed out" in reason else ""
         print(trace, file=sys.stderr)
     elif ranks.local_rank == 0 or records and status in ("data", "oom"):  # others would say the same
         print(f"{status}: {reason}", file=sys.stderr)
@@ -1748,7 +1746,8 @@ def report(error, ranks, records, env, store):
     elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
         refuse(env, error)
     if EXIT_CODES[status] > 1 and store:
-        store.set("train_gpt/exit", str(EXIT_CODES[status]))
+        with contextlib.suppress(RuntimeError):  # the launcher may be gone
+            store.set("train_gpt/exit", str(EXIT_CODES[status]))
     if ranks.rank and not (records and records.live):
         time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
     return EXIT_CODES[status]

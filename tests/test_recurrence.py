@@ -168,6 +168,7 @@ def test_all_visits_run_one_compiled_block(recurrence):
     ({"n_unique": 2}, ["N_UNIQUE=2", "RECURRENCE=shared"]), ({"unshared_ends": 1}, ["UNSHARED_ENDS=1"]),
     ({"per_step": "norm"}, ["PER_STEP=norm", "RECURRENCE=shared"]),
     ({"recurrence": "shared", "per_step": "norm"}, ["PER_STEP=norm", "rms_gain or layer"]),
+    ({"optimizer": "adamw", "router_optimizer": "muon"}, ["ROUTER_OPTIMIZER=muon", "OPTIMIZER=muon"]),
     ({"recurrence": "shared", "per_step": "router"}, ["PER_STEP=router", "FFN=moe"]),
     ({"recurrence": "shared", "per_step": "depth"}, ["PER_STEP=depth", "none, norm, router, scale"]),
     ({"recurrence": "shared", "n_layer": 3, "n_unique": 2, "unshared_ends": 1}, ["N_LAYER=3", "N_UNIQUE=2"]),
