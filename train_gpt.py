@@ -31,9 +31,8 @@ from tqdm import tqdm
 ################ Config ################
 ROOT = Path(__file__).resolve().parent
 RUN_ID_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
-SYNONYMS = {"LEARNING_RATE": "LR", "EPOCHS": "MAX_EPOCHS", "BLOCK_SIZE": "SEQUENCE_LENGTH", "D_MODEL": "N_EMBD",
-            "N_EXPERTS": "NUM_EXPERTS", "NUM_LAYERS": "N_LAYER", "NUM_HEADS": "N_HEAD", "MAX_ITERS": "NUM_ITERATIONS"}
-
+SYNONYMS = {"LEARNING_RATE": "LR", "EPOCHS": "MAX_EPOCHS", "BLOCK_SIZE": "SEQUENCE_LENGTH",
+            "EXPERTS": "NUM_EXPERTS", "N_EXPERTS": "NUM_EXPERTS", "D_MODEL": "N_EMBD", "MAX_ITERS": "NUM_ITERATIONS"}
 class ConfigError(ValueError):
     """A setting that cannot be used: says which, its value, the choices and what to do."""
     status = "config"
@@ -192,8 +191,8 @@ def check(cfg):
             ("router_optimizer", cfg.router_optimizer in ("adamw", cfg.optimizer), "OPTIMIZER=muon as well"),
             ("top_k", cfg.top_k <= cfg.num_experts or not moe, f"at most NUM_EXPERTS={cfg.num_experts}"),
             ("balance", moe or cfg.balance == "aux", "FFN=moe, or the default aux"),
-            ("aux_loss_coef_start", ends == (None, None) or None not in ends, "AUX_LOSS_COEF_END as well, or neither"),
-            ("aux_warmup_frac", cfg.aux_warmup_frac <= cfg.aux_decay_end_frac, "at most AUX_DECAY_END_FRAC"),
+            ("aux_loss_coef_start", ends == (None, None) or None not in ends, "AUX_LOSS_COEF_END beside it"),
+            ("aux_decay_end_frac", cfg.aux_warmup_frac <= cfg.aux_decay_end_frac, "at least AUX_WARMUP_FRAC"),
             *((name, shared or getattr(cfg, name) == getattr(Config, name), "RECURRENCE=shared")
               for name in ("n_unique", "unshared_ends", "per_step")),
             ("per_step", "router" not in own or moe, "FFN=moe"),
@@ -222,6 +221,9 @@ def cautions(env, cfg):
         found.append("RESUME=auto goes on with a RUN_ID; without one, every start is a new run")
     if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
         found.append(f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {lr_factor(0, cfg):.0%}")
+    if "moe" not in cfg.ffn:
+        found += [f"{name} has no effect without FFN=moe" for name in cfg.changes()
+                  if re.search("EXPERT|TOP_K|^AUX_|ROUTER", name)]
     return found
 
 def secrets_of(env):
@@ -681,9 +683,8 @@ def largest(matrices):
     return torch.linalg.vector_norm(matrices, math.inf, (-2, -1), keepdim=True)
 
 class Muon:
-    """MomentUm Orthogonalized by Newton-Schulz (kellerjordan.github.io/posts/muon) for matrices, sharded over ranks.
-    Those of one shape (..., m, n) are a stack: gradients are reduce-scattered, each rank orthogonalises its share in
-    one batched product and keeps only that share's momentum, and the updates are all-gathered."""
+    """MomentUm Orthogonalized by Newton-Schulz (kellerjordan.github.io/posts/muon) for matrices, sharded over ranks: of
+    those of one shape (..., m, n), each rank orthogonalises a share in one batched product and keeps its momentum."""
     def __init__(self, params, cfg, lr, ranks):
         self.cfg, self.base_lr, self.world, self.rank, self.stacks = cfg, lr, ranks.world_size, ranks.rank, []
         for shape in dict.fromkeys(p.shape[-2:] for p in params):
@@ -929,7 +930,6 @@ SCHEDULED = ("num_iterations", "lr_schedule", "warmup_iters", "warmdown_iters", 
              "aux_loss_coef_start", "aux_loss_coef_end", "aux_warmup_frac", "aux_decay_end_frac")
 RESUMABLE = (*UNTRAINED, "device_batch_size", "val_every", "val_tokens", "max_epochs", "device", "compile",
              "deterministic", "init_from")  # a run may go on with other values: what it learns does not change
-
 def sha256sum(path):
     """The line that `sha256sum` prints for a file."""
     with open(path, "rb") as file:
@@ -1111,7 +1111,8 @@ def import_weights(model, path):
     import safetensors.torch
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
     try:
-        model.load_state_dict(safetensors.torch.load_file(file), assign=model.embed.is_meta)  # there it is a check
+        new = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("ffn.balance")}  # as is
+        model.load_state_dict(safetensors.torch.load_file(file) | new, assign=model.embed.is_meta)  # there a check
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         raise ConfigError(f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of this "
                           f"shape, or the folder of a finished run; {' '.join(str(error)[:300].split())}") from None
@@ -1634,7 +1635,7 @@ class Meter(Clock):
             values |= {"train_loss": loss, "grad_norm": norm, "lr": cfg.lr * lr_factor(step - 1, cfg),
                        "tokens_per_sec": (tokens - self.last[0]) / (seconds - self.last[1])}
             self.records.print(f"step:{step}/{cfg.num_iterations} train_loss:{loss:.4f} {times}")
-            if len(routing) and step % cfg.balance_log_interval == 0:
+            if len(routing) and (step % cfg.balance_log_interval == 0 or step == cfg.num_iterations):
                 values |= self.experts(state, routing)
         if val_loss is not None:
             values["val_loss"] = val_loss

@@ -7,6 +7,8 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -426,3 +428,37 @@ def test_deterministic_runs_are_equal_and_refuse_what_is_not(settings):
     assert curve(settings, "a") == curve(settings, "b")
     codes, out = launch(settings | {"COMPILE": 1, "RUN_ID": "c"})
     assert codes == [2] and "COMPILE=1" in out and len(out.splitlines()) == 1, out
+
+
+# What lies around
+
+
+def test_an_overflow_in_the_last_step_still_ends_in_a_checkpoint(settings, monkeypatch):
+    """The update is left out; what it would have changed is whole, and the same command says the same again."""
+    poison(monkeypatch, {7}, 0, "gradient")
+    assert launch(settings)[0] == [0] and checkpoints(settings) == [8]
+    monkeypatch.undo()
+    codes, out = launch(settings | {"RESUME": "auto"})
+    assert codes == [0] and "status: ok" in out
+
+
+def test_damaged_caches_and_indices(settings):
+    """A cache is made anew; an index is named, before anything begins."""
+    assert launch(settings)[0] == [0]
+    (settings["LOG_DIR"] / ".shard_hashes.json").write_text('{"torn')
+    assert launch(settings | {"RUN_ID": "next"})[0] == [0]
+    index = Path(settings["INPUT_BIN"]).parent / "index.json"
+    index.write_text('{"torn')
+    codes, out = launch(settings | {"RUN_ID": "third", "VOCAB_SIZE": 0})
+    assert codes == [3] and f"{index}: expected JSON" in out and "Traceback" not in out
+
+
+def test_a_rank_whose_files_are_elsewhere_is_missed(tmp_path):
+    """A folder that not all machines share gets no checkpoint, for none could be resumed."""
+    records = SimpleNamespace(folder=tmp_path, rank=0, print=print)
+    checkpoints = SimpleNamespace(world=2, records=records)
+    (tmp_path / ".tmp_step").mkdir()
+    (tmp_path / ".tmp_step/__0_0.distcp").write_text("")
+    with pytest.raises(OSError, match="one folder for all machines"):
+        train_gpt.Checkpoints.publish(checkpoints, tmp_path / ".tmp_step", tmp_path / "step_000001", {})
+    assert not (tmp_path / "step_000001").exists()

@@ -324,3 +324,25 @@ def test_resuming_with_other_micro_batches_is_refused_where_they_matter(settings
     assert launch(steady)[0] == [0]
     codes, out = launch(steady | {"DEVICE_BATCH_SIZE": 1, "NUM_ITERATIONS": 9, "RESUME": "auto"})
     assert codes == [2] and "DEVICE_BATCH_SIZE 2 -> 1" in out
+
+
+def test_weights_of_another_run_come_without_its_balance(settings):
+    """The load of one kind of balance would be a bias of the other, and favour who had most."""
+    assert launch(settings | {"FFN": "moe"})[0] == [0]
+    fresh = settings | {"FFN": "moe", "BALANCE": "quantile", "INIT_FROM": settings["LOG_DIR"] / "toy", "RUN_ID": "next"}
+    model = train_gpt.GPT(tiny(ffn="moe", balance="quantile"))
+    train_gpt.import_weights(model, fresh["INIT_FROM"])
+    assert model.blocks[0].ffn.router.weight.any() and not model.blocks[0].ffn.balance.any()
+    assert launch(fresh)[0] == [0]
+
+
+def test_the_last_step_tells_the_health_of_experts(settings):
+    codes, out = launch(settings | MOE | {"BALANCE_LOG_INTERVAL": 100})
+    assert codes == [0] and [line[0] for line in LINE.findall(out)] == ["10"]
+    assert json.loads((settings["LOG_DIR"] / "toy.json").read_text())["moe_entropy"] > 0
+
+
+def test_settings_of_experts_without_experts_are_told(settings):
+    codes, out = launch(settings | {"NUM_EXPERTS": 16, "AUX_LOSS_COEF": 0.5, "DRY_RUN": 1})
+    assert codes == [0] and "AUX_LOSS_COEF has no effect without FFN=moe" in out
+    assert "NUM_EXPERTS has no effect" in out and "warning" not in launch(settings | {"DRY_RUN": 1})[1]

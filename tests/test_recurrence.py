@@ -176,7 +176,7 @@ def test_all_visits_run_one_compiled_block(recurrence):
     ({"balance": "quantile"}, ["BALANCE=quantile", "FFN=moe"]),
     ({"ffn": "moe", "top_k": 9}, ["TOP_K=9", "NUM_EXPERTS=8"]),
     ({"ffn": "moe", "aux_loss_coef_end": 0.1}, ["AUX_LOSS_COEF_START=None", "AUX_LOSS_COEF_END"]),
-    ({"ffn": "moe", "aux_warmup_frac": 0.5}, ["AUX_WARMUP_FRAC=0.5", "AUX_DECAY_END_FRAC"])])
+    ({"ffn": "moe", "aux_warmup_frac": 0.5}, ["AUX_DECAY_END_FRAC=0.3", "AUX_WARMUP_FRAC"])])
 def test_what_has_no_meaning_together_is_refused_by_name(changes, words):
     with pytest.raises(train_gpt.ConfigError) as refused:
         tiny(**changes)
