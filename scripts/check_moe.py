@@ -74,12 +74,12 @@ def check_init(cfg, model, batch):
     loss, routing = model(*batch)
     load, chance, E = routing[:, 0], math.log(cfg.vocab_size), cfg.num_experts
     entropy = 1 - (load * (E * load).clamp(min=1e-30).log()).sum(-1) / math.log(max(2, E))
-    aux, least, most = train_gpt.aux_loss(load, routing[:, 1])[0], load[0].min() * E, load[0].max() * E
+    aux, least, most = train_gpt.aux_loss(load, routing[:, 1])[0], load[0].min(), load[0].max()
     return [("loss", f"{loss:.4f}", f"within {NEAR_LOSS} of ln V = {chance:.4f}", abs(loss - chance) < NEAR_LOSS),
             ("load_entropy", f"{entropy[0]:.4f}", f"above {MIN_ENTROPY}, 1 is even", entropy[0] > MIN_ENTROPY),
             ("load_entropy_worst", f"{entropy.min():.4f}", f"above {MIN_WORST}", entropy.min() > MIN_WORST),
-            ("load_min", f"{least:.4f}", "above 0, 1 is even", least > 0),
-            ("load_max", f"{most:.4f}", f"at most {E / cfg.top_k:g}", most <= E / cfg.top_k * 1.0001),
+            ("load_min", f"{least:.4f}", f"above 0, {1 / E:g} is even", least > 0),
+            ("load_max", f"{most:.4f}", f"at most {1 / cfg.top_k:g}", most <= 1.0001 / cfg.top_k),
             ("aux", f"{aux:.4f}", f"within {NEAR_AUX} of 1", abs(aux - 1) < NEAR_AUX)]
 
 

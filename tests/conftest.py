@@ -120,6 +120,7 @@ def start(env, output):
     code = 70
     try:
         torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what it runs behind
         os.environ.clear()
         os.environ.update(env)
         file = os.open(output, os.O_WRONLY | os.O_CREAT)
