@@ -265,7 +265,7 @@ def help_text():
     for field in dataclasses.fields(Config):
         value = int(field.default) if field.type is bool else "blank" if field.default in (None, "") else field.default
         choices = f"[{'|'.join(axes()[field.name])}] " if field.name in axes() else ""
-        lines.append(f"  {field.name.upper():18} {value!s:38} {choices}{comments[field.name]}")
+        lines.append(f"  {field.name.upper():20} {value!s:36} {choices}{comments[field.name]}")
     presets = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
     return "\n".join([*lines, f"Presets: {', '.join(presets)}"])
 ################ Layers ################
