@@ -146,11 +146,12 @@ class Config(Settings):
     log_dir: str = "logs"  # folder of logs, curves and summaries
     results_csv: str = "experiments/results.csv"  # the table that gets a row
     log_every: int = 10  # steps between lines of the training loss
+    trackers: str = "none"  # a comma list: scripts/track.py shows them the run, from beside it
 
-LABELS = ("run_id", "stage", "variant", "note", "dry_run", "log_dir", "results_csv", "resume")
+LABELS = ("run_id", "stage", "variant", "note", "dry_run", "log_dir", "results_csv", "resume", "trackers")
 UNTRAINED = (*LABELS, "preset", "input_bin", "input_val_bin", "peak_tflops", "log_every", "save_every", "keep_last",
              "max_bad_steps", "hang_timeout", "balance_log_interval")  # say nothing of what is trained and how
-LISTS = ("mixer", "ffn", "per_step")  # separated by commas
+LISTS = ("mixer", "ffn", "per_step", "trackers")  # separated by commas
 BOUNDS = {  # inclusive
     "batch_size device_batch_size sequence_length num_iterations n_layer n_head n_embd log_every": (1, 2**31),
     "num_experts top_k balance_log_interval n_unique": (1, 2**31), "unshared_ends max_train_tokens": (0, 2**40),
@@ -189,6 +190,7 @@ def check(cfg):
              f"{max(unit, cfg.n_embd - cfg.n_embd % unit)} or {max(unit, cfg.n_embd - cfg.n_embd % unit) + unit}"),
             ("val_tokens", cfg.val_tokens >= cfg.sequence_length, f"at least SEQUENCE_LENGTH={cfg.sequence_length}"),
             ("router_optimizer", cfg.router_optimizer in ("adamw", cfg.optimizer), "OPTIMIZER=muon as well"),
+            ("deterministic", cfg.compile != "1" or not cfg.deterministic, "COMPILE=0 or auto: 1 times its kernels"),
             ("top_k", cfg.top_k <= cfg.num_experts or not moe, f"at most NUM_EXPERTS={cfg.num_experts}"),
             ("balance", moe or cfg.balance == "aux", "FFN=moe, or the default aux"),
             ("aux_loss_coef_start", ends == (None, None) or None not in ends, "AUX_LOSS_COEF_END beside it"),
@@ -210,7 +212,7 @@ def axes():
             "gatepos": GATE_POSITIONS, "gateact": GATE_ACTS, "expert": EXPERTS, "balance": BALANCES,
             "recurrence": RECURRENCES, "per_step": PER_STEP, "optimizer": OPTIMIZERS, "router_optimizer": OPTIMIZERS,
             "muon_scale": MUON_SCALES, "lr_schedule": SCHEDULES, "device": ("auto", "cpu", "cuda"),
-            "dtype": ("auto", *DTYPES), "compile": ("auto", "0", "1")}
+            "dtype": ("auto", *DTYPES), "compile": ("auto", "0", "1"), "trackers": ("none", "tensorboard", "wandb")}
 
 def cautions(env, cfg):
     """One sentence for every variable that is nearly one of ours, and for a schedule that never reaches its peak."""
@@ -221,10 +223,8 @@ def cautions(env, cfg):
         found.append("RESUME=auto goes on with a RUN_ID; without one, every start is a new run")
     if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
         found.append(f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {lr_factor(0, cfg):.0%}")
-    if "moe" not in cfg.ffn:
-        found += [f"{name} has no effect without FFN=moe" for name in cfg.changes()
-                  if re.search("EXPERT|TOP_K|^AUX_|ROUTER", name)]
-    return found
+    return found + [f"{name} has no effect without FFN=moe" for name in cfg.changes()
+                    if "moe" not in cfg.ffn and re.search("EXPERT|TOP_K|^AUX_|ROUTER", name)]
 
 def secrets_of(env):
     """Variables whose values no file and no output may show: {name: value}."""
@@ -1175,9 +1175,9 @@ def output_of(*command):
     return ""
 
 def git_state():
-    """(commit, whether tracked files other than records differ from it); blanks outside a repository."""
+    """(commit, whether tracked files but results, log_curves, figures, tables differ); blanks outside a repository."""
     commit = output_of("git", "-C", ROOT, "rev-parse", "--verify", "--quiet", "HEAD")
-    changed = output_of("git", "-C", ROOT, "status", "--porcelain", "-uno", "--", ".", ":!experiments/*.csv", ":!logs")
+    changed = output_of("git", "-C", ROOT, "status", "-suno", "--", ".", ":!experiments/[rlft]*", ":!logs")
     return commit, bool(changed) if commit else ""
 
 def machine_text():
@@ -1240,6 +1240,10 @@ class Records:
         self.print("\n".join([f"run_id:{run_id}", f"changes: {facts['changes'] or 'none'}",
                               *[f"resumed:{path}"] * bool(path), *(f"warning: {warning}" for warning in warnings)]))
         self.bar = tqdm(total=self.summary["num_iterations"], initial=max(0, step), unit="step", disable=None)
+        if self.cfg.trackers != "none":  # in a session of its own: what becomes of it, the run does not notice
+            command = [sys.executable, ROOT / "scripts" / "track.py", run_id, "--follow", "--log-dir", self.cfg.log_dir]
+            with contextlib.suppress(OSError), open(self.folder / "track.txt", "a") as out:
+                subprocess.Popen([*command, "--to", self.cfg.trackers], stdout=out, stderr=out, start_new_session=True)
         return path
     def append(self, path, text):
         """Adds to a file. A disk that is full costs the record, not the run, which says so at once and at its end."""
@@ -1360,8 +1364,6 @@ def resolve(cfg):
     vocab_size = cfg.vocab_size or dataset_index(cfg.input_bin).get("vocab_size")
     if not vocab_size:
         raise DataError(f"VOCAB_SIZE=0 needs index.json beside {cfg.input_bin}; set it, or {how_to_get(cfg.input_bin)}")
-    if cfg.deterministic and cfg.compile == "1":
-        raise ConfigError("COMPILE=1 chooses kernels by timing them, so DETERMINISTIC=1 cannot have it; set COMPILE=0")
     run_id = cfg.run_id or (Path(cfg.resume).parent.name if cfg.resume not in ("auto", "none") else "")
     compiled = str(int(device == "cuda" and not cfg.deterministic)) if cfg.compile == "auto" else cfg.compile
     return dataclasses.replace(cfg, device=device, dtype=dtype, compile=compiled, vocab_size=vocab_size, run_id=run_id)
@@ -1732,10 +1734,8 @@ def report(error, ranks, records, env, store):
     status = getattr(error, "status", "oom" if full else "stopped" if isinstance(error, KeyboardInterrupt) else "crash")
     reason, trace = redact(str(error) or "interrupted", env), redact(traceback.format_exc(), env)
     if full and records:
-        sizes = {name: getattr(records.cfg, name) for name in ("device_batch_size", "sequence_length", "n_layer")}
-        tips = ", or ".join(f"{name.upper()}={value} to {value // 2}" for name, value in sizes.items() if value > 1)
-        peak = peak_memory(ranks.device(records.cfg))
-        reason = f"out of memory, peak {peak:.2f} GiB; lower {tips} (the first leaves the result as it is)"
+        reason = (f"out of memory, peak {peak_memory(ranks.device(records.cfg)):.2f} GiB; lower DEVICE_BATCH_SIZE="
+                  f"{records.cfg.device_batch_size}, which leaves the result as it is, or SEQUENCE_LENGTH, or N_LAYER")
     if status == "crash":
         reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
         reason += f"; {records.folder}/stacks_rank*.txt say where" if records and "imed out" in reason else ""

@@ -104,7 +104,7 @@ def test_the_settings_are_exactly_these():
         MUON_LR
         MUON_SCALE MUON_MOMENTUM BETA1 BETA2 WEIGHT_DECAY GRAD_CLIP LR_SCHEDULE WARMUP_ITERS WARMDOWN_ITERS MIN_LR_FRAC
         DETERMINISTIC DEVICE DTYPE COMPILE PEAK_TFLOPS RESUME INIT_FROM SAVE_EVERY KEEP_LAST MAX_BAD_STEPS HANG_TIMEOUT
-        LOG_DIR RESULTS_CSV LOG_EVERY""".split()
+        LOG_DIR RESULTS_CSV LOG_EVERY TRACKERS""".split()
 
 
 def lines_of(preset):
@@ -132,7 +132,8 @@ def test_the_promised_choices_are_there():
                 "muon_scale": "unit original match_rms_adamw", "lr_schedule": "trapezoid cosine",
                 "expert": "relu2 gelu swiglu", "balance": "aux quantile none", "router_optimizer": "adamw muon",
                 "recurrence": "stacked indexed shared", "per_step": "none norm router scale", "device": "auto cpu cuda",
-                "dtype": "auto float32 bfloat16 float16", "compile": "auto 0 1"}
+                "dtype": "auto float32 bfloat16 float16", "compile": "auto 0 1",
+                "trackers": "none tensorboard wandb"}
     missing = {(axis, name) for axis, names in promised.items() for name in names.split() if name not in axes()[axis]}
     assert promised.keys() == axes().keys() and not missing
 
@@ -285,7 +286,7 @@ def test_hash_ignores_seed_labels_paths_and_logging_and_nothing_else():
             if Config(**beside[name] | {name: another(name)}).hash() == Config(**beside[name]).hash()}
     assert same == set("""preset run_id stage variant note seed dry_run input_bin input_val_bin peak_tflops log_dir
                           results_csv log_every resume save_every keep_last max_bad_steps hang_timeout
-                          balance_log_interval""".split())
+                          balance_log_interval trackers""".split())
     assert re.fullmatch("[0-9a-f]{8}", Config().hash())
     hashes = {Config(lr=lr, embed_lr=embed_lr).hash() for lr in (0.1, 0.2) for embed_lr in (None, 0.1, 0.2)}
     assert len(hashes) == 6
