@@ -1,0 +1,84 @@
+"""Makes the notebook of a stage where there is none, and runs notebooks in place, so that they are kept with output.
+
+    python scripts/make_notebook.py stage1_cpu     # notebooks/stage1_cpu.ipynb
+    python scripts/make_notebook.py                # runs all of notebooks/ again
+
+A notebook has four parts: the question, the data, plots, the answer; the last is for you to write, and stays. It reads
+nothing but experiments/.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from stages import load_stage
+from train_gpt import write_whole
+
+FOLDER = Path("notebooks")
+OPENING = """%matplotlib inline
+%cd -q ..
+import sys
+sys.path.insert(0, "scripts")
+import pandas as pd
+from IPython.display import Markdown, display
+import make_tables, plot_ablation, split_results
+from stages import load_stage"""
+DATA = """rows = make_tables.rows_of(stage.name)
+runs = split_results.comparable(rows)
+display(Markdown(make_tables.markdown(stage, make_tables.table(stage, rows), runs)))"""
+VERDICT = """gate = pd.read_csv(f"experiments/tables/{stage.name}_gate.csv")
+columns = ["variant", "verdict", "reason", "val_loss", "gap", "se", "p", "time_to_target", "reference_time_to_target"]
+pd.set_option("display.max_colwidth", None)
+display(gate[gate.kind == "variant"][columns].style.hide(axis="index").format(precision=4, na_rep=""))"""
+PLOTS = """for name, figure in plot_ablation.figures(stage.name).items():
+    display(figure)"""
+
+
+def new(stage) -> nbformat.NotebookNode:
+    """The notebook of a stage, not yet run, its answer not yet written."""
+    cells = [f"# {stage.name}\n\n{stage.question}", (OPENING, f"stage = load_stage({stage.name!r})"),
+             "## Data", (DATA,), "The gate compares at the same step, and takes the noise of seeds into account:",
+             (VERDICT,), "## Plots", (PLOTS,), "## Answer\n\nNot yet written."]
+    return new_notebook(
+        cells=[new_markdown_cell(cell) if isinstance(cell, str) else new_code_cell("\n".join(cell)) for cell in cells],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """The notebook with the output of all its cells, run where it lies. Raises CellExecutionError."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}},
+                   extra_arguments=["--log-level=40"]).execute()  # errors only
+    for number, cell in enumerate(notebook.cells):  # nothing that differs from run to run
+        cell["id"] = f"cell{number}"
+        cell.metadata.pop("execution", None)
+    return notebook
+
+
+def main(argv=None) -> int:
+    """Makes and runs notebooks; exit code 0, 1 where one fails, 2 with one sentence where a stage is unknown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("stage", nargs="*", help="only the notebooks of these")
+    args = parser.parse_args(argv)
+    try:
+        for name in args.stage:
+            if not (path := FOLDER / f"{name}.ipynb").exists():
+                write_whole(path, nbformat.writes(new(load_stage(name))) + "\n")
+        for path in [FOLDER / f"{name}.ipynb" for name in args.stage] or sorted(FOLDER.glob("*.ipynb")):
+            write_whole(path, nbformat.writes(execute(path)) + "\n")
+            print(path)
+    except ValueError as error:
+        print(f"make_notebook.py: error: {error}", file=sys.stderr)
+        return 2
+    except CellExecutionError as error:
+        print(f"make_notebook.py: error: {path}: {error.ename}: {error.evalue}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""notebooks/: each runs on experiments/ alone and says again what it says; scripts/make_notebook.py makes others."""
+
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import make_notebook
+import stages
+from train_gpt import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """The project without logs, data and trainer."""
+    for folder in "experiments", "scripts", "notebooks":
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    return tmp_path
+
+
+def said(notebook):
+    """All that the cells of a notebook have put out but images."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    kinds = [dict(output.get("data", {}), text=output.get("text")) for output in outputs]
+    return [[one.get(kind) for kind in ("text/html", "text/markdown", "text")] for one in kinds]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_says_the_same_again(path, copy):
+    kept, again = nbformat.read(path, as_version=4), make_notebook.execute(Path("notebooks") / path.name)
+    text = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "markdown")
+    assert all(re.search(f"^{part}", text, re.M) for part in ("# ", "## Data", "## Plots", "## Answer"))
+    assert len(text.split("## Answer")[1]) > 80, "the answer is to be written"
+    assert any("image/png" in output.get("data", {}) for cell in kept.cells for output in cell.get("outputs", ()))
+    plain = [re.sub(r"T_\w{5}", "T", str(one)) for one in said(kept)]  # pandas names its tables by chance
+    assert plain == [re.sub(r"T_\w{5}", "T", str(one)) for one in said(again)], "stale: python scripts/make_notebook.py"
+    assert not list(copy.glob("logs")) and sorted(path.name for path in copy.iterdir()) == [
+        "experiments", "notebooks", "scripts"]
+
+
+def test_every_stage_with_rows_has_a_notebook():
+    studied = {path.stem.removeprefix("results_") for path in (ROOT / "experiments").glob("results_*.csv")}
+    assert studied & set(stages.stage_names()) - {"smoke"} <= {path.stem for path in NOTEBOOKS}
+    assert "final_figures" in {path.stem for path in NOTEBOOKS}
+
+
+def test_a_new_notebook_asks_the_question_of_its_stage_and_keeps_the_answer(copy, capsys):
+    name = next(path.stem for path in NOTEBOOKS if path.stem != "final_figures")
+    path = Path(f"notebooks/{name}.ipynb")
+    path.unlink()
+    assert make_notebook.main([name]) == 0 and capsys.readouterr().out.strip() == str(path)
+    made = nbformat.read(path, as_version=4)
+    assert stages.load_stage(name).question in made.cells[0].source
+    made.cells[-1].source = "## Answer\n\nIt is so."
+    nbformat.write(made, path)
+    assert make_notebook.main([name]) == 0
+    assert nbformat.read(path, as_version=4).cells[-1].source.endswith("It is so.")
+
+
+def test_what_cannot_be_made_is_one_sentence(copy, capsys):
+    assert make_notebook.main(["tou"]) == 2
+    assert "STAGE tou: choose one of" in capsys.readouterr().err
+    unstudied = next(name for name in stages.stage_names() if not Path(f"experiments/results_{name}.csv").exists())
+    assert make_notebook.main([unstudied]) == 1
+    error = capsys.readouterr().err
+    assert "is not there; run a stage" in error and error.count("\n") == 1

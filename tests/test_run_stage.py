@@ -1,0 +1,358 @@
+"""scripts/run_stage.py: what is run, in what environment, what counts as done; kills, failures, the gate, Slurm."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from filelock import FileLock
+
+import run_stage
+import train_gpt
+from conftest import TINY
+from stages import load_stage
+from train_gpt import ROOT, Config
+
+
+@pytest.fixture
+def project(shards, tmp_path, monkeypatch):
+    """A stage `toy` of two variants and two seeds that train in no time, below tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    base = {name.upper(): value for name, value in (TINY | shards).items()} | {"MAX_EPOCHS": 0, "LR": 0.01}
+    Path("experiments/stages").mkdir(parents=True)
+    write_stage(base, {"plain": {}, "gated": {"ATTNGATE": "headwise"}})
+    for name in list(os.environ):
+        if hasattr(Config, name.lower()):
+            monkeypatch.delenv(name)
+    return base
+
+
+def write_stage(base, variants, name="toy", **more):
+    tables = {"question": "Is it so?", "reference": "plain", "seeds": [1, 2]} | more
+    lines = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
+    lines += ["[base]", *(f"{key} = {json.dumps(value)}" for key, value in base.items())]
+    for label, own in variants.items():
+        lines += [f"[variants.{json.dumps(label)}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items())]
+    for key, value in tables.items():
+        lines += [f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())] if isinstance(value, dict) else []
+    Path(f"experiments/stages/{name}.toml").write_text("\n".join(lines))
+
+
+def plan(seeds=(1, 2), dry_run=False, name="toy"):
+    stage = load_stage(name)
+    return run_stage.plan_runs(stage, dict.fromkeys(stage.variants, seeds), 1, dry_run)
+
+
+def rows():
+    with open("experiments/results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def script(*arguments, **env):
+    return [sys.executable, str(ROOT / "scripts" / "run_stage.py"), *arguments], dict(os.environ) | env
+
+
+def test_a_stage_killed_in_the_middle_ends_with_the_same_rows_none_twice(project):
+    """kill -9 of the script while a run is live; the run goes on, the next start waits for it and does the rest."""
+    write_stage(project | {"NUM_ITERATIONS": 300, "DEVICE_BATCH_SIZE": 12},
+                {"plain": {}, "hot": {"LR": 1e20, "MUON_LR": 1e20, "MAX_BAD_STEPS": 2}}, seeds=[1])
+    command, env = script("toy", LR="99", RANK="0", SEED="7")
+    first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not Path("experiments/results.csv").exists() or "running" not in Path("experiments/results.csv").read_text():
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    live = rows()[0]
+    assert live["status"] == "running" and live["variant"] == "plain"
+    second = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "not passed on to the runs: SEED, LR" in second.stderr
+    found = {row["run_id"]: row for row in rows()}
+    assert len(found) == 2 == len(rows()) and found[live["run_id"]]["resumes"] == "0"
+    assert {row["variant"]: row["status"] for row in rows()} == {"plain": "ok", "hot": "diverged"}
+    assert {(row["seed"], row["lr"]) for row in rows()} == {("1", "0.01"), ("1", "1e+20")}
+    made = "tables/toy.csv tables/toy.md tables/toy_gate.csv figures/toy.png results_toy.csv log_curves_toy.csv"
+    for path in made.split():
+        assert Path("experiments", path).stat().st_size, path
+    assert "1 diverged" in Path("experiments/tables/toy.md").read_text()
+    before = Path("experiments/results.csv").read_bytes()
+    third = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert third.returncode == 0 and Path("experiments/results.csv").read_bytes() == before
+
+
+def test_the_reference_runs_first_then_seed_by_seed(project):
+    assert [(run.settings["VARIANT"], run.settings["SEED"]) for run in plan()] == [
+        ("plain", "1"), ("plain", "2"), ("gated", "1"), ("gated", "2")]
+    write_stage(project, {"a": {"LR": 0.1}, "plain": {}, "b": {"LR": 0.2}})
+    assert [run.settings["VARIANT"] + run.settings["SEED"] for run in plan()] == [
+        "plain1", "plain2", "a1", "b1", "a2", "b2"]
+
+
+def test_no_exported_setting_reaches_a_run(project, monkeypatch):
+    exported = {"LR": "9", "SEED": "9", "PRESET": "quickstart", "RUN_ID": "x", "LEARNING_RATE": "9", "WORLD_SIZE": "4",
+                "MASTER_ADDR": "elsewhere", "TORCHELASTIC_RESTART_COUNT": "1", "MY_OWN": "stays"}
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
+    run = plan()[0]
+    env = run_stage.environment(run, 2)
+    assert {name: env[name] for name in exported if name in env} == {
+        "LR": "0.01", "SEED": "1", "RUN_ID": run.run_id, "MY_OWN": "stays"}
+    assert Config.from_env(env).changes() == Config.from_env(run.settings).changes()
+    assert env["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+
+
+def test_each_of_several_jobs_has_devices_of_its_own(project, monkeypatch):
+    run = plan()[0]
+    run.cfg, run.plan = train_gpt.dataclasses.replace(run.cfg, device="cuda"), run.plan | {"world_size": 2}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5")
+    for run.slot, devices in enumerate(("0,1", "4,5")):
+        assert run_stage.environment(run, 2)["CUDA_VISIBLE_DEVICES"] == devices
+
+
+def finished(run, **more):
+    names = dict(zip(run_stage.IDENTITY, run.identity))
+    return names | {"run_id": run.run_id, "status": "ok", "started": "2026"} | more
+
+
+def test_done_is_what_has_the_same_settings_seed_source_and_data(project, monkeypatch, tmp_path):
+    run = plan()[0]
+    table = {"one": finished(run, run_id="one")}
+    assert run_stage.status_of(run, table) == "ok"
+    for name in run_stage.IDENTITY:
+        assert run_stage.status_of(run, {"one": table["one"] | {name: "other"}}) == ""
+    assert run_stage.status_of(run, table | {"two": finished(run, run_id="two", status="crash")}) == "ok"
+    assert run_stage.status_of(run, {"two": finished(run, status="crash")}) == "crash"
+    write_stage(project | {"N_EMBD": 64}, {"plain": {}})
+    other = plan()[0]
+    assert other.run_id != run.run_id and run_stage.status_of(other, table) == ""
+    write_stage(project | {"LOG_EVERY": 7}, {"plain": {}})
+    assert plan()[0].run_id == run.run_id, "how often a line is logged changes no result"
+    for edited in ("train_gpt.py", "shards"):
+        if edited == "shards":
+            shard = next(tmp_path.glob("toy_train_*1.bin"))
+            shard.write_bytes(shard.read_bytes()[:-2] + b"\1\0")
+        else:
+            root = tmp_path / "clone"
+            root.mkdir()
+            (root / "train_gpt.py").write_text(train_gpt.SOURCE + "\n# edited\n")
+            monkeypatch.setattr(run_stage, "ROOT", root)
+        assert plan()[0].run_id != run.run_id and run_stage.status_of(plan()[0], table) == "", edited
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+
+
+def pretend(monkeypatch, body):
+    """Has every run be this Python program, in the run's environment, in place of the trainer."""
+    head = "import json, os, sys, time; from pathlib import Path\nenv = os.environ\n"
+    monkeypatch.setattr(run_stage, "command", lambda world: [sys.executable, "-c", head + body])
+    monkeypatch.setattr(run_stage, "POLL", 0.02)
+
+
+def pool(jobs=1, gate=None, keep_stopped=False):
+    return run_stage.Pool(jobs, gate, keep_stopped)
+
+
+@contextlib.contextmanager
+def signals_kept():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    with signals_kept():
+        yield
+
+
+def test_a_run_that_cannot_say_why_it_ended_gets_a_row_and_the_next_is_run(project, monkeypatch, capsys):
+    pretend(monkeypatch, "print('a word on', env['VARIANT']); sys.exit(9)")
+    failed = pool().work(plan((1,)))
+    assert [run.settings["VARIANT"] for run in failed] == ["plain", "gated"]
+    for row, run in zip(rows(), failed):
+        assert (row["run_id"], row["status"], row["seed"]) == (run.run_id, "crash", "1")
+        assert "exit code 9" in row["error"]
+        assert "a word on" in (run.folder / "output.txt").read_text()
+        assert json.loads(Path(f"logs/{run.run_id}.json").read_text())["status"] == "crash"
+    assert "2/2" in capsys.readouterr().out
+
+
+def test_jobs_go_on_side_by_side_and_no_more_of_them(project, monkeypatch):
+    pretend(monkeypatch, "Path('at', env['RUN_ID']).touch(); time.sleep(0.4)\n"
+            "Path('seen', env['RUN_ID']).write_text(str(len(list(Path('at').iterdir()))))\n"
+            "Path('at', env['RUN_ID']).unlink()")
+    Path("at").mkdir(), Path("seen").mkdir()
+    pool(jobs=2).work(plan((1, 2)))
+    seen = [path.read_text() for path in Path("seen").iterdir()]
+    assert max(seen) == "2" and len(seen) == 4
+
+
+def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, monkeypatch):
+    pretend(monkeypatch, "Path('started').write_text('twice')")
+    run = plan((1,))[0]
+    run.folder.mkdir(parents=True)
+    holder = subprocess.Popen([sys.executable, "-c", f"""if True:
+        import csv, time; from filelock import FileLock
+        with FileLock({str(run.folder / 'live.lock')!r}):
+            print(flush=True); time.sleep(0.5)
+            row = {finished(run)!r}
+            with open('experiments/results.csv', 'w', newline='') as file:
+                writer = csv.DictWriter(file, list(row)); writer.writeheader(); writer.writerow(row)"""],
+                              stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    assert run.live() and pool().work([run]) == [] and not Path("started").exists()
+    assert not run.live() and holder.wait() == 0
+    FileLock(run.folder / "live.lock").acquire(timeout=0).lock.release()  # looking has not taken it
+
+
+def test_a_signal_has_the_runs_save_and_nothing_else_start(project, monkeypatch):
+    pretend(monkeypatch, "import signal; signal.signal(15, lambda *_: (Path('told').touch(), os._exit(0)))\n"
+            "Path('up').touch(); time.sleep(30)")
+    runs, one = plan((1, 2)), pool()
+    timer = subprocess.Popen([sys.executable, "-c", f"""if True:
+        import os, time
+        while not os.path.exists('up'): time.sleep(0.02)
+        os.kill({os.getpid()}, 15)"""])
+    failed = one.work(runs)
+    assert timer.wait() == 0 and one.asked_to_end and Path("told").exists() and len(failed) == 1
+
+
+CURVE = "step,tokens,train_loss,val_loss\n" + "".join(f"{step},{step},3.0,3.0\n" for step in range(0, 90, 10))
+
+
+def test_the_gate_stops_live_runs_by_the_stop_file_but_never_the_reference(project, monkeypatch, capsys):
+    pretend(monkeypatch, "Path('logs', env['RUN_ID'] + '.csv').write_text(" + repr(CURVE) + ")\n"
+            "stop = Path('logs', env['RUN_ID'], 'stop')\n"
+            "for _ in range(40): time.sleep(0.02 * (not stop.exists()))\n"
+            "Path('said', env['VARIANT']).write_text(str(stop.exists()))")
+    Path("said").mkdir()
+    stage = load_stage("toy")
+    pool(2, run_stage.stopper(stage), True).work(plan((1,)))
+    assert Path("said/gated").read_text() == "True" and Path("said/plain").read_text() == "False"
+    assert "stopped by the gate: " in capsys.readouterr().out
+
+
+def test_stopped_runs_go_on_unless_the_gate_is_asked(project, monkeypatch):
+    pretend(monkeypatch, "Path('started').touch()")
+    run = plan((1,))[0]
+    train_gpt.update_results("experiments/results.csv", [finished(run, status="stopped")])
+    assert pool(keep_stopped=True).work([run]) == [] and not Path("started").exists()
+    pool().work([run])
+    assert Path("started").exists()
+
+
+class Args:
+    jobs, nproc, gate = 1, 1, True
+
+
+def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(project, monkeypatch, capsys):
+    write_stage(project, {"plain": {}, "gated": {"ATTNGATE": "headwise"}, "off": {"ATTNGATE": "const"}}, max_seeds=3)
+    with open("experiments/stages/toy.toml", "a") as file:
+        file.write('\n[gate]\nbetter = 0.2\n[[next]]\nname = "toy_5k"\nNUM_ITERATIONS = 5000\n'
+                   '[[next]]\nname = "toy_long"\nNUM_ITERATIONS = 9000\n')
+    asked = []
+    monkeypatch.setattr(run_stage.Pool, "work", lambda self, runs: asked.append(
+        [run.settings["VARIANT"] + run.settings["SEED"] for run in runs]) or [])
+    verdicts = iter([{"plain": ("seed", "plain"), "gated": ("seed", "plain"), "off": ("hold", "")},
+                     {"plain": ("reference", ""), "gated": ("seed", "gated"), "off": ("hold", "")},
+                     {"plain": ("reference", ""), "gated": ("promote", ""), "off": ("hold", "")}])
+    monkeypatch.setattr(run_stage, "finish", lambda name: pd.DataFrame(
+        [(name, *verdict) for name, verdict in next(verdicts).items()], columns=["variant", "verdict", "seed_for"]))
+    assert run_stage.work_through(load_stage("toy"), Args) == 0
+    new = [set(late) - set(early) for early, late in zip(asked, asked[1:])]
+    assert new == [{"plain3"}, {"gated3"}]
+    told = capsys.readouterr().out
+    assert "next stage: experiments/stages/toy_5k.toml with gated beside plain" in told
+    after = load_stage("toy_5k")
+    assert list(after.variants) == ["plain", "gated"] and after.gate == {"better": 0.2}
+    assert after.variants["gated"] == load_stage("toy").variants["gated"] | {"NUM_ITERATIONS": "5000"}
+    assert after.next == ({"name": "toy_long", "NUM_ITERATIONS": 9000},) and after.axes == ("attngate",)
+    assert "next stage: " in run_stage.build_next(load_stage("toy"), ["gated"])
+    assert "is left as it is" in run_stage.build_next(load_stage("toy"), ["off"])
+    assert "no variant is promoted" in run_stage.build_next(load_stage("toy"), [])
+
+
+def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
+    runs = plan()
+    train_gpt.update_results("experiments/results.csv", [finished(
+        runs[0], train_time=2.0, tokens=10000, flops_per_token=runs[0].plan["flops_per_token"], ffn="relu2",
+        world_size=1, device_name=train_gpt.device_name(train_gpt.torch.device("cpu")))])
+    assert run_stage.main(["toy", "--dry-run"]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "# has a result: ok" in lines[0]
+    for line, run in zip(lines, runs):
+        words = shlex.split(line, comments=True)
+        env = dict(word.split("=", 1) for word in words if re.match("[A-Z_0-9]+=", word))
+        assert env == run.settings
+        assert words[len(env):] == ["torchrun", "--standalone", "--nproc_per_node=1", "train_gpt.py"]
+    seconds = 2.0 * runs[1].plan["tokens_needed"] / 10000
+    assert f"FLOPs, {seconds:.0f} s" in lines[1] and total.startswith("# 4 runs")
+    assert run_stage.main(["toy", "--dry-run", "--gpu", "h100"]) == 0
+    assert re.search(r"FLOPs, 0 s, \$\d+\.\d\d$", capsys.readouterr().out.splitlines()[1])
+
+
+def test_a_dry_run_needs_no_data(project, capsys):
+    write_stage(project | {"INPUT_BIN": "gone/x_train_*.bin", "VOCAB_SIZE": 0}, {"plain": {}})
+    assert run_stage.main(["toy", "--dry-run"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "RUN_ID" not in line and "torchrun" in line
+    assert run_stage.main(["toy"]) == 2
+    assert "run_stage.py: error: VOCAB_SIZE=0 needs index.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["tou"], "STAGE tou: choose one of toy"), (["toy", "--jobs", "0"], "both must be at least 1"),
+    (["toy", "--set", "lr=1"], "--set lr=1: must be NAME=VALUE"),
+    (["toy", "--set", "LR=x"], "LR='x': must be a number"), (["toy", "--nproc", "5"], "BATCH_SIZE=12: must be"),
+    (["toy", "--set", "LEARNING_RATE=1"], "the name here is LR"),
+    (["toy", "--set", "ATTNGATE=x"], "choose one of none"),
+    (["toy", "--slurm", "partition"], "partition: must be NAME=VALUE"),
+    (["toy", "--set", "NUM_ITERATIONS=1000", "--set", "MAX_EPOCHS=1"], "NUM_ITERATIONS"),
+], ids=str)
+def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments, sentence):
+    assert run_stage.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("run_stage.py: error: ") and sentence in error and error.count("\n") == 1
+    assert not Path("experiments/results.csv").exists()
+
+
+def test_a_setting_for_all_runs_reaches_all(project):
+    stage = run_stage.overridden(load_stage("toy"), ["LR=0.5", "NOTE=two words"])
+    assert {(settings["LR"], settings["NOTE"]) for settings in stage.variants.values()} == {("0.5", "two words")}
+
+
+def test_slurm_gets_the_same_runs_as_one_array(project, monkeypatch):
+    """submitit's executor for this machine, which runs what it would submit."""
+    pretend(monkeypatch, "Path(env['RUN_ID'] + '.ran').write_text(env['SEED'] + env['LR'])")
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "scripts"))  # a module is pickled by its name, a script by value
+
+    class Few(Args):
+        stage, slurm = "toy", ["cluster=local", "time=5"]
+    jobs = run_stage.submit(plan((1,)), Few)
+    assert [job.result() for job in jobs] == [0, 0]
+    assert {path.stem: path.read_text() for path in Path().glob("*.ran")} == dict.fromkeys(
+        (run.run_id for run in plan((1,))), "10.01")
+
+
+def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(project, tmp_path):
+    task = run_stage.Task()
+    body = ("import signal, sys, time; from pathlib import Path\n"
+            "signal.signal(15, lambda *_: (Path('saved').touch(), sys.exit())); Path('up').touch(); time.sleep(30)")
+    task.process = subprocess.Popen([sys.executable, "-c", body], cwd=tmp_path)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.01)
+    again = task.checkpoint(["a", "command"], {"A": "1"})
+    assert (tmp_path / "saved").exists() and again.args == (["a", "command"], {"A": "1"})
