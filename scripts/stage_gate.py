@@ -4,7 +4,8 @@
     python scripts/stage_gate.py stage1_cpu --logs /big/disk/logs
 
 Prints the verdicts and writes them with all their numbers to experiments/tables/<stage>_gate.csv. Losses are compared
-at the same step only: the largest with a validation that all finished runs of a variant and the reference share.
+at the same step only: the largest with a validation that all finished runs of a variant and the reference share; where
+the batches of a stage differ in tokens, after the same tokens.
 """
 import argparse
 import sys
@@ -386,7 +387,12 @@ def write_gate(stage_name: str, logs="logs") -> pd.DataFrame:
     curves = {run_id: curve.dropna(axis="columns", how="all") for run_id, curve in curves.items()}
     curves |= {path.stem: read_curve(path) for path in Path(logs).glob("*.csv") if path.stem in set(rows.run_id)}
     curves = {run_id: curve for run_id, curve in curves.items() if {"val_loss", "train_loss"} <= set(curve)}
+    if unequal := rows.get("tokens_per_step", pd.Series(dtype=float)).nunique() > 1:
+        curves = {run_id: curve.assign(step=curve.tokens) for run_id, curve in curves.items()}
     table = pd.concat([judge(stage, rows, curves), judge_runs(stage, rows, curves)], ignore_index=True)
+    if unequal:  # batches: at the same step one would have seen more than another
+        table = table.rename(columns={"step": "tokens", "seconds_per_step": "seconds_per_token"})
+        table["reason"] = table.reason.str.replace("at step", "after tokens")
     first = ["kind", "variant", "seed", "run_id", "status", "verdict", "rule", "reason", "seed_for"]
     path = Path(f"experiments/tables/{stage_name}_gate.csv")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from scipy.stats import ttest_1samp
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))  # as for `python scripts/plot_runs.py`
 import plot_ablation
 import plot_runs
 from split_results import read_curve
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 CURVE = "step,tokens,epoch,train_loss,val_loss,lr,grad_norm,train_time,tokens_per_sec,data_wait\n"
 STAGES = {"gates": ('variants = {none = {}, wide = {ATTNGATE = "elementwise"}, late = {ATTNGATE = "const"}}',

@@ -1,13 +1,10 @@
 """scripts/stage_gate.py: every rule on both sides of its limit, matched steps, and how often chance promotes."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # where a script finds its siblings
 
 import stage_gate as gate
 from stages import Stage
@@ -257,7 +254,7 @@ def test_a_difference_of_two_standard_deviations_is_promoted():
 def write_stage(monkeypatch, tmp_path, rows, curves, text=""):
     monkeypatch.chdir(tmp_path)
     for folder in ("experiments/stages", "logs"):
-        Path(folder).mkdir(parents=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
     Path("experiments/stages/toy.toml").write_text(
         f'question = "?"\nreference = "none"\nseeds = [1, 2]\nvariants.none = {{}}\nvariants.a = {{LR = 1}}\n{text}')
     rows.to_csv("experiments/results.csv", index=False)
@@ -295,6 +292,21 @@ def test_curves_without_logs(monkeypatch, tmp_path):
     table = gate.write_gate("toy")
     assert table.verdict[1] == "promote"
     assert table.reason.iloc[-1].endswith("routing are flat")  # columns of other runs' experts are none of this one's
+
+
+def test_unequal_batches_are_compared_after_the_same_tokens(monkeypatch, tmp_path):
+    """Half the tokens a step, twice the steps: at the same step, a would have learned from half the data."""
+    rows, curves = study(none=[curve([4.0, 3.0]), curve([4.0, 3.01])],
+                         a=[curve([4.5, 3.9, 3.5, 2.7]), curve([4.5, 3.9, 3.5, 2.71])])
+    for run_id, one in curves.items():
+        curves[run_id] = one.assign(tokens=one.step * (2 if "none" in run_id else 1))
+    rows["tokens_per_step"] = [2, 2, 1, 1]
+    write_stage(monkeypatch, tmp_path, rows, curves)
+    table = gate.write_gate("toy").set_index("variant")
+    assert (table.tokens["a"].iloc[0], table.gap["a"].iloc[0]) == (400, pytest.approx(-0.3)) and "step" not in table
+    assert "after tokens 400" in table.reason["a"].iloc[0]
+    write_stage(monkeypatch, tmp_path, rows.assign(tokens_per_step=1), curves)
+    assert gate.write_gate("toy").set_index("variant").gap["a"].iloc[0] == pytest.approx(0.895)
 
 
 @pytest.mark.parametrize("args, text, sentence", [

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,3 +294,19 @@ def test_the_trainers_own_files_are_understood(tmp_path, settings):
     assert experts == {f"moe/{name}" for name in header.split(",")[len(train_gpt.CURVE):]} and len(experts) == 6
     assert found["val/loss"][-1] == found["final/final_loss"][0] and len(found["tokens"]) == len(rows)
     assert found["final/final_loss"][0][1] == pytest.approx(summary["final_loss"])
+
+
+def test_the_trainer_starts_it_beside_itself_and_ends_well_whatever_becomes_of_it(tmp_path, settings):
+    """tensorboard is fed to the end while wandb is broken; without TRACKERS nothing is started."""
+    (tmp_path / "fakes").mkdir()
+    (tmp_path / "fakes/wandb.py").write_text("raise OSError('no network')\n")
+    settings |= {"PYTHONPATH": tmp_path / "fakes", "PATH": os.environ["PATH"], "HOME": tmp_path}
+    assert launch(settings)[0] == [0] and not (tmp_path / "logs/toy/track.txt").exists()
+    plain = (tmp_path / "logs/toy/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "logs")
+    codes, output = launch(settings | {"TRACKERS": "tensorboard,wandb"})
+    assert codes == [0] and json.loads(read(tmp_path / "logs/toy.json"))["status"] == "ok", output
+    assert (tmp_path / "logs/toy/model.safetensors").read_bytes() == plain
+    wait_for(lambda: "tensorboard has it up to step 8" in read(tmp_path / "logs/toy/track.txt"), 30)
+    wait_for(lambda: "wandb failed (OSError: no network)" in read(tmp_path / "logs/toy/track.txt"))
+    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == list(range(1, 9))
