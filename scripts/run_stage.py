@@ -12,6 +12,7 @@ shell exports reach no run; --set NAME=VALUE gives one to all. Started again aft
 runs that are still live are waited for, those that were cut short go on from their last checkpoint.
 """
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import train_gpt
 from scale_model import GPUS, run_cost
-from stages import FOLDER, load_stage, text_of
+from stages import FOLDER, RESERVED, load_stage, text_of
 from train_gpt import ROOT, Config, ConfigError, DataError, Ranks
 
 ENDED = ("ok", "diverged")  # results; with --gate also "stopped". Anything else is tried again by the next start
@@ -60,9 +61,8 @@ class Run:
     def live(self) -> bool:
         """Whether a trainer has claimed the run_id, be it ours or that of a run_stage.py that was killed."""
         try:
-            if self.folder.exists():
-                FileLock(self.folder / "live.lock", timeout=0).acquire().lock.release()
-            return False
+            with FileLock(self.folder / "live.lock", timeout=0) if self.folder.exists() else contextlib.nullcontext():
+                return False
         except Timeout:
             return True
 
@@ -97,16 +97,16 @@ def make_run(stage, variant: str, seed: int, world_size: int, dry_run: bool) -> 
     asked, ranks = Config.from_env(settings), Ranks(world_size=world_size, local_world_size=world_size)
     if not dry_run:
         make_embedded_data(asked.input_bin)
+    data = ""
     try:
         cfg = train_gpt.resolve(replace(asked, dry_run=dry_run))
+        train_gpt.check_batch(cfg, ranks)
+        data = train_gpt.fingerprint(train_gpt.preflight(cfg, Ranks()), Path(cfg.log_dir))
     except DataError:
         if not dry_run:
             raise
-        cfg = train_gpt.resolve(replace(asked, dry_run=True, vocab_size=257))
-    train_gpt.check_batch(cfg, ranks)
-    plan, data = train_gpt.make_plan(cfg, ranks), ""
-    if plan["tokens_on_disk"] or not dry_run:
-        data = train_gpt.fingerprint(train_gpt.preflight(cfg, Ranks()), Path(cfg.log_dir))
+        cfg = train_gpt.resolve(replace(asked, dry_run=True, vocab_size=asked.vocab_size or 257))
+    plan = train_gpt.make_plan(cfg, ranks)
     source = hashlib.sha256((ROOT / "train_gpt.py").read_text().encode()).hexdigest()[:12]
     identity = (stage.name, variant, str(seed), cfg.hash(), source, data)
     label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{stage.name}-{variant}").strip("-.")[:80]
@@ -201,17 +201,15 @@ class Pool:
 
     def work(self, runs: list[Run]) -> list[Run]:
         """Brings every run to its end; returns those that have failed. Ends early where a signal asks for it."""
-        rows, waiting, going = results(), [], []
+        rows, going, failed, ending, began = results(), [], [], False, time.time()
         waiting = [run for run in runs if status_of(run, rows) not in self.ended]
-        done, failed, began = len(runs) - len(waiting), [], time.time()
-        todo = len(waiting)
+        todo, done = len(waiting), len(runs) - len(waiting)
         with tqdm(total=len(runs), initial=done, bar_format="{desc}|{bar}| {postfix}", disable=None) as bar:
             while waiting or going:
-                if self.asked_to_end:
-                    waiting = []
+                if self.asked_to_end and not ending:
+                    ending, waiting, going = True, [], [run for run in going if run.process]  # ours alone are to end
                     for run in going:
-                        if run.process and run.process.poll() is None:
-                            run.process.terminate()  # torchrun hands it on: the ranks save and end
+                        run.process.terminate()  # torchrun hands it on: the ranks save and end
                 while waiting and len(going) < self.jobs:
                     going.append(self.start(waiting.pop(0), going))
                 for run in [run for run in going if self.over(run)]:
@@ -336,6 +334,8 @@ def build_next(stage, promoted: list[str]) -> str:
 def overridden(stage, changes: list[str]):
     """The stage with NAME=VALUE given to every variant. Raises ConfigError."""
     given = pairs("--set", changes)
+    if taken := RESERVED.intersection(given):
+        raise ConfigError(f"--set {min(taken)}: is not for a stage to set")
     return replace(stage, variants={label: settings | given for label, settings in stage.variants.items()})
 
 
@@ -368,6 +368,8 @@ def work_through(stage, args) -> int:
         for variant, seed in wanted:
             seeds.setdefault(variant, []).append(seed)
         failed = pool.work(plan_runs(stage, seeds, args.nproc, False))
+        if not any(row["stage"] == stage.name and row["status"] == "ok" for row in results().values()):
+            break
         verdicts = finish(stage.name)
         asking = set(verdicts[verdicts.verdict == "seed"].seed_for) if args.gate and not failed else ()
         wanted = [(variant, max(seeds[variant]) + 1) for variant in seeds
@@ -375,7 +377,7 @@ def work_through(stage, args) -> int:
         for variant, seed in wanted:
             print(f"the gate asks for another seed: {variant}, seed {seed}")
     if pool.asked_to_end or failed:
-        print(f"{len(failed)} runs without a result; the same command goes on with them")
+        print("some runs have no result yet; the same command goes on with them")
         return 1
     if args.gate:
         print(build_next(stage, list(verdicts[verdicts.verdict == "promote"].variant)))
@@ -407,7 +409,8 @@ def main(argv=None) -> int:
         if args.dry_run:
             dry_run(runs, args, rows)
             return 0
-        jobs = submit([run for run in runs if status_of(run, rows) not in ENDED], args)
+        runs = [run for run in runs if status_of(run, rows) not in ENDED and not run.live()]
+        jobs = submit(runs, args) if runs else []
         print(f"submitted {len(jobs)} runs; when they have ended, python scripts/run_stage.py {stage.name} sums up")
         return 0
     except (ConfigError, DataError, ValueError) as error:

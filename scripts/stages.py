@@ -27,6 +27,7 @@ from pathlib import Path
 FOLDER = Path("experiments/stages")
 KEYS = ("extends", "question", "reference", "seeds", "max_seeds", "base", "variants", "grid", "axes", "gate", "next")
 MERGED = ("base", "gate")  # what a stage says of these adds to what it extends; the rest is replaced
+RESERVED = {"SEED", "RUN_ID", "STAGE", "VARIANT", "RESUME", "DRY_RUN", "LOG_DIR", "RESULTS_CSV"}  # not a stage's to set
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def load_stage(name: str) -> Stage:
     if tables["reference"] not in variants:
         raise ValueError(f"{path}: reference = {tables['reference']!r}: choose one of {', '.join(map(repr, variants))}")
     for setting in {setting for settings in variants.values() for setting in settings}:
-        if not setting.isupper() or setting in ("SEED", "RUN_ID", "STAGE", "VARIANT", "RESUME"):
+        if not setting.isupper() or setting in RESERVED:
             raise ValueError(f"{path}: {setting} is nothing a variant can set; python train_gpt.py --help says what is")
     seeds, most = tuple(tables["seeds"]), tables.get("max_seeds", 8)
     if len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):

@@ -199,6 +199,13 @@ def test_jobs_go_on_side_by_side_and_no_more_of_them(project, monkeypatch):
     assert max(seen) == "2" and len(seen) == 4
 
 
+def test_a_stage_of_which_nothing_finishes_says_so_and_can_go_on(project, monkeypatch, capsys):
+    pretend(monkeypatch, "sys.exit(9)")
+    assert run_stage.main(["toy"]) == 1
+    assert "some runs have no result yet; the same command goes on with them" in capsys.readouterr().out
+    assert [row["status"] for row in rows()] == ["crash"] * 4 and not Path("experiments/tables").exists()
+
+
 def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, monkeypatch):
     pretend(monkeypatch, "Path('started').write_text('twice')")
     run = plan((1,))[0]
@@ -218,15 +225,15 @@ def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, mon
 
 
 def test_a_signal_has_the_runs_save_and_nothing_else_start(project, monkeypatch):
-    pretend(monkeypatch, "import signal; signal.signal(15, lambda *_: (Path('told').touch(), os._exit(0)))\n"
-            "Path('up').touch(); time.sleep(30)")
+    pretend(monkeypatch, "import signal; told = []; signal.signal(15, lambda *_: told.append(1))\n"
+            "Path('up').touch(); time.sleep(1); Path('told').write_text(str(len(told)))")
     runs, one = plan((1, 2)), pool()
     timer = subprocess.Popen([sys.executable, "-c", f"""if True:
         import os, time
         while not os.path.exists('up'): time.sleep(0.02)
         os.kill({os.getpid()}, 15)"""])
     failed = one.work(runs)
-    assert timer.wait() == 0 and one.asked_to_end and Path("told").exists() and len(failed) == 1
+    assert timer.wait() == 0 and one.asked_to_end and Path("told").read_text() == "1" and len(failed) == 1
 
 
 CURVE = "step,tokens,train_loss,val_loss\n" + "".join(f"{step},{step},3.0,3.0\n" for step in range(0, 90, 10))
@@ -270,6 +277,7 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(pr
                      {"plain": ("reference", ""), "gated": ("promote", ""), "off": ("hold", "")}])
     monkeypatch.setattr(run_stage, "finish", lambda name: pd.DataFrame(
         [(name, *verdict) for name, verdict in next(verdicts).items()], columns=["variant", "verdict", "seed_for"]))
+    train_gpt.update_results("experiments/results.csv", [{"run_id": "x", "stage": "toy", "status": "ok"}])
     assert run_stage.work_through(load_stage("toy"), Args) == 0
     new = [set(late) - set(early) for early, late in zip(asked, asked[1:])]
     assert new == [{"plain3"}, {"gated3"}]
@@ -310,6 +318,9 @@ def test_a_dry_run_needs_no_data(project, capsys):
     assert "RUN_ID" not in line and "torchrun" in line
     assert run_stage.main(["toy"]) == 2
     assert "run_stage.py: error: VOCAB_SIZE=0 needs index.json" in capsys.readouterr().err
+    write_stage(project | {"NUM_ITERATIONS": 1000, "MAX_EPOCHS": 1}, {"plain": {}})
+    assert run_stage.main(["toy", "--dry-run"]) == 0, "nor all of it"
+    assert "RUN_ID" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -318,6 +329,7 @@ def test_a_dry_run_needs_no_data(project, capsys):
     (["toy", "--set", "LR=x"], "LR='x': must be a number"), (["toy", "--nproc", "5"], "BATCH_SIZE=12: must be"),
     (["toy", "--set", "LEARNING_RATE=1"], "the name here is LR"),
     (["toy", "--set", "ATTNGATE=x"], "choose one of none"),
+    (["toy", "--set", "LOG_DIR=x"], "--set LOG_DIR: is not for a stage to set"),
     (["toy", "--slurm", "partition"], "partition: must be NAME=VALUE"),
     (["toy", "--set", "NUM_ITERATIONS=1000", "--set", "MAX_EPOCHS=1"], "NUM_ITERATIONS"),
 ], ids=str)
