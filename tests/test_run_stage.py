@@ -368,3 +368,13 @@ def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(project, 
         time.sleep(0.01)
     again = task.checkpoint(["a", "command"], {"A": "1"})
     assert (tmp_path / "saved").exists() and again.args == (["a", "command"], {"A": "1"})
+
+
+def test_the_readmes_dry_run_of_the_published_stage(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert run_stage.main(["stage1", "--nproc", "8", "--gpu", "h100", "--dry-run"]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and all("--nproc_per_node=8 train_gpt.py  # " in line for line in lines)
+    hours = 1500 * 524288 * 854654976 / (8 * 989e12 * 0.45) / 3600  # of the reference, by hand
+    assert lines[0].endswith(f"FLOPs, {round(60 * hours)} min, ${hours * 8 * 3.5:.2f}")
+    assert total.startswith("# 10 runs")
