@@ -28,10 +28,10 @@ from IPython.display import Markdown, display
 import make_tables, plot_ablation, split_results
 from stages import load_stage"""
 DATA = """rows = make_tables.rows_of(stage.name)
-runs = split_results.comparable(rows)
+runs = split_results.comparable(rows, stage)
 display(Markdown(make_tables.markdown(stage, make_tables.table(stage, rows), runs)))"""
 VERDICT = """gate = pd.read_csv(f"experiments/tables/{stage.name}_gate.csv")
-columns = ["variant", "verdict", "reason", "val_loss", "gap", "se", "p", "time_to_target", "reference_time_to_target"]
+columns = "variant verdict reason val_loss gap se time_to_target reference_time_to_target".split()
 pd.set_option("display.max_colwidth", None)
 display(gate[gate.kind == "variant"][columns].style.hide(axis="index").format(precision=4, na_rep=""))"""
 PLOTS = """for name, figure in plot_ablation.figures(stage.name).items():
@@ -75,7 +75,7 @@ def main(argv=None) -> int:
         print(f"make_notebook.py: error: {error}", file=sys.stderr)
         return 2
     except CellExecutionError as error:
-        print(f"make_notebook.py: error: {path}: {error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"make_notebook.py: error: {path}: {error.evalue}", file=sys.stderr)
         return 1
     return 0
 

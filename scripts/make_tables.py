@@ -31,6 +31,8 @@ BLOCK = re.compile(r"(<!-- table (\w+): .*?-->\n).*?(<!-- /table -->)", re.S)
 
 def rows_of(stage_name: str) -> pd.DataFrame:
     """All rows of a stage. Raises ValueError."""
+    if not RESULTS.with_name(f"results_{stage_name}.csv").is_file():
+        raise ValueError(f"stage {stage_name} has no results; python scripts/run_stage.py {stage_name} makes them")
     return read_results(RESULTS.with_name(f"results_{stage_name}.csv"))
 
 
@@ -62,7 +64,7 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
 
 def table(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
     """The table of a stage, a line a variant in the order of its file; columns without a figure are left out."""
-    runs = comparable(rows)
+    runs = comparable(rows, stage)
     lines = pd.DataFrame([line_of(stage, variant, rows, runs) for variant in stage.variants])
     return lines.replace({"unfinished": {"": None}}).dropna(axis="columns", how="all")
 
@@ -72,7 +74,9 @@ def cell(name: str, value) -> str:
     if pd.isna(value):
         return ""
     if name == "train_time":
-        return f"{value // 60:.0f}m {value % 60:.1f}s"
+        return "{:.0f}m {:.1f}s".format(*divmod(round(value, 1), 60))
+    if name == "p" and value < 0.001:
+        return "< 0.001"
     if name in FORMATS:
         return format(value, FORMATS[name])
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -80,9 +84,7 @@ def cell(name: str, value) -> str:
 
 def markdown(stage: Stage, lines: pd.DataFrame, runs: pd.DataFrame) -> str:
     """The table in Markdown, with what was compared, on what device, below it."""
-    shown = lines.drop(columns=[name for name in ("variant", "low", "high", "bits_per_byte") if name in lines])
-    if shown.filter([NAMES.get(axis, axis) for axis in stage.axes]).duplicated().any() or not len(runs):
-        shown.insert(0, "variant", lines.variant)  # for the axes do not tell them apart
+    shown = lines.drop(columns=[name for name in ("low", "high", "bits_per_byte") if name in lines])
     if "low" in lines:
         interval = [f"{low:+.4f} to {high:+.4f}" * (low == low) for low, high in zip(lines.low, lines.high)]
         shown.insert(shown.columns.get_loc("difference") + 1, "95 % interval", interval)
@@ -92,6 +94,8 @@ def markdown(stage: Stage, lines: pd.DataFrame, runs: pd.DataFrame) -> str:
     text = ["| " + " | ".join(line) + " |" for line in [list(shown.columns), *text]]
     where = " / ".join(sorted({f"{run.device_name}, torch {run.torch}" for run in runs.itertuples()}))
     note = f"Measured on {where or 'nothing yet'}; difference, interval and p by Welch's test, over seeds."
+    if lines.seeds.nunique() > 1:
+        note += " Where numbers of seeds differ, some were added because of the losses: p does not know of that."
     return "\n".join([text[0], "|-" * len(shown.columns) + "|", *text[1:], "", note, ""])
 
 
@@ -99,16 +103,17 @@ def write_tables(stage_name: str) -> str:
     """Writes experiments/tables/<stage>.csv and .md; returns the latter's text. Raises ValueError."""
     stage, rows, folder = load_stage(stage_name), rows_of(stage_name), RESULTS.with_name("tables")
     lines = table(stage, rows)
-    text = markdown(stage, lines, comparable(rows))
-    folder.mkdir(exist_ok=True)
+    text = markdown(stage, lines, comparable(rows, stage))
     write(lines, folder / f"{stage_name}.csv")
-    (folder / f"{stage_name}.md").write_text(text)
+    write(text, folder / f"{stage_name}.md")
     return text
 
 
 def with_tables(readme: str) -> str:
-    """The text of a README with the tables in it as experiments/tables has them."""
+    """The text of a README with the tables in it as experiments/tables has them. Raises ValueError."""
     folder = RESULTS.with_name("tables")
+    if missing := [name for _, name, _ in BLOCK.findall(readme) if not (folder / f"{name}.md").is_file()]:
+        raise ValueError(f"{README} has a table of {missing[0]}, which is not in {folder}; run that stage")
     return BLOCK.sub(lambda found: found[1] + (folder / f"{found[2]}.md").read_text() + found[3], readme)
 
 
@@ -121,11 +126,11 @@ def main(argv=None) -> int:
         there = [name for name in stage_names() if RESULTS.with_name(f"results_{name}.csv").is_file()]
         for name in args.stage or there:
             print(f"{name}\n{write_tables(name)}")
+        if README.is_file():
+            write(with_tables(README.read_text()), README)
     except ValueError as error:
         print(f"make_tables.py: error: {error}", file=sys.stderr)
         return 2
-    if README.is_file():
-        README.write_text(with_tables(README.read_text()))
     return 0
 
 

@@ -26,7 +26,7 @@ FILLS = {"large batch": "#C1272D", "long sequence": "#2AB7A9", "balanced": "#1F4
 def load(stage_name):
     """(Stage, its comparable runs by the order of its variants, their curves). Raises ValueError where it has none."""
     stage, path = load_stage(stage_name), RESULTS.with_name(f"results_{stage_name}.csv")
-    rows = comparable(read_results(path)) if path.is_file() else pd.DataFrame({"variant": []})
+    rows = comparable(read_results(path), stage) if path.is_file() else pd.DataFrame({"variant": []})
     order = {label: i for i, label in enumerate(stage.variants)}
     rows = rows[rows["variant"].isin(order)].sort_values("variant", key=lambda labels: labels.map(order), kind="stable")
     if rows.empty:

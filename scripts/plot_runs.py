@@ -51,7 +51,7 @@ def dress(ax, x, y, title, log=False):
     """Names the panel and its axes with their units; `log` where the values span more than a factor of two."""
     for column, axis in ((x, ax.xaxis), (y, ax.yaxis)):
         unit = AXES.get(column, ["", ""])[1]
-        axis.set_label_text(name_of(column) + f" ({unit})" * bool(unit))
+        axis.set_label_text("" if column == "variant" else name_of(column) + f" ({unit})" * bool(unit))
         if column in FORMATS:
             axis.set_major_formatter(FORMATS[column])
     ax.set_title(title[0].upper() + title[1:], fontsize=10, loc="left")
@@ -67,7 +67,7 @@ def dress(ax, x, y, title, log=False):
 
 def frame(fig, title, caption, looks):
     """Title above, a legend of {label: keywords of its lines} below it, and at the foot what a reader must know."""
-    title, caption, (width, height) = textwrap.fill(title, 85), textwrap.fill(caption, 160), fig.get_size_inches()
+    title, caption, (width, height) = textwrap.fill(title, 85), textwrap.fill(caption, 140), fig.get_size_inches()
     ncols = min(len(looks), max(1, 125 // (6 + max(map(len, looks)))))
     under_title = 1 - (0.15 + 0.22 * len(title.splitlines())) / height
     top = under_title - 0.25 * -(-len(looks) // ncols) / height
@@ -191,8 +191,9 @@ def runs_figure(runs, title):
     devices = {label: curve.attrs.get("device_name", "a device not recorded") for label, curve in runs.items()}
     where = ", ".join(f"{device} ({label})" for label, device in devices.items())
     where = next(iter(devices.values())) if len({*devices.values()}) == 1 else where
-    frame(fig, title, f"Measured on {where}. One run a line (n = 1). Thin: training loss; dots: validation loss. "
-          f"Upright: the last step that all have evaluated.{' Loads: means over the layers.' * bool(experts)}", looks)
+    upright = " Upright: the last step that all have evaluated." * bool(axes["step"].get_lines()[2 * len(runs):])
+    frame(fig, title, f"Measured on {where}. One run a line (n = 1). Thin: training loss; dots: validation loss."
+          f"{upright}{' Loads: means over the layers.' * bool(experts)}", looks)
     return fig
 
 

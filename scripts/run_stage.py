@@ -8,12 +8,14 @@
     python scripts/run_stage.py stage1 --nproc 8 --slurm partition=gpu time=120
 
 A run has a result when results.csv holds one of the same settings, seed, trainer source and data. Settings that the
-shell exports reach no run; --set NAME=VALUE gives one to all. Started again after any end, kill -9 too, it goes on:
-runs that are still live are waited for, those that were cut short go on from their last checkpoint.
+shell exports reach no run; --set NAME=VALUE gives one to all, and --as names the stage that this makes. Started again
+after any end, kill -9 too, it goes on: runs that are still live are waited for, those that were cut short go on from
+their last checkpoint.
 """
 import argparse
-import contextlib
 import csv
+import difflib
+import functools
 import hashlib
 import json
 import os
@@ -27,16 +29,22 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import make_tables
+import plot_ablation
+import split_results
+import stage_gate
 import train_gpt
-from scale_model import GPUS, run_cost
+from scale_model import GPUS, choose_mfu, gpu_of, kind_of, run_cost
 from stages import FOLDER, RESERVED, load_stage, text_of
+from track import is_live
 from train_gpt import ROOT, Config, ConfigError, DataError, Ranks
 
 ENDED = ("ok", "diverged")  # results; with --gate also "stopped". Anything else is tried again by the next start
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")  # of a torchrun around this
+SETTINGS = [field.name.upper() for field in fields(Config)]
+OTHERS = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_",  # of a torchrun around this
+          "WANDB_RUN_ID", "WANDB_NAME")  # of one run, not of all
 POLL = 0.5  # seconds
 
 
@@ -57,14 +65,6 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.cfg.log_dir) / self.run_id
-
-    def live(self) -> bool:
-        """Whether a trainer has claimed the run_id, be it ours or that of a run_stage.py that was killed."""
-        try:
-            with FileLock(self.folder / "live.lock", timeout=0) if self.folder.exists() else contextlib.nullcontext():
-                return False
-        except Timeout:
-            return True
 
     def steps(self) -> int:
         """Steps that the curve has reached."""
@@ -91,36 +91,60 @@ def make_embedded_data(pattern: str):
                         "--tokenizer", "bytes", "--out", "data/sympy"], check=True, stdout=subprocess.DEVNULL)
 
 
-def make_run(stage, variant: str, seed: int, world_size: int, dry_run: bool) -> Run:
-    """The run of a variant with a seed, checked as the trainer will check it. Raises ConfigError, DataError."""
-    settings = stage.variants[variant] | {"SEED": str(seed), "STAGE": stage.name, "VARIANT": variant}
-    asked, ranks = Config.from_env(settings), Ranks(world_size=world_size, local_world_size=world_size)
-    if not dry_run:
+def refuse_unknown(settings: dict):
+    """Raises ConfigError for a name that is no setting, which the trainer would only warn of."""
+    for name in set(settings) - set(SETTINGS):
+        near = "".join(f"did you mean {close}?" for close in difflib.get_close_matches(name, SETTINGS, 1))
+        raise ConfigError(f"{name} is no setting; {near or 'python train_gpt.py --help lists them'}")
+
+
+@functools.cache
+def checked(settings: tuple, world_size: int, mode: str) -> tuple[Config, dict, str]:
+    """(Config, plan, fingerprint of the data) of settings, checked as the trainer will check them; in mode `dry` the
+    data need not be there and is blank, in `dry` and `slurm` no device need be. Raises ConfigError, DataError."""
+    asked, ranks, data = Config.from_env(dict(settings)), Ranks(world_size=world_size), ""
+    refuse_unknown(dict(settings))
+    if mode != "dry":
         make_embedded_data(asked.input_bin)
-    data = ""
     try:
-        cfg = train_gpt.resolve(replace(asked, dry_run=dry_run))
-        train_gpt.check_batch(cfg, ranks)
-        data = train_gpt.fingerprint(train_gpt.preflight(cfg, Ranks()), Path(cfg.log_dir))
+        cfg = train_gpt.resolve(replace(asked, dry_run=mode != "run"))
+        loaders = train_gpt.preflight(replace(cfg, device="cpu"), ranks)
+        data = train_gpt.fingerprint(loaders, Path(cfg.log_dir))
     except DataError:
-        if not dry_run:
+        if mode != "dry":
             raise
         cfg = train_gpt.resolve(replace(asked, dry_run=True, vocab_size=asked.vocab_size or 257))
-    plan = train_gpt.make_plan(cfg, ranks)
+    train_gpt.check_batch(cfg, ranks)
+    return cfg, train_gpt.make_plan(cfg, ranks), data
+
+
+def make_run(stage, variant: str, seed: int, world_size: int, mode: str) -> Run:
+    """The run of a variant with a seed. Raises ConfigError, DataError."""
+    settings = ({"DEVICE": "cuda"} if mode == "slurm" else {}) | stage.variants[variant]
+    try:
+        cfg, plan, data = checked(tuple(settings.items()), world_size, mode)
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{stage.name}, {variant}: {error}") from None
     source = hashlib.sha256((ROOT / "train_gpt.py").read_text().encode()).hexdigest()[:12]
     identity = (stage.name, variant, str(seed), cfg.hash(), source, data)
-    label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{stage.name}-{variant}").strip("-.")[:80]
-    digest = hashlib.sha256("".join(identity[3:]).encode()).hexdigest()[:6]
-    names = {"RUN_ID": f"{label}-s{seed}-{digest}", "RESUME": "auto"} if data else {}
-    return Run(settings | names, cfg, plan, identity)
+    settings |= {"SEED": str(seed), "STAGE": stage.name, "VARIANT": variant}
+    if data:  # without, it is not yet known what it will be called
+        label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{stage.name}-{variant}").strip("-.")[:80]
+        digest = hashlib.sha256("".join(identity[3:]).encode()).hexdigest()[:6]
+        settings |= {"RUN_ID": f"{label}-s{seed}-{digest}", "RESUME": "auto"}
+    return Run(settings, cfg, plan, identity)
 
 
-def plan_runs(stage, seeds: dict[str, tuple], world_size: int, dry_run: bool) -> list[Run]:
+def plan_runs(stage, seeds: dict[str, tuple], world_size: int, mode: str) -> list[Run]:
     """All runs of a stage: the reference's first, then seed by seed, so that what is there can be compared."""
     order = [(stage.reference, seed) for seed in seeds[stage.reference]]
     others = [(seeds[variant].index(seed), variant, seed) for variant in seeds for seed in seeds[variant]]
     order += [run[1:] for run in sorted(others, key=lambda run: run[0]) if run[1] != stage.reference]
-    return [make_run(stage, variant, seed, world_size, dry_run) for variant, seed in order]
+    runs, hashes = [make_run(stage, variant, seed, world_size, mode) for variant, seed in order], {}
+    for run in runs:
+        if (other := hashes.setdefault(run.cfg.hash(), run.settings["VARIANT"])) != run.settings["VARIANT"]:
+            raise ConfigError(f"variants {other} and {run.settings['VARIANT']} of {stage.name} have the same settings")
+    return runs
 
 
 def status_of(run: Run, rows: dict) -> str:
@@ -132,17 +156,20 @@ def status_of(run: Run, rows: dict) -> str:
 
 def estimate(run: Run, rows: dict, gpu: str) -> tuple[float | None, float | None]:
     """(seconds, dollars) of a run, by the speed of finished ones on this device, or by the planner's table; or None."""
-    here = train_gpt.device_name(Ranks().device(run.cfg))
-    flops = run.plan["flops_per_token"] * run.plan["tokens_needed"]
-    gpu = gpu or next((name for name, known in GPUS.items() if known.name in here), "")
-    rates = [float(row["flops_per_token"]) * float(row["tokens"]) / float(row["train_time"]) for row in rows.values()
-             if row["status"] == "ok" and row.get("device_name") == here and row["ffn"] == run.cfg.ffn
-             and int(row["world_size"]) == run.plan["world_size"]]
-    seconds, dollars = run_cost(flops, gpu, gpus=run.plan["world_size"]) if gpu else (None, None)
-    if rates and (not gpu or GPUS[gpu].name in here):
-        measured = flops / statistics.median(rates[-20:])
-        seconds, dollars = measured, dollars * measured / seconds if dollars else None
-    return seconds, dollars
+    here = train_gpt.torch.cuda.is_available() or run.cfg.device == "cpu"
+    here = train_gpt.device_name(Ranks().device(run.cfg)) if here else ""
+    flops, world = run.plan["flops_per_token"] * run.plan["tokens_needed"], run.plan["world_size"]
+    if not gpu or gpu == gpu_of(here):
+        alike = [row for row in rows.values() if row["status"] == "ok" and row.get("device_name") == here
+                 and row["ffn"] == run.cfg.ffn and int(row["world_size"]) == world]
+        rates = [float(row["flops_per_token"]) * float(row["tokens"]) / float(row["train_time"]) for row in alike]
+        if rates:
+            seconds, gpu = flops / statistics.median(rates[-20:]), gpu_of(here)
+            return seconds, seconds / 3600 * world * GPUS[gpu].price if gpu else None
+    if not (gpu := gpu or gpu_of(here)):
+        return None, None
+    mfu, _ = choose_mfu(Config.results_csv, GPUS[gpu], kind_of(run.cfg.ffn))
+    return run_cost(flops, gpu, mfu, world)
 
 
 def told(seconds: float | None) -> str:
@@ -159,23 +186,27 @@ def command(world_size: int) -> list[str]:
             str(ROOT / "train_gpt.py")]
 
 
-def environment(run: Run, jobs: int) -> dict[str, str]:
-    """This process' environment without any setting of the trainer, with the run's, and its share of the devices."""
-    ours = {field.name.upper() for field in fields(Config)} | set(train_gpt.SYNONYMS)
-    env = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith(LAUNCHER)}
-    world = run.plan["world_size"]
-    if run.cfg.device == "cpu":
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (jobs * world))))
+def devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    all_of_them = ",".join(map(str, range(train_gpt.torch.cuda.device_count())))
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", all_of_them).split(",") if name]
+
+
+def environment(settings: dict, device: str, world_size: int, jobs: int = 1, slot: int = 0) -> dict[str, str]:
+    """This process' environment without any setting of the trainer, with these, and a share of this machine."""
+    ours = {name.replace("_", "") for name in (*SETTINGS, *train_gpt.SYNONYMS)}
+    env = {name: value for name, value in os.environ.items()
+           if name.replace("_", "") not in ours and not name.startswith(OTHERS)}
+    if device == "cpu":
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (jobs * world_size))))
     elif jobs > 1:
-        all_of_them = ",".join(map(str, range(train_gpt.torch.cuda.device_count())))
-        devices = env.get("CUDA_VISIBLE_DEVICES", all_of_them).split(",")
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices[run.slot * world:(run.slot + 1) * world])
-    return env | run.settings
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices()[slot * world_size:(slot + 1) * world_size])
+    return env | settings
 
 
 def dry_run(runs: list[Run], args, rows: dict):
     """Prints what would be run, a command a line, and what it would take."""
-    total = [0.0, 0.0]
+    total, left = [0.0, 0.0], 0
     for run in runs:
         status = status_of(run, rows) if run.identity[-1] else ""
         seconds, dollars = estimate(run, rows, args.gpu)
@@ -183,11 +214,15 @@ def dry_run(runs: list[Run], args, rows: dict):
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in run.settings.items())
         flops = run.plan["flops_per_token"] * run.plan["tokens_needed"]
         note = f"has a result: {status}" if status in ENDED else f"{flops:.2g} FLOPs, {told(seconds)}{cost}"
-        print(f"{settings} torchrun --standalone --nproc_per_node={args.nproc} train_gpt.py  # {note}")
-        if status not in ENDED:
+        mark = "# " * (status in ENDED)
+        print(f"{mark}{settings} torchrun --standalone --nproc_per_node={args.nproc} train_gpt.py  # {note}")
+        if not mark:
+            left += 1
             total = [had if more is None else had + more for had, more in zip(total, (seconds, dollars))]
-    print(f"# {len(runs)} runs, {told(total[0] / args.jobs or None)} of training with --jobs {args.jobs}"
-          + f", ${total[1]:.2f}" * bool(total[1]) + "; start, compilation, validation and checkpoints come on top")
+    cost = f", ${total[1]:.2f}" * bool(total[1])
+    print(f"# {left} of {len(runs)} runs to do" + (
+        f", {told(total[0] and total[0] / args.jobs)} of training with --jobs {args.jobs}{cost}; start, compilation, "
+        "validation and checkpoints come on top" if left else ""))
 
 
 class Pool:
@@ -197,44 +232,47 @@ class Pool:
         self.jobs, self.gate, self.ended = jobs, gate, ENDED + ("stopped",) * keep_stopped
         self.asked_to_end, self.checked = False, {}
         for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-            signal.signal(number, lambda *_: setattr(self, "asked_to_end", True))
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda *_: setattr(self, "asked_to_end", True))
 
     def work(self, runs: list[Run]) -> list[Run]:
         """Brings every run to its end; returns those that have failed. Ends early where a signal asks for it."""
         rows, going, failed, ending, began = results(), [], [], False, time.time()
         waiting = [run for run in runs if status_of(run, rows) not in self.ended]
         todo, done = len(waiting), len(runs) - len(waiting)
-        with tqdm(total=len(runs), initial=done, bar_format="{desc}|{bar}| {postfix}", disable=None) as bar:
+        with tqdm(total=len(runs), initial=done, bar_format="{desc} |{bar}|", disable=None) as bar:
             while waiting or going:
                 if self.asked_to_end and not ending:
                     ending, waiting, going = True, [], [run for run in going if run.process]  # ours alone are to end
                     for run in going:
-                        run.process.terminate()  # torchrun hands it on: the ranks save and end
+                        os.killpg(run.process.pid, signal.SIGTERM)  # torchrun may be starting: the ranks save and end
+                    tqdm.write(f"interrupted: {len(going)} runs save and end")
                 while waiting and len(going) < self.jobs:
                     going.append(self.start(waiting.pop(0), going))
                 for run in [run for run in going if self.over(run)]:
                     going.remove(run)
-                    done += 1
                     status = self.close(run)
+                    done += status in self.ended
                     failed += [run] * (status not in self.ended)
                     tqdm.write(f"{done}/{len(runs)} {run.run_id}: {status}")
                 part = sum(run.steps() / run.cfg.num_iterations for run in going)
                 bar.n, spent = done + part, time.time() - began
                 so_far = todo - len(waiting) - len(going) + part
                 end = began + spent * todo / so_far if so_far > 0.05 else None
-                bar.set_description_str(f"{done}/{len(runs)} done, {len(going)} running ")
-                bar.set_postfix_str("ends about " + (time.strftime("%H:%M", time.localtime(end)) if end else "…"))
+                clock = time.strftime("%H:%M", time.localtime(end)) if end else "…"
+                bar.set_description_str(f"{done}/{len(runs)} done, {len(going)} running, ends about {clock}")
                 time.sleep(POLL if going else 0)
         return failed
 
     def start(self, run: Run, going: list[Run]) -> Run:
-        """Starts a run in a session of its own, so that it outlives us; where a killed predecessor's is live, none."""
+        """Starts a run in a session of its own, so that it outlives us, unless another run_stage.py has done so."""
         run.slot = min(set(range(self.jobs)) - {other.slot for other in going})
-        if not run.live():
+        if not is_live(run.folder) and status_of(run, results()) not in self.ended:
             run.folder.mkdir(parents=True, exist_ok=True)
+            env = environment(run.settings, run.cfg.device, run.plan["world_size"], self.jobs, run.slot)
             with open(run.folder / "output.txt", "a") as out:
-                run.process = subprocess.Popen(command(run.plan["world_size"]), env=environment(run, self.jobs),
-                                               stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+                run.process = subprocess.Popen(command(run.plan["world_size"]), env=env, stdin=subprocess.DEVNULL,
+                                               stdout=out, stderr=out, start_new_session=True)
         return run
 
     def over(self, run: Run) -> bool:
@@ -243,65 +281,85 @@ class Pool:
         if self.gate and steps > self.checked.get(run.run_id, 0):
             self.checked[run.run_id] = steps
             self.gate(run)
-        return (run.process is None or run.process.poll() is not None) and not run.live()
+        return (run.process is None or run.process.poll() is not None) and not is_live(run.folder)
 
     def close(self, run: Run) -> str:
         """The status that the run's row ends with; one that could not say why it ended gets a row all the same."""
-        row = results().get(run.run_id, {})
-        if row.get("status", "running") == "running":
-            code = run.process.returncode if run.process else "no code known"
-            why = f"ended without a word (exit code {code}); {run.folder / 'output.txt'} has what it printed"
-            path = run.folder.with_name(f"{run.run_id}.json")
-            known = json.loads(path.read_text()) if path.exists() else {
-                name.lower(): run.settings[name] for name in ("RUN_ID", "STAGE", "VARIANT", "SEED")}
-            known |= {"status": "crash", "error": why, "started": known.get("started", train_gpt.utc_now())}
-            train_gpt.write_whole(path, json.dumps(known, indent=1) + "\n")
-            train_gpt.update_results(Config.results_csv, [known])
-            row = known
-        if row["status"] not in self.ended:
-            tqdm.write(f"{run.run_id}: {row.get('error') or 'can go on'}")
-        return row["status"]
+        if (status := status_of(run, results())) in self.ended:
+            return status
+        path, code = run.folder.with_name(f"{run.run_id}.json"), run.process.returncode if run.process else "not known"
+        known = json.loads(path.read_text()) if path.exists() else {
+            name.lower(): run.settings[name] for name in ("RUN_ID", "STAGE", "VARIANT", "SEED")}
+        if self.asked_to_end:
+            known |= {"status": known.get("status", "running").replace("running", "preempted")}
+        elif known.get("status", "running") == "running" or code != 0 and known["status"] in ("preempted", "stopped"):
+            out = (run.folder / "output.txt").read_text() if (run.folder / "output.txt").exists() else ""
+            said = re.findall(r"^(?:config|data|crash|oom|diverged): .*", out, re.M) or ["it ended without a word"]
+            known |= {"status": "crash", "started": known.get("started", train_gpt.utc_now()),
+                      "error": f"{said[-1]} (exit code {code}; {run.folder}/output.txt)"}
+        train_gpt.write_whole(path, json.dumps(known, indent=1) + "\n")
+        train_gpt.update_results(Config.results_csv, [known])  # which the trainer may have failed to do
+        if known["status"] not in self.ended and not self.asked_to_end:
+            tqdm.write(f"{run.run_id}: {known.get('error') or 'can go on'}")
+        return known["status"]
 
 
 class Task:
     """A run as an element of a Slurm array; preempted or out of time, it saves, ends, and is queued again."""
 
-    def __call__(self, arguments: list[str], env: dict[str, str]) -> int:
-        self.process = subprocess.Popen(arguments, env=env)
-        return self.process.wait()
+    def __call__(self, settings: dict[str, str], device: str, world_size: int) -> int:
+        self.process = subprocess.Popen(  # Slurm tells the whole step by USR2, of which torchrun would die
+            command(world_size), env=environment(settings, device, world_size),
+            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+        while self.process.poll() is None:  # inside wait(), `checkpoint`, a signal's handler, could not wait
+            time.sleep(POLL)
+        return self.process.returncode
 
-    def checkpoint(self, arguments, env):
+    def checkpoint(self, *arguments):
         """What submitit calls before the job is taken away."""
         from submitit.helpers import DelayedSubmission
         self.process.terminate()
         self.process.wait()
-        return DelayedSubmission(Task(), arguments, env)
+        return DelayedSubmission(Task(), *arguments)
 
 
-def submit(runs: list[Run], args) -> list:
-    """Submits the runs as one array, --jobs of them at a time; NAME=VALUE are options of sbatch. Returns the jobs."""
+def submit(stage, args) -> int:
+    """Submits what has no result as one array, --jobs at a time, with options of sbatch. Raises ConfigError."""
     import submitit
     options = pairs("--slurm", args.slurm, r"\w+")
-    executor = submitit.AutoExecutor(folder="logs/slurm", cluster=options.pop("cluster", "slurm"))
-    executor.update_parameters(name=args.stage, slurm_array_parallelism=args.jobs, tasks_per_node=1,
-                               gpus_per_node=args.nproc * (runs[0].cfg.device == "cuda"), **{
-                                   f"slurm_{name}": int(value) if value.isdigit() else value
-                                   for name, value in options.items()})
-    commands, environments = [command(args.nproc) for _ in runs], [environment(run, 1) for run in runs]
-    return executor.map_array(Task(), commands, environments)
+    cluster = options.pop("cluster", "slurm")
+    if args.gate or cluster == "slurm" and "time" not in options:
+        raise ConfigError("--slurm needs time=MINUTES and cannot have --gate, which watches runs; run_stage.py "
+                          f"{stage.name} --no-run judges them when they have ended")
+    rows = results()
+    runs = plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, "slurm")
+    runs = [run for run in runs if status_of(run, rows) not in ENDED and not is_live(run.folder)]
+    try:
+        executor = submitit.AutoExecutor(folder="logs/slurm", cluster=cluster)
+    except RuntimeError as error:
+        raise ConfigError(f"--slurm: {error}; cluster=local tries it on this machine") from None
+    executor.update_parameters(name=stage.name, slurm_array_parallelism=args.jobs, tasks_per_node=1, **{
+        f"slurm_{name}": int(value) if value.isdigit() else value for name, value in options.items()})
+    if runs and runs[0].cfg.device == "cuda":
+        executor.update_parameters(gpus_per_node=args.nproc)
+    if runs:
+        executor.map_array(Task(), *zip(*((run.settings, run.cfg.device, args.nproc) for run in runs)))
+    print(f"submitted {len(runs)} runs; when they have ended: python scripts/run_stage.py {stage.name} --no-run")
+    return 0
 
 
-def finish(stage_name: str):
-    """Tables, figure and verdict of the stage, from what is there."""
-    import make_tables, plot_ablation, split_results, stage_gate
-    split_results.split(stage_name, split_results.read_results(), Path(Config.log_dir))
-    verdicts = stage_gate.write_gate(stage_name)
-    print(make_tables.write_tables(stage_name))
-    files = plot_ablation.write_figures(stage_name)
-    verdicts = verdicts[verdicts.kind == "variant"]
+def finish(stage):
+    """Tables, figure and verdicts of the stage from what is there; returns the verdicts. Raises ValueError."""
+    split_results.split(stage.name, split_results.read_results(), Path(Config.log_dir))
+    verdicts = stage_gate.write_gate(stage.name).query("kind == 'variant'")
+    print(make_tables.write_tables(stage.name))
     for one in verdicts.itertuples():
         print(f"{one.variant}: {one.verdict}, {one.reason}")
-    print(f"tables: experiments/tables/{stage_name}.csv .md _gate.csv   figures: {' '.join(map(str, files))}")
+    print(f"experiments/tables/{stage.name}.md .csv _gate.csv")
+    try:
+        plot_ablation.write_figures(stage.name)
+    except ValueError as error:
+        print(f"no figure: {error}")
     return verdicts
 
 
@@ -331,11 +389,25 @@ def build_next(stage, promoted: list[str]) -> str:
             f"python scripts/run_stage.py {first['name']}")
 
 
-def overridden(stage, changes: list[str]):
-    """The stage with NAME=VALUE given to every variant. Raises ConfigError."""
+def overridden(stage, changes: list[str], name: str):
+    """The stage with NAME=VALUE for every run; where that changes what is trained, as a stage `name`, which has a file
+    of its own, so that no table mixes the two. Raises ConfigError."""
     given = pairs("--set", changes)
     if taken := RESERVED.intersection(given):
         raise ConfigError(f"--set {min(taken)}: is not for a stage to set")
+    refuse_unknown(given)
+    Config.from_env(stage.variants[stage.reference] | given)
+    if trained := sorted(set(given) - {setting.upper() for setting in train_gpt.UNTRAINED}):
+        if not name:
+            raise ConfigError(f"--set {trained[0]} makes another stage of {stage.name}; give it a name by --as")
+        if varied := [setting for setting in trained if setting.lower() in stage.axes]:
+            raise ConfigError(f"--set {varied[0]}: in that the variants of {stage.name} differ; write a stage for it")
+        text = f'extends = "{stage.name}"\n\n[base]\n' + "".join(
+            f"{setting} = {json.dumps(value)}\n" for setting, value in given.items())
+        if (path := FOLDER / f"{name}.toml").exists() and path.read_text() != text:
+            raise ConfigError(f"--as {name}: {path} is there and says something else; choose another name")
+        train_gpt.write_whole(path, text)
+        return load_stage(name)
     return replace(stage, variants={label: settings | given for label, settings in stage.variants.items()})
 
 
@@ -348,7 +420,6 @@ def pairs(option: str, words: list[str], name: str = "[A-Z0-9_]+") -> dict[str, 
 
 def stopper(stage):
     """What stops a live run by the rules of the stage: the file `stop`, so that it can go on later."""
-    import split_results, stage_gate
     rules = stage_gate.rules_of(stage)
 
     def look(run: Run):
@@ -360,25 +431,33 @@ def stopper(stage):
     return look
 
 
+def ask(stage, seeds: dict[str, list], verdicts) -> list[tuple[str, int]]:
+    """(variant, seed) of what the gate wants to see next: the reference has to have as many as any other."""
+    asking = set(verdicts[verdicts.verdict == "seed"].seed_for)
+    more = {variant: int(variant in asking and len(known) < stage.max_seeds) for variant, known in seeds.items()}
+    most = max(len(known) + more[variant] for variant, known in seeds.items())
+    more[stage.reference] = most - len(seeds[stage.reference])
+    return [(variant, max(seeds[variant]) + 1 + i) for variant, count in more.items() for i in range(count)]
+
+
 def work_through(stage, args) -> int:
     """Runs all that has no result, adds seeds as the gate asks for them, then builds the next stage; the exit code."""
-    pool, seeds, failed = Pool(args.jobs, stopper(stage) if args.gate else None, args.gate), {}, []
+    pool, seeds = Pool(args.jobs, stopper(stage) if args.gate else None, args.gate), {}
     wanted = [(variant, seed) for variant in stage.variants for seed in stage.seeds]
-    while wanted and not pool.asked_to_end:
+    while wanted:
         for variant, seed in wanted:
             seeds.setdefault(variant, []).append(seed)
-        failed = pool.work(plan_runs(stage, seeds, args.nproc, False))
-        if not any(row["stage"] == stage.name and row["status"] == "ok" for row in results().values()):
-            break
-        verdicts = finish(stage.name)
-        asking = set(verdicts[verdicts.verdict == "seed"].seed_for) if args.gate and not failed else ()
-        wanted = [(variant, max(seeds[variant]) + 1) for variant in seeds
-                  if variant in asking and len(seeds[variant]) < stage.max_seeds]
+        runs = plan_runs(stage, seeds, args.nproc, "run")
+        if runs[0].cfg.device == "cuda" and args.jobs * args.nproc > len(devices()):
+            raise ConfigError(f"--jobs {args.jobs} x --nproc {args.nproc}: there are {len(devices())} CUDA devices")
+        failed = pool.work(runs)
+        verdicts = None if pool.asked_to_end else finish(stage)
+        if pool.asked_to_end or failed:
+            print("some runs have no result yet; the same command goes on with them")
+            return 1
+        wanted = ask(stage, seeds, verdicts) if args.gate else []
         for variant, seed in wanted:
             print(f"the gate asks for another seed: {variant}, seed {seed}")
-    if pool.asked_to_end or failed:
-        print("some runs have no result yet; the same command goes on with them")
-        return 1
     if args.gate:
         print(build_next(stage, list(verdicts[verdicts.verdict == "promote"].variant)))
     return 0
@@ -392,26 +471,27 @@ def main(argv=None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--nproc", type=int, default=1, help="processes, and GPUs where there are any, of each run")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for every run")
+    parser.add_argument("--as", dest="name", default="", metavar="STAGE", help="the stage that --set makes of it")
     parser.add_argument("--dry-run", action="store_true", help="print the commands; needs no data and no GPU")
     parser.add_argument("--gpu", default="", choices=["", *GPUS], help="estimate for this GPU, not for the one here")
     parser.add_argument("--gate", action="store_true", help="stop, add seeds and build the next stage by the rules")
     parser.add_argument("--slurm", nargs="*", metavar="NAME=VALUE", help="submit as an array, with options of sbatch")
+    parser.add_argument("--no-run", action="store_true", help="only make tables, figure and verdicts of what is there")
     args = parser.parse_args(argv)
     try:
         if min(args.jobs, args.nproc) < 1:
             raise ConfigError(f"--jobs {args.jobs} --nproc {args.nproc}: both must be at least 1")
-        stage = overridden(load_stage(args.stage), args.set)
-        if leaks := [field.name.upper() for field in fields(Config) if os.environ.get(field.name.upper())]:
+        stage = overridden(load_stage(args.stage), args.set, args.name)
+        stage_gate.rules_of(stage)
+        if leaks := [name for name in SETTINGS if os.environ.get(name)]:
             print(f"not passed on to the runs: {', '.join(leaks)}; --set {leaks[0]}=… would be", file=sys.stderr)
-        if not args.dry_run and args.slurm is None:
-            return work_through(stage, args)
-        runs, rows = plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, args.dry_run), results()
         if args.dry_run:
-            dry_run(runs, args, rows)
-            return 0
-        runs = [run for run in runs if status_of(run, rows) not in ENDED and not run.live()]
-        jobs = submit(runs, args) if runs else []
-        print(f"submitted {len(jobs)} runs; when they have ended, python scripts/run_stage.py {stage.name} sums up")
+            runs = plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, "dry")
+            dry_run(runs, args, results())
+        elif args.no_run:
+            finish(stage)
+        else:
+            return work_through(stage, args) if args.slurm is None else submit(stage, args)
         return 0
     except (ConfigError, DataError, ValueError) as error:
         print(f"run_stage.py: error: {error}", file=sys.stderr)

@@ -68,6 +68,12 @@ def run_cost(flops_total, gpu, mfu=None, gpus=1):
     return seconds, seconds / 3600 * gpu.price * gpus
 
 
+def gpu_of(device_name):
+    """The name in GPUS of what CUDA calls a device; "" where it is none of them."""
+    known = next((name for name in PEAK_TFLOPS if name in device_name), "")
+    return known.lower() if known.lower() in GPUS else ""
+
+
 def kind_of(ffn):
     return "moe" if "moe" in ffn.split(",") else "dense"
 
@@ -79,15 +85,15 @@ def measured_mfu(path, gpu, kind):
             rows = [row for row in csv.DictReader(file) if row["status"] == "ok" and float(row.get("mfu") or 0)]
     except FileNotFoundError:
         return []
-    return [float(row["mfu"]) for row in rows if kind_of(row["ffn"]) == kind and
-            gpu.name == next((name for name in PEAK_TFLOPS if name in row["device_name"]), None)]
+    return [float(row["mfu"]) for row in rows if kind_of(row["ffn"]) == kind
+            and gpu.name.lower() == gpu_of(row["device_name"])]
 
 
-def choose_mfu(args, gpu, kind):
+def choose_mfu(results, gpu, kind, given=None):
     """(MFU, where it is from): given before measured before assumed."""
-    if args.mfu:
-        return args.mfu, "given"
-    if found := measured_mfu(args.results, gpu, kind):
+    if given:
+        return given, "given"
+    if found := measured_mfu(results, gpu, kind):
         return statistics.median(found), f"measured, {len(found)} run{'s' * (len(found) > 1)}"
     return MOE_MFU if kind == "moe" else gpu.mfu, "assumed"
 
@@ -194,7 +200,7 @@ def rung(index, kind, args):
 
 def plan_budget(args, gpu, kind):
     """The Plan of the largest model for --budget on this GPU. Raises TooSmall."""
-    mfu, source = choose_mfu(args, gpu, kind)
+    mfu, source = choose_mfu(args.results, gpu, kind, args.mfu)
 
     @functools.cache
     def model(index):
@@ -220,7 +226,7 @@ def plan_preset(args, gpu, budget=None):
     cfg = Config.from_env(PRESETS.get(args.preset, {"PRESET": args.preset}))
     cfg = replace(cfg, vocab_size=args.vocab_size or cfg.vocab_size or BYTES_VOCAB)
     own, kind = cfg.num_iterations, kind_of(cfg.ffn)
-    mfu, source = choose_mfu(args, gpu, kind)
+    mfu, source = choose_mfu(args.results, gpu, kind, args.mfu)
     if budget:
         step = run_cost(flops(replace(cfg, num_iterations=1)), gpu, mfu, args.gpus)[1]
         if budget < step:

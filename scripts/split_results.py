@@ -7,31 +7,64 @@ For each it writes experiments/results_<stage>.csv and experiments/log_curves_<s
 LOG_DIR (logs); where a log is gone, what the file of curves already holds of the run is kept.
 """
 import argparse
+import hashlib
 import io
+import os
+import shlex
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+from stages import Stage
+
 RESULTS = Path("experiments/results.csv")
 TEXT = ("run_id", "stage", "variant", "preset", "status", "git", "source_sha", "config_hash", "data_fingerprint",
-        "changes", "note", "error", "per_step")  # never numbers, though some may look so
+        "changes", "note", "error", "per_step", "started", "device_name", "torch")  # never numbers
+NUMBERS = ("seed", "final_loss", "train_time", "tokens_per_sec", "tokens_per_step", "params_total", "params_active",
+           "flops_per_token", "num_experts", "bad_steps")  # of a run that ended early they may be missing
+UNTRAINED = {*"PRESET SEED INPUT_BIN INPUT_VAL_BIN PEAK_TFLOPS LOG_EVERY SAVE_EVERY KEEP_LAST MAX_BAD_STEPS "
+             "HANG_TIMEOUT BALANCE_LOG_INTERVAL".split()}  # settings that make no other run of one, beside labels
 
 
 def read_results(path=RESULTS) -> pd.DataFrame:
     """A table of results, a row per run. Raises ValueError where there is none."""
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not there; run a stage: python scripts/run_stage.py smoke")
+        raise ValueError(f"{path} is not there; python scripts/run_stage.py makes it, or rebuild_results.py from logs")
     rows = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""], low_memory=False)
-    return rows.fillna({name: "" for name in TEXT if name in rows})
+    blanks = dict.fromkeys(TEXT, "") | dict.fromkeys(NUMBERS, float("nan"))
+    rows = rows.fillna({name: blank for name, blank in blanks.items() if name in rows and name in TEXT})
+    return rows.assign(**{name: blank for name, blank in blanks.items() if name not in rows})
 
 
-def comparable(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of one stage's rows: the finished runs that share trainer and data with the newest, one per variant and seed."""
-    rows = rows[rows.status == "ok"].sort_values("started", kind="stable")
-    for name in ("source_sha", "data_fingerprint") if len(rows) else ():
-        rows = rows[rows[name] == rows[name].iloc[-1]]
-    return rows.drop_duplicates(["variant", "seed"], keep="last").sort_index()
+def current(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
+    """The rows of a stage that go with its newest finished run, of the trainer that is here if there is one: same
+    trainer, same data, same settings but for those in which variants differ, and of each variant those it had last."""
+    varied = {name for name in set().union(*stage.variants.values())
+              if len({settings.get(name) for settings in stage.variants.values()}) > 1}
+    given = set().union(*stage.variants.values()) - varied
+
+    def base(changes):
+        found = dict(word.split("=", 1) for word in shlex.split(changes))
+        names = (given if "PRESET" in varied else set(found) - varied) - UNTRAINED
+        return str(sorted((name, found.get(name)) for name in names))
+
+    rows = rows[rows.variant.isin(stage.variants) & (rows.source_sha != "")]  # a refused run has none
+    rows = rows.assign(base=rows.changes.map(base)).sort_values("started", kind="stable")
+    trainer = Path(__file__).parents[1] / "train_gpt.py"
+    source = hashlib.sha256(trainer.read_bytes()).hexdigest()[:12] if trainer.exists() else ""
+    ok = rows[rows.status == "ok"]
+    newest = (ok if source not in set(ok.source_sha) else ok[ok.source_sha == source]).tail(1)
+    for name in ("source_sha", "data_fingerprint", "base") if len(newest) else ():
+        rows = rows[rows[name] == newest[name].item()]
+    last = rows.groupby("variant").config_hash.transform("last")
+    return rows[rows.config_hash == last].drop(columns="base")
+
+
+def comparable(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
+    """The finished ones of a stage's current rows, one per variant and seed."""
+    rows = current(rows, stage)
+    return rows[rows.status == "ok"].drop_duplicates(["variant", "seed"], keep="last").sort_index()
 
 
 def read_curve(path) -> pd.DataFrame:
@@ -49,10 +82,11 @@ def read_curves(stage: str) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"run_id": str, "variant": str})
 
 
-def write(table: pd.DataFrame, path: Path):
-    """Replaces a file by the table at one stroke; numbers come back as they were."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    table.to_csv(temporary, index=False)
+def write(content: pd.DataFrame | str, path: Path):
+    """Replaces a file by a table or text at one stroke; numbers come back as they were."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(content if isinstance(content, str) else content.to_csv(index=False))
     temporary.replace(path)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtr
 
-from split_results import comparable, read_curve, read_curves, read_results, write
+from split_results import comparable, current, read_curve, read_curves, read_results, write
 from stages import Stage, load_stage
 
 RULES = {  # what the [gate] of a stage may say, with its default
@@ -45,9 +45,11 @@ FAILED = "diverged", "oom", "crash", "config", "data"
 # is no better, where nothing differs / where one variant's sd is four times the others' / those that promote a variant
 # that is two sd better. Variance pooled over all seeds: 1.1 % / 4.7 % / 84 %; Welch's test: 0.9 % / 1.0 % / 71 %; both
 # with LAST = 1. The larger of the pooled p and half of Welch's, as below: 0.9 % / 0.8 % / 81 %. Where the reference
-# alone has four times the sd it is 1.3 %. LAST is above 1, since two tests in one and a shared reference leave some of
-# Bonferroni's bound unspent.
-WELCH, EARLY, LAST = 2, 1 / 30, 1.2  # divisor of Welch's p; shares of the confidence at an early and at the last look
+# alone has four times the sd it is 1.3 %. LAST is above 1 where variants share a reference, since that and two tests in
+# one leave some of Bonferroni's bound unspent; not with one variant, where every look counts in full.
+WELCH, EARLY = 2, 1 / 30  # divisor of Welch's p; share of the confidence that an early look has
+LAST = {1: 0.85, 2: 1.0}  # the share that the last look has, by the number of variants; of more of them LAST_OF_MANY
+LAST_OF_MANY = 1.2
 PROMOTE, SEED, HOLD = 1, 0, -1  # of several rules the highest counts, of several conditions the lowest
 
 
@@ -154,20 +156,28 @@ def within(value, se, limit, last) -> np.ndarray:
     return np.where(promote, PROMOTE, np.where(hold, HOLD, SEED))
 
 
+def levels(rules: dict, count: int) -> tuple[float, float]:
+    """What p has to reach at an early look and at the last, with so many variants: Bonferroni."""
+    level = rules["confidence"] / count
+    return EARLY * level, LAST.get(count, LAST_OF_MANY) * level
+
+
 def decide(ours: dict, theirs: dict, facts: dict, rules: dict) -> tuple[np.ndarray, np.ndarray, dict, dict]:
     """(state, whether the reference's seed comes first, state by enabled rule, Test by figure) of every variant.
 
     ours and theirs: Samples, variants along the last axis, of loss, first, drift (nats), seconds (a step), imbalance
     (1 - entropy) and violation of the experts' load; a mean is NaN where nothing was measured. facts, by variant:
-    last (it has no seed left), reference_last, healthy, flops and params (over the reference's).
+    last (it has no seed left), reference_last, healthy, timed (on one kind of GPU), flops and params (over the
+    reference's).
     """
     tests, last = {name: compare(ours[name], theirs[name]) for name in ours}, facts["last"]
-    level = rules["confidence"] / ours["loss"].mean.shape[-1]  # Bonferroni over the variants
-    early, rare = (EARLY * level, LAST * level), (EARLY * level, EARLY * level)  # a side path gets the early level only
+    early = levels(rules, ours["loss"].mean.shape[-1])
+    rare = early[0], early[0]  # a side path gets the early level only
     loss, scale = tests["loss"], theirs["loss"].mean
     balanced = surely(tests["imbalance"], rules["routing_gain"], last, *rare)
     balanced = np.where(tests["violation"].gain >= 0, balanced, HOLD)
     faster = surely(tests["seconds"], rules["efficiency_gain"] * theirs["seconds"].mean, last, *rare)
+    faster = np.where(facts["timed"], faster, HOLD)
     cheaper = np.where(facts["flops"] <= 1 - rules["efficiency_gain"], PROMOTE, HOLD)
     near, firm = (within(-tests[name].gain, tests[name].se, rules[rule], last)
                   for name, rule in (("first", "first_gap"), ("drift", "widening")))
@@ -224,9 +234,9 @@ def class_of(increase: float, rules: dict) -> str:
 
 def gather(stage: Stage, rows: pd.DataFrame, curves: dict, rules: dict) -> pd.DataFrame:
     """What is known of each variant, by label: finished runs, their curves, and what they share with the reference."""
-    done = comparable(rows)
+    done, tried = comparable(rows, stage), current(rows, stage)
     done = done[done.run_id.isin([run_id for run_id, curve in curves.items() if curve.val_loss.notna().any()])]
-    tried = rows[rows.status.isin(["stopped", *FAILED])].sort_values("started").drop_duplicates("run_id", keep="last")
+    tried = tried[tried.status.isin(["stopped", *FAILED])]
     facts, lines = {}, []
     for label in [stage.reference, *(label for label in stage.variants if label != stage.reference)]:
         runs = done[done.variant == label]
@@ -236,7 +246,7 @@ def gather(stage: Stage, rows: pd.DataFrame, curves: dict, rules: dict) -> pd.Da
                         "failed": lost[lost.status != "stopped"].status.tolist(),
                         "stopped": sum(lost.status == "stopped"),
                         "last": len(runs) + len(lost) >= stage.max_seeds,
-                        "experts": runs.get("num_experts", pd.Series(1, runs.index)).fillna(1).tolist()}
+                        "experts": runs.num_experts.tolist()}
     reference = facts[stage.reference]
     for fact in facts.values():
         losses, others = fact["evals"][0], reference["evals"][0]
@@ -246,22 +256,21 @@ def gather(stage: Stage, rows: pd.DataFrame, curves: dict, rules: dict) -> pd.Da
         figures = [measure(one, steps, worst) if steps else pd.DataFrame(
             columns=["loss", "first", "drift", "seconds", "imbalance", "violation"], dtype=float)
             for one in (fact, reference)]
-        machines = pd.concat([one["runs"].get("device_name", pd.Series(dtype=str)) for one in (fact, reference)])
-        if machines.nunique() > 1:  # their speeds say nothing about the variants
-            figures[0]["seconds"] = np.nan
+        machines = {*fact["runs"].device_name, *reference["runs"].device_name}
         ratio = {name: first_of(fact["runs"], column) / first_of(reference["runs"], column)
                  for name, column in (("flops", "flops_per_token"), ("params", "params_total"))}
-        healthy = not fact["failed"] and not fact["runs"].get("bad_steps", pd.Series(dtype=float)).sum() and not (
+        healthy = not fact["failed"] and not fact["runs"].bad_steps.sum() and not (
             figures[0].imbalance > 1 - rules["collapse"]).any() and not any(
             layers(curve, "dead").tail(1).sum() for curve in fact["curves"])
         lines.append(fact | ratio | {"step": steps[-1] if steps else None, "ours": sample(figures[0]),
-                                     "theirs": sample(figures[1]), "healthy": healthy})
+                                     "theirs": sample(figures[1]), "healthy": healthy,
+                                     "timed": len(machines) == 1 and not min(machines).startswith("cpu")})
     return pd.DataFrame(lines).set_index("variant", drop=False)
 
 
 def first_of(rows: pd.DataFrame, column: str) -> float:
     """The figure of the first of these runs; NaN where there is none."""
-    return float(rows[column].iloc[0]) if column in rows and len(rows) else np.nan
+    return float(rows[column].iloc[0]) if len(rows) else np.nan
 
 
 def stack(samples) -> dict:
@@ -280,15 +289,16 @@ def judge(stage: Stage, rows: pd.DataFrame, curves: dict) -> pd.DataFrame:
     known = gather(stage, rows, curves, rules)
     others = known.drop(stage.reference)
     facts = {name: others[name].to_numpy(dtype) for name, dtype in
-             (("last", bool), ("healthy", bool), ("flops", float), ("params", float))}
+             (("last", bool), ("healthy", bool), ("timed", bool), ("flops", float), ("params", float))}
     facts["reference_last"] = known["last"][stage.reference]
     verdicts = decide(stack(others.ours), stack(others.theirs), facts, rules) if len(others) else None
     reference = known.loc[stage.reference]
     lines = [line(reference, reference, rules)]
     for i, label in enumerate(others.index):
         state, waits, states, tests = verdicts
+        level = levels(rules, len(others))[bool(others["last"][label])]
         lines.append(line(known.loc[label], reference, rules) | verdict_of(
-            known.loc[label], reference, int(state[i]), bool(waits[i]),
+            known.loc[label], reference, level, int(state[i]), bool(waits[i]),
             {rule: int(one[i]) for rule, one in states.items()}, {name: Test(*(x[i] for x in test))
                                                                   for name, test in tests.items()}))
     asked = any(one.get("seed_for") == stage.reference for one in lines) or not len(reference.runs)
@@ -317,13 +327,16 @@ def line(known: pd.Series, reference: pd.Series, rules: dict) -> dict:
             "flops_per_token": first_of(known.runs, "flops_per_token")}
 
 
-def verdict_of(known, reference, state: int, waits: bool, states: dict, tests: dict) -> dict:
-    """verdict, reason, rule, seed_for, se and p of a variant that `decide` has judged."""
+def verdict_of(known, reference, level: float, state: int, waits: bool, states: dict, tests: dict) -> dict:
+    """verdict, reason, rule, seed_for, se and p of a variant that `decide` has judged; level is what p has to reach."""
     loss, n = tests["loss"], len(known.runs)
     rule = next((rule for rule, one in states.items() if one == state), "") if state != HOLD and not waits else ""
     verdict, seed_for = {PROMOTE: "promote", SEED: "seed", HOLD: "hold"}[state], ""
-    told = f"gap {-loss.gain:+.4f} at step {known.step}, se {loss.se:.4f}, p {loss.p:.2g}, {n} seeds"
-    if known.stopped:
+    told = f"gap {-loss.gain:+.4f} at step {'-' if pd.isna(known.step) else int(known.step)}, {n} seed{'s' * (n > 1)}"
+    told += f", se {loss.se:.4f}, one-sided p {loss.p:.2g} (must be {level:.2g})" if n > 1 else ""
+    if len(known.failed) > max(1, n):
+        verdict, rule, reason = "hold", "", "most of its runs failed"
+    elif known.stopped:
         verdict, rule, reason = "hold", "", f"{known.stopped} of its runs were stopped"
     elif not n:
         verdict, rule, seed_for = ("hold", "", "") if known["last"] else ("seed", "", known.variant)
@@ -339,18 +352,19 @@ def verdict_of(known, reference, state: int, waits: bool, states: dict, tests: d
         reason = f"{rule} holds; {told}" if state == PROMOTE else f"no rule holds; {told}"
     if known.failed:
         reason += f"; {len(known.failed)} failed ({', '.join(sorted(set(known.failed)))})"
-    return {"verdict": verdict, "reason": reason, "rule": rule, "seed_for": seed_for, "se": loss.se, "p": loss.p}
+    return {"verdict": verdict, "reason": reason, "rule": rule, "seed_for": seed_for, "se": loss.se,
+            "p_one_sided": loss.p}
 
 
 def judge_runs(stage: Stage, rows: pd.DataFrame, curves: dict) -> pd.DataFrame:
     """A row a run: continue, stop, finished or failed, with its loss at the last step shared with the reference."""
-    rules, done, lines = rules_of(stage), comparable(rows), []
+    rules, done, lines = rules_of(stage), comparable(rows, stage), []
     references = done[done.variant == stage.reference].run_id
     others = validations([curves[run_id] for run_id in references if run_id in curves])[0]
     for run in rows.itertuples():
-        curve, experts = curves.get(run.run_id), getattr(run, "num_experts", 1)
+        curve = curves.get(run.run_id)
         one = {"kind": "run", "variant": run.variant, "seed": run.seed, "run_id": run.run_id, "status": run.status}
-        one |= {"params_total": getattr(run, "params_total", np.nan)}
+        one |= {"params_total": run.params_total}
         losses = validations([curve])[0][0] if curve is not None else pd.Series(dtype=float)
         steps = losses.index.intersection(others.index) if len(others) else losses.index
         if len(steps):
@@ -358,13 +372,13 @@ def judge_runs(stage: Stage, rows: pd.DataFrame, curves: dict) -> pd.DataFrame:
             one |= {"reference_loss": (mean := others.loc[steps[-1]].mean()), "gap": losses[steps[-1]] - mean} if len(
                 others) else {}
         if run.status == "ok":
-            verdict = "finished", "" if run.run_id in set(done.run_id) else "older trainer, data or run: not compared"
+            verdict = "finished", "" if run.run_id in set(done.run_id) else "other trainer, data or settings"
         elif run.status in FAILED:
             verdict = "failed", run.status
         elif curve is None:
             verdict = "continue", "no curve yet"
         else:
-            stop, reason, numbers = stop_verdict(curve, rules, 1 if pd.isna(experts) else int(experts))
+            stop, reason, numbers = stop_verdict(curve, rules, int(run.num_experts))
             verdict = "stop" if stop or run.status == "stopped" else "continue", reason
             one |= numbers
         lines.append(one | dict(zip(("verdict", "reason"), verdict)))
@@ -387,7 +401,7 @@ def write_gate(stage_name: str, logs="logs") -> pd.DataFrame:
     curves = {run_id: curve.dropna(axis="columns", how="all") for run_id, curve in curves.items()}
     curves |= {path.stem: read_curve(path) for path in Path(logs).glob("*.csv") if path.stem in set(rows.run_id)}
     curves = {run_id: curve for run_id, curve in curves.items() if {"val_loss", "train_loss"} <= set(curve)}
-    if unequal := rows.get("tokens_per_step", pd.Series(dtype=float)).nunique() > 1:
+    if unequal := comparable(rows, stage).tokens_per_step.nunique() > 1:
         curves = {run_id: curve.assign(step=curve.tokens) for run_id, curve in curves.items()}
     table = pd.concat([judge(stage, rows, curves), judge_runs(stage, rows, curves)], ignore_index=True)
     if unequal:  # batches: at the same step one would have seen more than another
@@ -395,7 +409,6 @@ def write_gate(stage_name: str, logs="logs") -> pd.DataFrame:
         table["reason"] = table.reason.str.replace("at step", "after tokens")
     first = ["kind", "variant", "seed", "run_id", "status", "verdict", "rule", "reason", "seed_for"]
     path = Path(f"experiments/tables/{stage_name}_gate.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = table.reindex(columns=first + [name for name in table if name not in first])
     write(table, path)
     return table

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path("experiments/stages")
-KEYS = ("extends", "question", "reference", "seeds", "max_seeds", "base", "variants", "grid", "axes", "gate", "next")
+KEYS = {"extends": str, "question": str, "reference": str, "seeds": list, "max_seeds": int, "base": dict,
+        "variants": dict, "grid": dict, "axes": list, "gate": dict, "next": list}
 MERGED = ("base", "gate")  # what a stage says of these adds to what it extends; the rest is replaced
 RESERVED = {"SEED", "RUN_ID", "STAGE", "VARIANT", "RESUME", "DRY_RUN", "LOG_DIR", "RESULTS_CSV"}  # not a stage's to set
 
@@ -56,8 +57,10 @@ def text_of(value) -> str:
 
 def read(name: str, readers: tuple = ()) -> dict:
     """The tables of a stage file, over those of the stage that it extends. Raises ValueError."""
+    if not FOLDER.is_dir():
+        raise ValueError(f"{FOLDER} is not here; run this from the project's folder")
     if name not in stage_names():
-        raise ValueError(f"STAGE {name}: choose one of {', '.join(stage_names()) or f'none, for {FOLDER} is empty'}; "
+        raise ValueError(f"STAGE {name}: choose one of {', '.join(stage_names())}; "
                          "python scripts/stages.py says what they ask")
     if name in readers:
         raise ValueError(f"STAGE {name} extends itself, by way of {', '.join(readers)}")
@@ -66,8 +69,11 @@ def read(name: str, readers: tuple = ()) -> dict:
         own = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
-    if unknown := [key for key in own if key not in KEYS]:
-        raise ValueError(f"{path}: {unknown[0]} is no key of a stage; choose from {', '.join(KEYS)}")
+    for key, value in own.items():
+        if key not in KEYS:
+            raise ValueError(f"{path}: {key} is no key of a stage; choose from {', '.join(KEYS)}")
+        if not isinstance(value, KEYS[key]):
+            raise ValueError(f"{path}: {key} = {value!r} must be of type {KEYS[key].__name__}")
     whole = read(own["extends"], (*readers, name)) if "extends" in own else {}
     return whole | own | {key: whole.get(key, {}) | own.get(key, {}) for key in MERGED}
 
@@ -78,6 +84,11 @@ def load_stage(name: str) -> Stage:
     if missing := [key for key in ("question", "reference", "seeds", "variants") if not tables.get(key)]:
         raise ValueError(f"{path} has no {missing[0]}; python scripts/stages.py --help shows a file")
     grid, variants = tables.get("grid", {}), {}
+    for key, table, kind in (("variants", tables["variants"], dict), ("grid", grid, list)):
+        if wrong := [name for name, value in table.items() if not isinstance(value, kind)]:
+            raise ValueError(f"{path}: {key}.{wrong[0]} = {table[wrong[0]]!r} must be of type {kind.__name__}")
+    if not all(isinstance(step, dict) and step.get("name") for step in tables.get("next", ())):
+        raise ValueError(f"{path}: every stage in next needs a name")
     for label, own in tables["variants"].items():
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values))
@@ -105,17 +116,19 @@ def main(argv=None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", help="show its variants; without, all stages in a line each")
     args = parser.parse_args(argv)
-    try:
-        for stage in map(load_stage, [args.stage] if args.stage else stage_names()):
+    code = 0
+    for name in [args.stage] if args.stage else stage_names() or ["smoke"]:
+        try:
+            stage = load_stage(name)
             size = f"{len(stage.variants)} variants x {len(stage.seeds)} seeds"
             print(f"{stage.name:24} {size:24} {stage.question}")
             for label, settings in stage.variants.items() if args.stage else ():
                 mark = " (reference)" * (label == stage.reference)
                 print(f"  {label}{mark}: {' '.join(f'{setting}={value}' for setting, value in settings.items())}")
-    except ValueError as error:
-        print(f"stages.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except ValueError as error:
+            print(f"stages.py: error: {error}", file=sys.stderr)
+            code = 2
+    return code
 
 
 if __name__ == "__main__":

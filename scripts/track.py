@@ -43,6 +43,17 @@ def settings_and_figures(summary):
     return {name: known[name] for name in known if name not in figures}, figures
 
 
+def is_live(folder):
+    """Whether a trainer holds the lock of a run, by its folder. Where none does, this holds it for some microseconds; a
+    trainer that starts tries for a second."""
+    lock = folder / "live.lock"
+    try:
+        with FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():
+            return False
+    except Timeout:
+        return True
+
+
 class Run:
     """The files of a run, which are only read."""
     def __init__(self, log_dir, run_id):
@@ -60,16 +71,6 @@ class Run:
         """Those of the curve, without one that is still being written."""
         text = self.curve.read_text() if self.curve.exists() else ""
         return text[:text.rfind("\n") + 1].splitlines()
-
-    def is_live(self):
-        """Whether a trainer holds the run's lock. Where none does, this holds it for some microseconds; a trainer that
-        starts tries for a second."""
-        lock = self.folder / "live.lock"
-        try:
-            with FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():
-                return False
-        except Timeout:
-            return True
 
 
 class TensorBoard:
@@ -215,7 +216,7 @@ def watch(run, args, feeders):
         if status != "running" or not args.follow:
             return status
         quiet, files = time.monotonic() - life, [(file.st_size, file.st_mtime_ns) for file in files]
-        if seen != files or quiet > args.patience and run.is_live():
+        if seen != files or quiet > args.patience and is_live(run.folder):
             seen, life = files, time.monotonic()
         elif quiet > 2 * args.patience:
             return "killed"

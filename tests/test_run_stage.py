@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ import run_stage
 import train_gpt
 from conftest import TINY
 from stages import load_stage
+from track import is_live
 from train_gpt import ROOT, Config
 
 
@@ -47,9 +49,10 @@ def write_stage(base, variants, name="toy", **more):
     Path(f"experiments/stages/{name}.toml").write_text("\n".join(lines))
 
 
-def plan(seeds=(1, 2), dry_run=False, name="toy"):
+def plan(seeds=(1, 2), mode="run", name="toy"):
+    run_stage.checked.cache_clear()
     stage = load_stage(name)
-    return run_stage.plan_runs(stage, dict.fromkeys(stage.variants, seeds), 1, dry_run)
+    return run_stage.plan_runs(stage, dict.fromkeys(stage.variants, seeds), 1, mode)
 
 
 def rows():
@@ -101,23 +104,27 @@ def test_the_reference_runs_first_then_seed_by_seed(project):
 
 def test_no_exported_setting_reaches_a_run(project, monkeypatch):
     exported = {"LR": "9", "SEED": "9", "PRESET": "quickstart", "RUN_ID": "x", "LEARNING_RATE": "9", "WORLD_SIZE": "4",
-                "MASTER_ADDR": "elsewhere", "TORCHELASTIC_RESTART_COUNT": "1", "MY_OWN": "stays"}
+                "MASTER_ADDR": "elsewhere", "TORCHELASTIC_RESTART_COUNT": "1", "MY_OWN": "stays", "ATTN_GATE": "none",
+                "WANDB_RUN_ID": "one for all", "WANDB_PROJECT": "stays"}
     for name, value in exported.items():
         monkeypatch.setenv(name, value)
     run = plan()[0]
-    env = run_stage.environment(run, 2)
+    env = run_stage.environment(run.settings, "cpu", 1, 2)
     assert {name: env[name] for name in exported if name in env} == {
-        "LR": "0.01", "SEED": "1", "RUN_ID": run.run_id, "MY_OWN": "stays"}
+        "LR": "0.01", "SEED": "1", "RUN_ID": run.run_id, "MY_OWN": "stays", "WANDB_PROJECT": "stays"}
     assert Config.from_env(env).changes() == Config.from_env(run.settings).changes()
     assert env["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
 
 
-def test_each_of_several_jobs_has_devices_of_its_own(project, monkeypatch):
-    run = plan()[0]
-    run.cfg, run.plan = train_gpt.dataclasses.replace(run.cfg, device="cuda"), run.plan | {"world_size": 2}
+def test_each_of_several_jobs_has_devices_of_its_own_or_nothing_starts(project, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5")
-    for run.slot, devices in enumerate(("0,1", "4,5")):
-        assert run_stage.environment(run, 2)["CUDA_VISIBLE_DEVICES"] == devices
+    for slot, devices in enumerate(("0,1", "4,5")):
+        assert run_stage.environment({}, "cuda", 2, 2, slot)["CUDA_VISIBLE_DEVICES"] == devices
+    assert run_stage.environment({}, "cuda", 2)["CUDA_VISIBLE_DEVICES"] == "0,1,4,5"
+    monkeypatch.setattr(run_stage, "plan_runs", lambda *_, plan=plan(mode="slurm"): [
+        replace(run, cfg=replace(run.cfg, device="cuda")) for run in plan])
+    assert run_stage.main(["toy", "--jobs", "5"]) == 2
+    assert "--jobs 5 x --nproc 1: there are 4 CUDA devices" in capsys.readouterr().err
 
 
 def finished(run, **more):
@@ -186,7 +193,21 @@ def test_a_run_that_cannot_say_why_it_ended_gets_a_row_and_the_next_is_run(proje
         assert "exit code 9" in row["error"]
         assert "a word on" in (run.folder / "output.txt").read_text()
         assert json.loads(Path(f"logs/{run.run_id}.json").read_text())["status"] == "crash"
-    assert "2/2" in capsys.readouterr().out
+    assert "0/2 " in capsys.readouterr().out
+
+
+def test_what_the_trainer_has_said_last_is_the_truth(project, monkeypatch):
+    """Of a table that it could not write the summary knows better; a refusal to go on does not change an old status."""
+    run = plan((1,))[0]
+    summary = finished(run, status="ok", final_loss=2.5)
+    Path("logs").mkdir(exist_ok=True)
+    pretend(monkeypatch, f"Path('logs', env['RUN_ID'] + '.json').write_text({json.dumps(summary)!r}); sys.exit(1)")
+    assert pool().work([run]) == [] and (rows()[0]["status"], rows()[0]["final_loss"]) == ("ok", "2.5")
+    train_gpt.update_results("experiments/results.csv", [summary | {"status": "preempted"}])
+    Path(f"logs/{run.run_id}.json").write_text(json.dumps(summary | {"status": "preempted"}))
+    pretend(monkeypatch, "print('config: it came to step 5 with other settings'); sys.exit(2)")
+    assert pool().work([run]) == [run] and rows()[0]["status"] == "crash"
+    assert rows()[0]["error"].startswith("config: it came to step 5 with other settings (exit code 2; ")
 
 
 def test_jobs_go_on_side_by_side_and_no_more_of_them(project, monkeypatch):
@@ -202,8 +223,14 @@ def test_jobs_go_on_side_by_side_and_no_more_of_them(project, monkeypatch):
 def test_a_stage_of_which_nothing_finishes_says_so_and_can_go_on(project, monkeypatch, capsys):
     pretend(monkeypatch, "sys.exit(9)")
     assert run_stage.main(["toy"]) == 1
-    assert "some runs have no result yet; the same command goes on with them" in capsys.readouterr().out
-    assert [row["status"] for row in rows()] == ["crash"] * 4 and not Path("experiments/tables").exists()
+    out = capsys.readouterr().out
+    assert "some runs have no result yet; the same command goes on with them" in out and "no figure: " in out
+    assert [row["status"] for row in rows()] == ["crash"] * 4
+    pretend(monkeypatch, f"row = json.loads({json.dumps(finished(plan()[0]))!r}) | dict(status='diverged')\n"
+            "row |= {name: env[name.upper()] for name in ('run_id', 'variant', 'seed')}\n"
+            "Path('logs', env['RUN_ID'] + '.json').write_text(json.dumps(row))")
+    assert run_stage.main(["toy", "--gate"]) == 0 and {row["status"] for row in rows()} == {"diverged"}
+    assert "2 diverged" in Path("experiments/tables/toy.md").read_text()
 
 
 def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, monkeypatch):
@@ -219,8 +246,8 @@ def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, mon
                 writer = csv.DictWriter(file, list(row)); writer.writeheader(); writer.writerow(row)"""],
                               stdout=subprocess.PIPE)
     holder.stdout.readline()
-    assert run.live() and pool().work([run]) == [] and not Path("started").exists()
-    assert not run.live() and holder.wait() == 0
+    assert is_live(run.folder) and pool().work([run]) == [] and not Path("started").exists()
+    assert not is_live(run.folder) and holder.wait() == 0
     FileLock(run.folder / "live.lock").acquire(timeout=0).lock.release()  # looking has not taken it
 
 
@@ -272,15 +299,18 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(pr
     asked = []
     monkeypatch.setattr(run_stage.Pool, "work", lambda self, runs: asked.append(
         [run.settings["VARIANT"] + run.settings["SEED"] for run in runs]) or [])
-    verdicts = iter([{"plain": ("seed", "plain"), "gated": ("seed", "plain"), "off": ("hold", "")},
-                     {"plain": ("reference", ""), "gated": ("seed", "gated"), "off": ("hold", "")},
+    verdicts = iter([{"plain": ("reference", ""), "gated": ("seed", "gated"), "off": ("hold", "")},
                      {"plain": ("reference", ""), "gated": ("promote", ""), "off": ("hold", "")}])
-    monkeypatch.setattr(run_stage, "finish", lambda name: pd.DataFrame(
+    monkeypatch.setattr(run_stage, "finish", lambda stage: pd.DataFrame(
         [(name, *verdict) for name, verdict in next(verdicts).items()], columns=["variant", "verdict", "seed_for"]))
-    train_gpt.update_results("experiments/results.csv", [{"run_id": "x", "stage": "toy", "status": "ok"}])
     assert run_stage.work_through(load_stage("toy"), Args) == 0
-    new = [set(late) - set(early) for early, late in zip(asked, asked[1:])]
-    assert new == [{"plain3"}, {"gated3"}]
+    new = [run for run in asked[1] if run not in asked[0]]
+    assert new == ["plain3", "gated3"], "the reference has as many, and first"
+    table = pd.DataFrame({"variant": ["gated", "off"], "verdict": "seed", "seed_for": ["gated", "plain"]})
+    seeds = {"plain": [1, 2], "gated": [1, 2], "off": [1, 2, 3]}
+    assert run_stage.ask(load_stage("toy"), seeds, table) == [("plain", 3), ("gated", 3)]
+    seeds = {"plain": [1, 2, 3], "gated": [1, 2, 3], "off": [1]}
+    assert run_stage.ask(load_stage("toy"), seeds, table) == [], "max_seeds is 3"
     told = capsys.readouterr().out
     assert "next stage: experiments/stages/toy_5k.toml with gated beside plain" in told
     after = load_stage("toy_5k")
@@ -299,14 +329,14 @@ def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
         world_size=1, device_name=train_gpt.device_name(train_gpt.torch.device("cpu")))])
     assert run_stage.main(["toy", "--dry-run"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "# has a result: ok" in lines[0]
-    for line, run in zip(lines, runs):
+    assert len(lines) == 4 and lines[0].startswith("# ") and lines[0].endswith("# has a result: ok")
+    for line, run in zip([lines[0][2:], *lines[1:]], runs):
         words = shlex.split(line, comments=True)
         env = dict(word.split("=", 1) for word in words if re.match("[A-Z_0-9]+=", word))
         assert env == run.settings
         assert words[len(env):] == ["torchrun", "--standalone", "--nproc_per_node=1", "train_gpt.py"]
     seconds = 2.0 * runs[1].plan["tokens_needed"] / 10000
-    assert f"FLOPs, {seconds:.0f} s" in lines[1] and total.startswith("# 4 runs")
+    assert f"FLOPs, {seconds:.0f} s" in lines[1] and total.startswith("# 3 of 4 runs to do")
     assert run_stage.main(["toy", "--dry-run", "--gpu", "h100"]) == 0
     assert re.search(r"FLOPs, 0 s, \$\d+\.\d\d$", capsys.readouterr().out.splitlines()[1])
 
@@ -317,57 +347,94 @@ def test_a_dry_run_needs_no_data(project, capsys):
     line = capsys.readouterr().out.splitlines()[0]
     assert "RUN_ID" not in line and "torchrun" in line
     assert run_stage.main(["toy"]) == 2
-    assert "run_stage.py: error: VOCAB_SIZE=0 needs index.json" in capsys.readouterr().err
+    assert "run_stage.py: error: toy, plain: VOCAB_SIZE=0 needs index.json" in capsys.readouterr().err
     write_stage(project | {"NUM_ITERATIONS": 1000, "MAX_EPOCHS": 1}, {"plain": {}})
     assert run_stage.main(["toy", "--dry-run"]) == 0, "nor all of it"
     assert "RUN_ID" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["tou"], "STAGE tou: choose one of toy"), (["toy", "--jobs", "0"], "both must be at least 1"),
+    (["tou"], "STAGE tou: choose one of long, rule,"), (["toy", "--jobs", "0"], "both must be at least 1"),
     (["toy", "--set", "lr=1"], "--set lr=1: must be NAME=VALUE"),
-    (["toy", "--set", "LR=x"], "LR='x': must be a number"), (["toy", "--nproc", "5"], "BATCH_SIZE=12: must be"),
-    (["toy", "--set", "LEARNING_RATE=1"], "the name here is LR"),
-    (["toy", "--set", "ATTNGATE=x"], "choose one of none"),
+    (["toy", "--set", "LR=x"], "LR='x': must be a number"), (["toy", "--nproc", "5"], "toy, plain: BATCH_SIZE=12:"),
+    (["toy", "--set", "LEARNING_RATE=1"], "LEARNING_RATE is no setting; python train_gpt.py --help"),
+    (["toy", "--set", "MIXER=x"], "choose one of attention"),
+    (["toy", "--set", "LR=0.5"], "--set LR makes another stage of toy; give it a name by --as"),
+    (["toy", "--set", "ATTNGATE=const", "--as", "t"], "--set ATTNGATE: in that the variants of toy differ"),
     (["toy", "--set", "LOG_DIR=x"], "--set LOG_DIR: is not for a stage to set"),
-    (["toy", "--slurm", "partition"], "partition: must be NAME=VALUE"),
-    (["toy", "--set", "NUM_ITERATIONS=1000", "--set", "MAX_EPOCHS=1"], "NUM_ITERATIONS"),
+    (["toy", "--slurm", "partition"], "partition: must be NAME=VALUE"), (["toy", "--slurm"], "needs time=MINUTES"),
+    (["toy", "--slurm", "time=9", "--gate"], "cannot have --gate"),
+    (["toy", "--set", "NUM_ITERATION=3"], "NUM_ITERATION is no setting; did you mean NUM_ITERATIONS?"),
+    (["long"], "long, plain: NUM_ITERATIONS=1000"),
+    (["same"], "variants plain and gated of same have the same settings"),
+    (["typo"], "ATTNGATES is no setting; did you mean ATTNGATE?"), (["rule"], "gate.bettr = 1 is no rule"),
 ], ids=str)
 def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments, sentence):
+    write_stage(project | {"NUM_ITERATIONS": 1000, "MAX_EPOCHS": 1}, {"plain": {}}, "long")
+    write_stage(project, {"plain": {}, "gated": {}}, "same")
+    write_stage(project, {"plain": {}, "gated": {"ATTNGATES": "headwise"}}, "typo")
+    write_stage(project, {"plain": {}}, "rule", gate={"bettr": 1})
     assert run_stage.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("run_stage.py: error: ") and sentence in error and error.count("\n") == 1
     assert not Path("experiments/results.csv").exists()
 
 
-def test_a_setting_for_all_runs_reaches_all(project):
-    stage = run_stage.overridden(load_stage("toy"), ["LR=0.5", "NOTE=two words"])
-    assert {(settings["LR"], settings["NOTE"]) for settings in stage.variants.values()} == {("0.5", "two words")}
+def test_a_setting_for_all_runs_reaches_all_in_a_stage_of_its_own(project):
+    stage = run_stage.overridden(load_stage("toy"), ["LOG_EVERY=5", "NOTE=two words"], "")
+    assert {(settings["LOG_EVERY"], settings["NOTE"]) for settings in stage.variants.values()} == {("5", "two words")}
+    assert stage.name == "toy"
+    stage = run_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast")
+    assert stage == load_stage("fast") and {settings["LR"] for settings in stage.variants.values()} == {"0.5"}
+    assert run_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast") == stage
+    with pytest.raises(train_gpt.ConfigError, match="--as fast: .* says something else"):
+        run_stage.overridden(load_stage("toy"), ["LR=0.6"], "fast")
 
 
-def test_slurm_gets_the_same_runs_as_one_array(project, monkeypatch):
+def test_slurm_gets_the_same_runs_as_one_array_and_no_secret(project, monkeypatch, capsys):
     """submitit's executor for this machine, which runs what it would submit."""
-    pretend(monkeypatch, "Path(env['RUN_ID'] + '.ran').write_text(env['SEED'] + env['LR'])")
+    write_stage(project, {"plain": {}, "gated": {"ATTNGATE": "headwise"}}, seeds=[1])
+    command, env = script("toy", "--slurm", "cluster=local", HF_TOKEN="hf_0123456789", LR="99")
+    sent = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "submitted 2 runs; when they have ended: python scripts/run_stage.py toy --no-run" in sent.stdout
+    deadline = time.monotonic() + 90
+    while [row["status"] for row in run_stage.results().values()] != ["ok"] * 2:
+        assert time.monotonic() < deadline, rows()
+        time.sleep(0.2)
+    assert {row["run_id"] for row in rows()} == {run.run_id for run in plan((1,))}
+    assert {row["lr"] for row in rows()} == {"0.01"}
+    pickles = list(Path("logs/slurm").glob("*.pkl"))
+    assert pickles and not any(b"hf_0123456789" in path.read_bytes() for path in pickles)
+    assert run_stage.main(["toy", "--no-run"]) == 0 and Path("experiments/tables/toy.md").stat().st_size
+    assert run_stage.main(["toy", "--slurm", "cluster=local"]) == 0
+    assert "submitted 0 runs" in capsys.readouterr().out
 
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "scripts"))  # a module is pickled by its name, a script by value
 
-    class Few(Args):
-        stage, slurm = "toy", ["cluster=local", "time=5"]
-    jobs = run_stage.submit(plan((1,)), Few)
-    assert [job.result() for job in jobs] == [0, 0]
-    assert {path.stem: path.read_text() for path in Path().glob("*.ran")} == dict.fromkeys(
-        (run.run_id for run in plan((1,))), "10.01")
+def test_slurm_from_a_machine_without_gpus_plans_for_those_of_the_nodes(project):
+    base = {name: value for name, value in project.items() if name not in ("DEVICE", "DTYPE", "COMPILE")}
+    write_stage(base, {"plain": {}})
+    run, = plan((1,), "slurm")
+    assert (run.cfg.device, run.cfg.dtype, run.settings["DEVICE"]) == ("cuda", "bfloat16", "cuda") and run.identity[-1]
 
 
-def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(project, tmp_path):
-    task = run_stage.Task()
-    body = ("import signal, sys, time; from pathlib import Path\n"
-            "signal.signal(15, lambda *_: (Path('saved').touch(), sys.exit())); Path('up').touch(); time.sleep(30)")
-    task.process = subprocess.Popen([sys.executable, "-c", body], cwd=tmp_path)
-    while not (tmp_path / "up").exists():
-        time.sleep(0.01)
-    again = task.checkpoint(["a", "command"], {"A": "1"})
-    assert (tmp_path / "saved").exists() and again.args == (["a", "command"], {"A": "1"})
+def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(monkeypatch, tmp_path):
+    """The signal's handler runs inside __call__, as submitit has it; the run is told by TERM, not by USR2 before."""
+    monkeypatch.chdir(tmp_path)
+    pretend(monkeypatch, "import signal; signal.signal(15, lambda *_: (Path('saved').touch(), sys.exit(0)))\n"
+            "Path('up').touch(); time.sleep(30)")
+    task, queued = run_stage.Task(), []
+
+    def taken(*_):
+        os.kill(task.process.pid, signal.SIGUSR2)
+        queued.append(task.checkpoint({"A": "1"}, "cpu", 1))
+    kept = signal.signal(signal.SIGUSR2, taken)
+    waiter = subprocess.Popen([sys.executable, "-c", f"""if True:
+        import os, time
+        while not os.path.exists('up'): time.sleep(0.02)
+        os.kill({os.getpid()}, {int(signal.SIGUSR2)})"""])
+    assert task({"A": "1"}, "cpu", 1) == 0 and Path("saved").exists() and waiter.wait() == 0
+    signal.signal(signal.SIGUSR2, kept)
+    assert queued[0].args == ({"A": "1"}, "cpu", 1) and isinstance(queued[0].function, run_stage.Task)
 
 
 def test_the_readmes_dry_run_of_the_published_stage(monkeypatch, capsys):
@@ -377,4 +444,4 @@ def test_the_readmes_dry_run_of_the_published_stage(monkeypatch, capsys):
     assert len(lines) == 10 and all("--nproc_per_node=8 train_gpt.py  # " in line for line in lines)
     hours = 1500 * 524288 * 854654976 / (8 * 989e12 * 0.45) / 3600  # of the reference, by hand
     assert lines[0].endswith(f"FLOPs, {round(60 * hours)} min, ${hours * 8 * 3.5:.2f}")
-    assert total.startswith("# 10 runs")
+    assert total.startswith("# 10 of 10 runs to do")

@@ -215,11 +215,11 @@ def test_measured_mfu_wins_over_assumed_and_given_over_both(tmp_path):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([("status", "device_name", "ffn", "mfu"), *rows])
     args = scale_model.parse(["--budget", "5", "--results", str(path)])
-    assert scale_model.choose_mfu(args, GPUS["h100"], "dense") == (0.43, "measured, 3 runs")
-    assert scale_model.choose_mfu(args, GPUS["h100"], "moe") == (0.2, "measured, 1 run")
-    assert scale_model.choose_mfu(args, GPUS["b200"], "dense") == (0.35, "assumed")
+    assert scale_model.choose_mfu(args.results, GPUS["h100"], "dense", args.mfu) == (0.43, "measured, 3 runs")
+    assert scale_model.choose_mfu(args.results, GPUS["h100"], "moe", args.mfu) == (0.2, "measured, 1 run")
+    assert scale_model.choose_mfu(args.results, GPUS["b200"], "dense", args.mfu) == (0.35, "assumed")
     args.mfu = 0.6
-    assert scale_model.choose_mfu(args, GPUS["h100"], "dense") == (0.6, "given")
+    assert scale_model.choose_mfu(args.results, GPUS["h100"], "dense", args.mfu) == (0.6, "given")
 
 
 SMALL = dict(n_head=2, n_embd=128, sequence_length=128, vocab_size=512, batch_size=2, device_batch_size=2,

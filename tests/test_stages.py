@@ -13,6 +13,7 @@ from scipy import stats as scipy_stats
 import make_tables
 import split_results
 import stages
+import train_gpt
 from stages import load_stage
 from train_gpt import ROOT, Config, Ranks, cautions, check_batch, make_plan
 
@@ -122,7 +123,8 @@ def test_the_stages_of_the_sources_are_there_each_with_a_cpu_edition():
 def row(variant, seed, loss, **more):
     return {"run_id": f"{variant[0]}{variant[-1]}{seed}{more.get('source_sha', 'new')}", "stage": "toy",
             "variant": variant, "seed": seed, "status": "ok", "source_sha": "new", "data_fingerprint": "d1",
-            "config_hash": "c", "started": f"2026-01-0{seed}",
+            "config_hash": "c", "changes": f"PRESET=small N_LAYER=2 LR={variant.split('=')[1]} SEED={seed}",
+            "started": f"2026-01-0{seed}",
             "final_loss": loss, "train_time": 60.0 + seed, "tokens_per_sec": 1000.0, "params_total": 1234567,
             "params_active": 1234567, "device_name": "cpu: toy", "torch": "2", "attngate": variant.split(" LR")[0],
             "lr": float(variant.split("=")[1]), "error": ""} | more
@@ -150,9 +152,29 @@ def curve(folder, run_id, text):
 
 def test_only_one_source_and_one_dataset_are_compared_and_a_seed_once(folder):
     results([*ROWS, row("none LR=0.1", 1, 3.05, run_id="again", started="2026-02-01")])
-    runs = split_results.comparable(split_results.read_results())
+    runs = split_results.comparable(split_results.read_results(), load_stage("toy"))
     assert sorted(runs.run_id) == ["a11new", "a12new", "a13new", "again", "n12new", "n13new", "n61new"]
     assert (runs[runs.variant == "none LR=0.1"].final_loss.sort_values() == [3.05, 3.1, 3.2]).all()
+
+
+def test_only_one_setting_of_what_does_not_vary_is_compared(folder):
+    """N_LAYER is the same in all variants, whoever gives it, and LOG_EVERY changes no result; LR varies."""
+    def of(layers, *more):
+        return "PRESET=small LR=0.1 " + " ".join([f"N_LAYER={layers}", *more])
+
+    results([row("none LR=0.1", 1, 3.0, changes=of(2)), row("none LR=0.1", 2, 3.0, changes=of(2, "LOG_EVERY=5")),
+             row("a gate LR=0.1", 2, 3.0, changes=of(2, "ATTNGATE=headwise")),
+             row("a gate LR=0.1", 1, 2.0, changes=of(4), started="2025"),  # left from before the stage was edited
+             row("none LR=0.00396", 1, 2.0, changes=of(2, "BATCH_SIZE=9"), started="2025")])
+    stage, rows = load_stage("toy"), split_results.read_results()
+    assert sorted(split_results.comparable(rows, stage).run_id) == ["a12new", "n11new", "n12new"]
+    rows.loc[2, ["config_hash", "started"]] = "edited", "2027"
+    rows = pd.concat([rows, rows[2:3].assign(seed=5, config_hash="before", started="2026")])
+    assert sorted(split_results.comparable(rows, stage).seed) == [1, 2, 2], "a variant has the settings it had last"
+
+
+def test_what_makes_no_other_run_is_what_the_trainer_says():
+    assert {name.lower() for name in split_results.UNTRAINED} == {*train_gpt.UNTRAINED, "seed"} - {*train_gpt.LABELS}
 
 
 def test_curves_of_live_and_of_resumed_runs(folder):
@@ -176,10 +198,10 @@ def test_curves_of_live_and_of_resumed_runs(folder):
 
 
 def test_results_that_are_not_there(folder, capsys):
-    assert split_results.main([]) == 2 and "run_stage.py smoke" in capsys.readouterr().err
+    assert split_results.main([]) == 2 and "or rebuild_results.py from logs" in capsys.readouterr().err
     results(ROWS)
     assert split_results.main(["tou"]) == 2 and "STAGE tou has no run" in capsys.readouterr().err
-    assert make_tables.main(["toy"]) == 2 and "results_toy.csv is not there" in capsys.readouterr().err
+    assert make_tables.main(["toy"]) == 2 and "python scripts/run_stage.py toy makes them" in capsys.readouterr().err
 
 
 def welch_by_hand(a, b):
@@ -208,16 +230,12 @@ def test_tables_are_what_the_rows_say(folder):
     assert lone.unfinished == "1 diverged"
     assert table.loc["a gate LR=0.00396"].seeds == 0
     lines = text.splitlines()
-    assert lines[0].startswith("| attn_gate | learning_rate | seeds | final_loss | sd | difference | 95 % interval |")
-    assert "| a gate | 0.1 | 3 | 2.8000 | 0.1000 | -0.3000 |" in text and "| 1m 2.0s |" in text and "1,234,567" in text
-    assert "| none | 0.1 | 3 | 3.1000 | 0.1000 | reference |" in text and "Measured on cpu: toy, torch 2;" in text
+    assert lines[0].startswith("| variant | attn_gate | learning_rate | seeds | final_loss | sd | difference | 95 % ")
+    assert "| a gate LR=0.1 | a gate | 0.1 | 3 | 2.8000 | 0.1000 | -0.3000 |" in text
+    assert "| 1m 2.0s |" in text and "1,234,567" in text
+    assert "| none LR=0.1 | none | 0.1 | 3 | 3.1000 | 0.1000 | reference |" in text
+    assert "Measured on cpu: toy, torch 2;" in text
     assert len({line.count("|") for line in lines[:6]}) == 1
-
-
-def test_a_table_of_a_stage_whose_axes_do_not_tell_variants_apart_names_them(folder):
-    results([row | {"attngate": "same", "lr": 1.0} for row in ROWS])
-    split_results.main([])
-    assert make_tables.write_tables("toy").startswith("| variant | attn_gate |")
 
 
 STUDIED = [name for name in stages.stage_names() if (ROOT / "experiments" / f"results_{name}.csv").is_file()]
