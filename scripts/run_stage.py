@@ -13,6 +13,7 @@ after any end, kill -9 too, it goes on: runs that are still live are waited for,
 their last checkpoint.
 """
 import argparse
+import contextlib
 import csv
 import difflib
 import functools
@@ -245,7 +246,8 @@ class Pool:
                 if self.asked_to_end and not ending:
                     ending, waiting, going = True, [], [run for run in going if run.process]  # ours alone are to end
                     for run in going:
-                        os.killpg(run.process.pid, signal.SIGTERM)  # torchrun may be starting: the ranks save and end
+                        with contextlib.suppress(ProcessLookupError):  # it may have ended
+                            os.killpg(run.process.pid, signal.SIGTERM)  # torchrun, and the ranks: they save and end
                     tqdm.write(f"interrupted: {len(going)} runs save and end")
                 while waiting and len(going) < self.jobs:
                     going.append(self.start(waiting.pop(0), going))
@@ -287,12 +289,12 @@ class Pool:
         """The status that the run's row ends with; one that could not say why it ended gets a row all the same."""
         if (status := status_of(run, results())) in self.ended:
             return status
-        path, code = run.folder.with_name(f"{run.run_id}.json"), run.process.returncode if run.process else "not known"
+        path, code = run.folder.with_name(f"{run.run_id}.json"), run.process.returncode if run.process else None
         known = json.loads(path.read_text()) if path.exists() else {
             name.lower(): run.settings[name] for name in ("RUN_ID", "STAGE", "VARIANT", "SEED")}
         if self.asked_to_end:
             known |= {"status": known.get("status", "running").replace("running", "preempted")}
-        elif known.get("status", "running") == "running" or code != 0 and known["status"] in ("preempted", "stopped"):
+        elif known.get("status", "running") == "running" or code and known["status"] in ("preempted", "stopped"):
             out = (run.folder / "output.txt").read_text() if (run.folder / "output.txt").exists() else ""
             said = re.findall(r"^(?:config|data|crash|oom|diverged): .*", out, re.M) or ["it ended without a word"]
             known |= {"status": "crash", "started": known.get("started", train_gpt.utc_now()),
