@@ -333,7 +333,8 @@ def verdict_of(known, reference, level: float, state: int, waits: bool, states: 
     rule = next((rule for rule, one in states.items() if one == state), "") if state != HOLD and not waits else ""
     verdict, seed_for = {PROMOTE: "promote", SEED: "seed", HOLD: "hold"}[state], ""
     told = f"gap {-loss.gain:+.4f} at step {'-' if pd.isna(known.step) else int(known.step)}, {n} seed{'s' * (n > 1)}"
-    told += f", se {loss.se:.4f}, one-sided p {loss.p:.2g} (must be {level:.2g})" if n > 1 else ""
+    told += f", se {loss.se:.4f}, one-sided p {loss.p:.2g}" if n > 1 else ""
+    told += f" (better: {level:.2g})" * bool("better" in states and state != PROMOTE and loss.gain > 0)
     if len(known.failed) > max(1, n):
         verdict, rule, reason = "hold", "", "most of its runs failed"
     elif known.stopped:
