@@ -64,10 +64,12 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("stage", nargs="*", help="only the notebooks of these")
     args = parser.parse_args(argv)
+    made = set()
     try:
         for name in args.stage:
             if not (path := FOLDER / f"{name}.ipynb").exists():
                 write_whole(path, nbformat.writes(new(load_stage(name))) + "\n")
+                made.add(path)
         for path in [FOLDER / f"{name}.ipynb" for name in args.stage] or sorted(FOLDER.glob("*.ipynb")):
             write_whole(path, nbformat.writes(execute(path)) + "\n")
             print(path)
@@ -76,6 +78,8 @@ def main(argv=None) -> int:
         return 2
     except CellExecutionError as error:
         print(f"make_notebook.py: error: {path}: {error.evalue}", file=sys.stderr)
+        if path in made:
+            path.unlink()
         return 1
     return 0
 

@@ -270,8 +270,8 @@ def report(plans, args):
     yield from (f"{row:21}" + "".join(f"{column[row]:>27}" for column in columns) for row in columns[0])
     if not args.preset:
         yield (f"tokens: {args.ratio:g} x params_active, in whole steps: every weight that a token uses, the tied "
-               "embedding counted once.\nChinchilla: about 20, by all parameters; nanochat: 10.5, by matrices and head, "
-               "which are the same count here.")
+               "embedding counted once.\nChinchilla: about 20, by all parameters; nanochat: 10.5, by matrices and "
+               "head, which are the same count here.")
     for column, plan in zip(columns, plans):
         if (epochs(plan.cfg) or 0) > 1:
             yield (f"{column['']}: more than FineWeb-10B's {FINEWEB_TOKENS:g} tokens, {epochs(plan.cfg):.1f} epochs; "

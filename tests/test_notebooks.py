@@ -69,4 +69,5 @@ def test_what_cannot_be_made_is_one_sentence(copy, capsys):
     unstudied = next(name for name in stages.stage_names() if not Path(f"experiments/results_{name}.csv").exists())
     assert make_notebook.main([unstudied]) == 1
     error = capsys.readouterr().err
-    assert "is not there; run a stage" in error and error.count("\n") == 1
+    assert not Path(f"notebooks/{unstudied}.ipynb").exists(), "nothing half made is left"
+    assert f"stage {unstudied} has no results; python scripts/run_stage.py" in error and error.count("\n") == 1
