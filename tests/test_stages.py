@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 
 import make_tables
 import split_results
+import stage_gate
 import stages
 import train_gpt
 from stages import load_stage
@@ -242,14 +243,16 @@ STUDIED = [name for name in stages.stage_names() if (ROOT / "experiments" / f"re
 
 
 @pytest.mark.parametrize("name", STUDIED)
-def test_committed_tables_are_those_of_the_committed_rows(name, tmp_path, monkeypatch):
+def test_committed_tables_and_verdicts_are_those_of_the_committed_rows_and_curves(name, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     monkeypatch.chdir(tmp_path)
     assert split_results.main([name]) == 0
     make_tables.write_tables(name)
-    for path in (f"results_{name}.csv", f"log_curves_{name}.csv", f"tables/{name}.csv", f"tables/{name}.md"):
+    stage_gate.write_gate(name)
+    for path in (f"results_{name}.csv", f"log_curves_{name}.csv", f"tables/{name}.csv", f"tables/{name}.md",
+                 f"tables/{name}_gate.csv"):
         assert Path("experiments", path).read_text() == (ROOT / "experiments" / path).read_text(), (
-            f"{path} is stale: python scripts/split_results.py && python scripts/make_tables.py")
+            f"{path} is stale: python scripts/run_stage.py {name} --no-run")
 
 
 def test_readme_tables_are_those_of_the_rows(monkeypatch):
