@@ -211,7 +211,7 @@ def test_what_the_trainer_has_said_last_is_the_truth(project, monkeypatch):
 
 
 def test_jobs_go_on_side_by_side_and_no_more_of_them(project, monkeypatch):
-    pretend(monkeypatch, "Path('at', env['RUN_ID']).touch(); time.sleep(0.4)\n"
+    pretend(monkeypatch, "Path('at', env['RUN_ID']).touch(); time.sleep(1)\n"
             "Path('seen', env['RUN_ID']).write_text(str(len(list(Path('at').iterdir()))))\n"
             "Path('at', env['RUN_ID']).unlink()")
     Path("at").mkdir(), Path("seen").mkdir()
@@ -269,7 +269,7 @@ CURVE = "step,tokens,train_loss,val_loss\n" + "".join(f"{step},{step},3.0,3.0\n"
 def test_the_gate_stops_live_runs_by_the_stop_file_but_never_the_reference(project, monkeypatch, capsys):
     pretend(monkeypatch, "Path('logs', env['RUN_ID'] + '.csv').write_text(" + repr(CURVE) + ")\n"
             "stop = Path('logs', env['RUN_ID'], 'stop')\n"
-            "for _ in range(40): time.sleep(0.02 * (not stop.exists()))\n"
+            "for _ in range(100): time.sleep(0.02 * (not stop.exists()))\n"
             "Path('said', env['VARIANT']).write_text(str(stop.exists()))")
     Path("said").mkdir()
     stage = load_stage("toy")
