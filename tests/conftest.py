@@ -23,6 +23,13 @@ TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=12, d
             num_iterations=8, warmdown_iters=4, val_tokens=64, val_every=4, device="cpu", dtype="float32", compile="0")
 
 
+def committed(pattern):
+    """The files of a glob below the project that git has, or all outside a repository: what users add is theirs."""
+    known = train_gpt.output_of("git", "-C", train_gpt.ROOT, "ls-files").splitlines()
+    return sorted(path for path in train_gpt.ROOT.glob(pattern)
+                  if not known or str(path.relative_to(train_gpt.ROOT)) in known)
+
+
 def tiny(**changes):
     """A Config that trains in milliseconds."""
     return Config(**TINY | changes)
