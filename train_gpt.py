@@ -5,63 +5,40 @@ Trains a GPT on token shards with Muon + AdamW; every setting is an environment 
     PRESET=quickstart python train_gpt.py                     # one process on whatever device is there
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # the default: GPT-2 small on FineWeb-10B, 8 GPUs
 
-Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Checkpoints, Records, Training.
+Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Health, Training.
 Shapes: B sequences, T positions, C channels (n_embd), H heads, D head size, F hidden units (d_ff), V vocabulary,
 N = B * T tokens. A suffix gives the layout where it is not plain: q_BTHD.
 """
 
-import os
+import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).read_text()  # before torch loads: the log must hold the text that runs, not a later edit
+sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))  # ours comes before any other package `harness`
 
-import concurrent.futures, contextlib, csv, ctypes, dataclasses, difflib, faulthandler, functools, glob, hashlib, io
-import itertools, json, math, platform, re, resource, shlex, shutil, signal, subprocess, sys, time, traceback
-from collections import deque, namedtuple
-from datetime import datetime, timedelta, timezone
+import concurrent.futures, contextlib, dataclasses, functools, glob, itertools, math, os, re, shlex, time
+from collections import deque
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
-from tqdm import tqdm
+
+from harness.checkpoints import Checkpoints, export_weights
+from harness.contract import CURVE, RUN_ID_PATTERN, ConfigError, DataError, Diverged
+from harness.failures import report
+from harness.meter import Clock, model_flops_utilization, peak_memory
+from harness.provenance import CPUINFO, dataset_index, device_name, fingerprint, how_to_get
+from harness.ranks import Ranks, agree, setup
+from harness.records import Records
+from harness.settings import Settings, near_misses, settings_table
+from harness.watch import Watch
 ################ Config ################
-ROOT = Path(__file__).resolve().parent
-RUN_ID_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 SYNONYMS = {"LEARNING_RATE": "LR", "EPOCHS": "MAX_EPOCHS", "BLOCK_SIZE": "SEQUENCE_LENGTH",
             "EXPERTS": "NUM_EXPERTS", "N_EXPERTS": "NUM_EXPERTS", "D_MODEL": "N_EMBD", "MAX_ITERS": "NUM_ITERATIONS"}
-class ConfigError(ValueError):
-    """A setting that cannot be used: says which, its value, the choices and what to do."""
-    status = "config"
-class DataError(ValueError):
-    """Data that cannot be trained on: says which file, what was expected, what was found and what to do."""
-    status = "data"
-class Diverged(ArithmeticError):
-    """The loss is no longer a finite number."""
-    status = "diverged"
-
-class Settings:
-    """What Config can do with its fields."""
-    def __post_init__(self):
-        check(self)
-    @classmethod
-    def from_env(cls, env):
-        """Config from a mapping of environment variables, over the preset, over the defaults. Raises ConfigError."""
-        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
-        check_env(env, fields)
-        preset = read_preset(env.get("PRESET") or cls.preset, fields)
-        settings = preset | {name: env[name] for name in fields if env.get(name)}
-        return cls(**{fields[name].name: parse(fields[name], text) for name, text in settings.items() if text})
-    def changes(self):
-        """What differs from the defaults: {variable: value}."""
-        return {name.upper(): value for name, value in vars(self).items() if value != getattr(Config, name)}
-    def hash(self):
-        """Eight hex digits that runs share when they train the same model the same way, whatever seed and labels."""
-        kept = {name: value for name, value in vars(self).items() if name not in {*UNTRAINED, "seed"}}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
@@ -148,6 +125,15 @@ class Config(Settings):
     log_every: int = 10  # steps between lines of the training loss
     trackers: str = "none"  # a comma list: scripts/track.py shows them the run, from beside it
 
+    def check(self):
+        check(self)
+    def scheduled(self, step):
+        """What schedules say of a step."""
+        return lr_factor(step, self), aux_coef(step, self)
+    def resumable(self):
+        """Settings with which a run may go on that has begun with others: what it learns does not change."""
+        return {*RESUMABLE} - {"device_batch_size" * (self.balance == "quantile")}
+
 LABELS = ("run_id", "stage", "variant", "note", "dry_run", "log_dir", "results_csv", "resume", "trackers")
 UNTRAINED = (*LABELS, "preset", "input_bin", "input_val_bin", "peak_tflops", "log_every", "save_every", "keep_last",
              "max_bad_steps", "hang_timeout", "balance_log_interval")  # say nothing of what is trained and how
@@ -160,16 +146,6 @@ BOUNDS = {  # inclusive
     "keep_last": (2, 2**31), "hang_timeout": (1, 2**31), "vocab_size": (0, 65536), "peak_tflops": (1e-6, 1e6),
     "lr embed_lr head_lr muon_lr": (1e-12, 1e30), "beta1 beta2 muon_momentum": (0, 0.9999999), "dropout": (0, 0.99),
     "val_tokens": (1, 2**40), "weight_decay": (0, 1e3), "grad_clip": (0, 1e6), "min_lr_frac": (0, 1)}
-
-def check_env(env, fields):
-    """Raises ConfigError for a variable that is one of ours misspelled, and for a setting that shows a secret."""
-    by_letters = {name.replace("_", ""): name for name in fields}
-    for name in env:
-        if (ours := SYNONYMS.get(name) or by_letters.get(name.replace("_", ""), name)) != name:
-            raise ConfigError(f"{name} is no setting; the name here is {ours} (unset {name})")
-    for secret, value in secrets_of(env).items():
-        if holders := [name for name in fields if value in env.get(name, "")]:
-            raise ConfigError(f"{holders[0]} holds the value of {secret}, which no record may show; take it out")
 
 def check(cfg):
     """Raises ConfigError for a value that no run can use, and for values that have no meaning together."""
@@ -206,6 +182,12 @@ def check(cfg):
         if not sound:
             raise ConfigError(f"{name.upper()}={repr(str(getattr(cfg, name)))[1:-1]} needs {needed}")
 
+SCHEDULED = ("num_iterations", "lr_schedule", "warmup_iters", "warmdown_iters", "min_lr_frac", "aux_loss_coef",
+             "aux_loss_coef_start", "aux_loss_coef_end", "aux_warmup_frac", "aux_decay_end_frac")
+RESUMABLE = (*UNTRAINED, "device_batch_size", "val_every", "val_tokens", "max_epochs", "device", "compile",
+             "deterministic", "init_from")  # a run may go on with other values: what it learns does not change
+Config.SYNONYMS, Config.LABELS, Config.UNTRAINED, Config.SCHEDULED = SYNONYMS, LABELS, UNTRAINED, SCHEDULED
+
 def axes():
     """Choices of every setting that has a list of them: {field: names}."""
     return {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "pos": POSITIONS, "init": INITS, "attngate": GATES,
@@ -216,9 +198,7 @@ def axes():
 
 def cautions(env, cfg):
     """One sentence for every variable that is nearly one of ours, and for a schedule that never reaches its peak."""
-    ours = [field.name.upper() for field in dataclasses.fields(Config)]
-    found = [f"{name} is no setting and is ignored; did you mean {match}?" for name in env
-             if len(name) > 4 and name not in ours for match in difflib.get_close_matches(name, ours, 1, 0.85)]
+    found = near_misses(env, Config)
     if cfg.resume == "auto" and not cfg.run_id:
         found.append("RESUME=auto goes on with a RUN_ID; without one, every start is a new run")
     if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
@@ -226,48 +206,9 @@ def cautions(env, cfg):
     return found + [f"{name} has no effect without FFN=moe" for name in cfg.changes()
                     if "moe" not in cfg.ffn and re.search("EXPERT|TOP_K|^AUX_|ROUTER", name)]
 
-def secrets_of(env):
-    """Variables whose values no file and no output may show: {name: value}."""
-    return {n: v for n, v in env.items() if n.endswith(("_TOKEN", "_KEY", "_SECRET", "PASSWORD")) and len(v) >= 8}
-
-def redact(text, env):
-    """text with the values of secret variables, also as Python and JSON spell them, replaced by their names."""
-    hidden = {spelling: name for name, value in secrets_of(env).items()
-              for spelling in (value, *(spell(value)[1:-1] for spell in (repr, ascii, json.dumps)))}
-    for spelling in sorted(hidden, key=len, reverse=True):  # one may begin like another
-        text = text.replace(spelling, f"[{hidden[spelling]}]")
-    return text
-
-def parse(field, text):
-    """The value of a setting from its text. Raises ConfigError."""
-    try:
-        if field.type is bool:
-            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
-        return field.type(text) if field.type in (int, str) else float(text)
-    except (ValueError, KeyError):
-        wanted = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a number")
-        raise ConfigError(f"{field.name.upper()}={text!r}: must be {wanted}") from None
-
-def read_preset(name, fields):
-    """Settings of experiments/presets/<name>.env: {variable: text}. Raises ConfigError."""
-    files = {path.stem: path for path in sorted((ROOT / "experiments" / "presets").glob("*.env"))}
-    if name not in files:
-        raise ConfigError(f"PRESET={name}: choose one of {', '.join(files)}")
-    lines = [line for line in map(str.strip, files[name].read_text().splitlines()) if line and line[0] != "#"]
-    if bad := [line for line in lines if "=" not in line or line.split("=")[0] not in fields]:
-        raise ConfigError(f"PRESET={name}: {bad[0]!r} in {files[name]} is no NAME=value of python train_gpt.py --help")
-    return dict(line.split("=", 1) for line in lines) | {"PRESET": name}
-
 def help_text():
-    """The table of settings, read from the source: variable, default, choices and the comment of its line."""
-    comments = dict(re.findall(r"^    (\w+): [^=]+ = .*?  # (.*)$", SOURCE, re.M))
-    lines = [__doc__.strip(), "", "Settings (environment variables; a blank one counts as not set):"]
-    for field in dataclasses.fields(Config):
-        value = int(field.default) if field.type is bool else "blank" if field.default in (None, "") else field.default
-        choices = f"[{'|'.join(axes()[field.name])}] " if field.name in axes() else ""
-        lines.append(f"  {field.name.upper():20} {value!s:36} {choices}{comments[field.name]}")
-    presets = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
-    return "\n".join([*lines, f"Presets: {', '.join(presets)}"])
+    """The table of settings, read from the source."""
+    return settings_table(Config, __doc__, SOURCE, axes())
 ################ Layers ################
 def normal_(w, std):
     """Fills w with normal numbers, but on the meta device, where it would load seconds of code to do nothing."""
@@ -278,7 +219,6 @@ INITS = {  # how a weight (..., rows, fan in) starts: (cfg, weight, whether it e
                                        nn.init.uniform_(w, -w.size(-1)**-0.5, w.size(-1)**-0.5)),
     "gpt2": lambda cfg, w, ends: normal_(w, 0.02 / (2 * cfg.n_layer)**0.5 if ends else 0.02)}
 
-CPUINFO = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
 # On AMD's AVX-512 processors MKL, torch's default, runs AVX2 code: oneDNN multiplies float32 matrices twice as fast.
 ONEDNN = "AuthenticAMD" in CPUINFO and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -639,6 +579,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_head = ctx.saved_tensors
         grad = grad / len(grad_x)
         return grad_x.mul_(grad), grad_head.mul_(grad), None, None
+
+def import_weights(model, path):
+    """Fills model from a safetensors file, or a folder with model.safetensors. Raises ConfigError."""
+    import safetensors.torch
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
+    try:
+        new = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("ffn.balance")}  # as is
+        model.load_state_dict(safetensors.torch.load_file(file) | new, assign=model.embed.is_meta)  # there a check
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of this "
+                          f"shape, or the folder of a finished run; {' '.join(str(error)[:300].split())}") from None
 ############## Optimizers ##############
 MUON_SCALES = {  # factor on the orthogonalised update of a matrix (rows, cols)
     "unit": lambda rows, cols: max(rows, cols)**0.5,  # unit mean square; modded-nanogpt, record of 2024-10-14
@@ -895,233 +846,8 @@ class ShardLoader:
                 batch = batch.to(device, non_blocking=True)
                 yield batch[:, :-1], batch[:, 1:], waited
 
-def how_to_get(pattern, shards=9):
-    """What makes or fetches the data of a glob."""
-    folder = os.path.dirname(pattern) or "."
-    if "fineweb" in pattern:
-        return f"fetch it: DATA_DIR={folder} python cached_fineweb10B.py {min(shards, 103)}"
-    source = "package:sympy --tokenizer bytes" if os.path.basename(folder) == "sympy" else "..."
-    return f"make it: python scripts/prepare_data.py --source {source} --out {folder}"
-
-def dataset_index(pattern):
-    """index.json of the folder of a glob, {} where there is none. Raises DataError."""
-    path = Path(pattern).parent / "index.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        raise DataError(f"{path}: expected JSON, found something else; {how_to_get(pattern)}") from None
-
-def fingerprint(loaders, folder):
-    """SHA-256 over names and contents of the loaders' shards, hex; they are cached in folder by path, size and time."""
-    cache, known, hashes = folder / ".shard_hashes.json", {}, []
-    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
-        known = json.loads(cache.read_text())
-    for file in [Path(file) for loader in loaders for file in loader.files]:
-        key = f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
-        known[key] = known.get(key) or sha256sum(file)[:64]
-        hashes.append((file.name, known[key]))
-    with contextlib.suppress(OSError):  # Records.open says what is wrong with the folder
-        write_whole(cache, json.dumps(known))
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-############# Checkpoints ##############
-MAX_FAILED_SAVES = 3  # in a row
-SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint to be written; a slower one is written while it goes on
-SCHEDULED = ("num_iterations", "lr_schedule", "warmup_iters", "warmdown_iters", "min_lr_frac", "aux_loss_coef",
-             "aux_loss_coef_start", "aux_loss_coef_end", "aux_warmup_frac", "aux_decay_end_frac")
-RESUMABLE = (*UNTRAINED, "device_batch_size", "val_every", "val_tokens", "max_epochs", "device", "compile",
-             "deterministic", "init_from")  # a run may go on with other values: what it learns does not change
-def sha256sum(path):
-    """The line that `sha256sum` prints for a file."""
-    with open(path, "rb") as file:
-        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
-
-def defect(folder):
-    """What is wrong with a checkpoint; "" where every file is what its list of hashes says."""
-    try:
-        lines = (folder / "SHA256SUMS").read_bytes().decode().splitlines(keepends=True)
-        wrong = [line[66:-1] for line in lines if line != sha256sum(folder / line[66:-1])]
-        if folder.is_symlink() or not {".metadata", "run.json"} <= {line[66:-1] for line in lines}:
-            wrong.append("SHA256SUMS")
-        return f"{wrong[0]} is not what was written there" if wrong else ""
-    except (OSError, ValueError) as error:
-        return f"it cannot be read ({error})"
-
-def step_folders(folder):
-    """The checkpoints of a run, {step: path} from old to new; whatever else lies there is not ours."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
-    return dict(sorted((int(path.name[5:]), path) for path in found))
-
-def set_aside(path, why):
-    """Renames a checkpoint that must not be resumed but is not ours to delete."""
-    names = (path.with_name(f"{path.name}.{why}{i or ''}") for i in itertools.count())
-    path.rename(next(name for name in names if not name.exists()))
-
-def find_checkpoint(cfg, folder, restarted, warnings):
-    """The checkpoint that a run of cfg goes on from, or None. Damaged ones are set aside. Raises ConfigError."""
-    for path in reversed(step_folders(folder).values()) if restarted or cfg.resume == "auto" else ():
-        if not (problem := defect(path)):
-            return path
-        warnings.append(f"{path} is set aside: {problem}")
-        set_aside(path, "corrupt")
-    if cfg.resume in ("none", "auto"):
-        return None
-    path = Path(cfg.resume)
-    inside = Path(cfg.log_dir).resolve() in path.resolve().parents
-    there = [*step_folders(path.parent).values(), *step_folders(path).values()] if inside else []
-    outside = f"lies outside LOG_DIR={cfg.log_dir}; INIT_FROM takes weights from elsewhere, as safetensors"
-    if problem := defect(path) if path in there else "is no checkpoint" if inside else outside:
-        raise ConfigError(f"RESUME={path}: {problem}; choose auto, none or one of "
-                          f"{', '.join(map(str, there)) or f'{cfg.log_dir}/<run_id>/step_<number>'}")
-    return path
-
-def changed_settings(saved, cfg, facts):
-    """[] or a sentence on what differs from a checkpoint's run.json. Raises ConfigError where it is another run."""
-    past = Config(**{name: value for name, value in saved["config"].items() if name in vars(cfg)})
-    before, now = vars(past) | saved, vars(cfg) | facts
-    changed = {name: f"{name.upper()} {before[name]} -> {now[name]}"
-               for name in (*vars(cfg), "world_size", "data_fingerprint") if before[name] != now[name]}
-    same_past = all(schedule(step, past) == schedule(step, cfg) for schedule in (lr_factor, aux_coef)
-                    for step in range(saved["step"]))
-    harmless = {*RESUMABLE, "world_size", *SCHEDULED * same_past} - {"device_batch_size" * (cfg.balance == "quantile")}
-    if refused := [text for name, text in changed.items() if name not in harmless]:
-        raise ConfigError(f"RUN_ID={past.run_id} came to step {saved['step']} with other settings or learning rates: "
-                          f"{', '.join(refused)}; set them back, or start anew, with INIT_FROM for its final weights")
-    told = [text for name, text in changed.items() if name not in LABELS]
-    return [f"goes on with other settings: {', '.join(told)}"] * bool(told)
-
-def tally(ranks):
-    """{key: [dtype, numbers, sum of bits]} of all ranks: slices add up, copies must be equal, else a RuntimeError."""
-    total = {}
-    for rank, held in enumerate(ranks):
-        for key, (kind, *described) in held.items():
-            if kind == "slice" and key in total:
-                described[1:] = [a + b for a, b in zip(described[1:], total[key][1:])]
-            elif total.get(key, described) != described:
-                raise RuntimeError(f"the ranks have come apart: {key} of rank {rank} is not that of ranks before it")
-            total[key] = described
-    return total
-
-def cpu_copy(tensors, buffers, mesh):
-    """{key: (tensor, kind)} copied into CPU buffers, kept for the next time, and {key: tensor}, slices as DTensor."""
-    from torch.distributed.tensor import DTensor, Shard
-    for key, (tensor, _) in tensors.items():
-        buffers[key] = buffers[key] if key in buffers else torch.empty_like(tensor, device="cpu")
-        buffers[key].copy_(tensor)
-    held = {key: (buffers[key], kind) for key, (_, kind) in tensors.items()}
-    return held, {key: DTensor.from_local(copy, mesh, [Shard(0)]) if kind == "slice" else copy
-                  for key, (copy, kind) in held.items()}
-
-class Checkpoints:
-    """Saves State, each rank its share, in a thread and from copies, and restores it on any number of ranks."""
-    def __init__(self, cfg, ranks, records):
-        self.cfg, self.rank, self.world, self.records = cfg, ranks.rank, ranks.world_size, records
-        self.group = dist.new_group(backend="gloo")  # its own: the thread must not meet the collectives of the loop
-        self.mesh = dist.init_device_mesh("cpu", (self.world,))
-        self.pool, self.pending, self.buffers = concurrent.futures.ThreadPoolExecutor(1), None, {}
-        self.step, self.failures = -1, 0  # the last step saved or loaded; failed saves in a row
-    def gather(self, tensors):
-        """The tally of {key: (tensor, kind)} over the ranks."""
-        held = {key: (kind, str(tensor.dtype), tensor.numel(), tensor.reshape(-1).view(torch.int32).sum().item())
-                for key, (tensor, kind) in tensors.items()}
-        dist.all_gather_object(ranks := [None] * self.world, held, self.group)
-        return tally(ranks)
-    def save(self, state, facts):
-        """Writes what a run needs to go on from here, and `facts` (JSON); after SAVE_STALL the loop goes on anyway."""
-        self.wait()
-        if state.step == self.step:
-            return
-        tensors, turns = state.tensors(), itertools.cycle(range(self.world))
-        if self.world > 1:
-            self.gather({key: held for key, held in tensors.items() if held[1] == "copy"})
-        mine = {key: held for key, held in tensors.items() if held[1] != "copy" or next(turns) == self.rank}
-        held, copies = cpu_copy(mine, self.buffers, self.mesh)
-        facts |= {"step": state.step, "config": vars(self.cfg) | {"run_id": self.records.folder.name},
-                  **{name: self.records.summary.get(name) for name in ("world_size", "data_fingerprint")}}
-        facts = json.loads(json.dumps(facts))  # the loop goes on to change some of it
-        self.step, self.pending = state.step, self.pool.submit(self.write, copies, held, facts)
-        concurrent.futures.wait([self.pending], SAVE_STALL)
-    def write(self, copies, held, facts):
-        """Writes and publishes one checkpoint; returns what went wrong, the same on every rank, or ""."""
-        import torch.distributed.checkpoint as dcp
-        began, problem, final = time.perf_counter(), [""], self.records.folder / f"step_{facts['step']:06d}"
-        temporary = final.with_name(f".tmp_{final.name}")
-        try:
-            facts["entries"] = self.gather(held)
-            dcp.save(copies, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
-            if self.rank == 0:
-                self.publish(temporary, final, facts)
-                self.records.print(f"checkpoint:{final} write_time:{time.perf_counter() - began:.2f}s")
-        except (Exception, dcp.CheckpointException) as error:  # the latter derives from BaseException
-            problem = [traceback.format_exception_only(error)[-1].strip().splitlines()[-1]]
-            if self.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                self.records.print(f"warning: no checkpoint at step {facts['step']}: {problem[0]}")
-        dist.broadcast_object_list(problem, group=self.group)
-        return problem[0]
-    def publish(self, temporary, final, facts):
-        """Lists the hashes of all files, brings everything to the disk, gives the folder its name, and prunes."""
-        if len([*temporary.glob("*.distcp")]) < self.world:
-            raise OSError("files of some ranks are not there: LOG_DIR has to be one folder for all machines")
-        write_whole(temporary / "run.json", json.dumps(facts))
-        write_whole(temporary / "SHA256SUMS", "".join(map(sha256sum, sorted(temporary.iterdir()))))
-        sync(temporary)
-        os.replace(temporary, final)
-        sync(final.parent)
-        for path in [*step_folders(final.parent).values()][:-self.cfg.keep_last]:
-            try:  # half deleted, it must not look like a checkpoint
-                shutil.rmtree(path.rename(path.with_name(f".tmp_{path.name}")))
-            except OSError as error:
-                self.records.print(f"warning: {path} stays: {error}")
-    def wait(self, last=False):
-        """Until the save under way is done. Raises OSError where too many have failed in a row, or the last one has."""
-        if self.pending:
-            problem, self.pending = self.pending.result(), None
-            self.step, self.failures = (-1, self.failures + 1) if problem else (self.step, 0)
-            if problem and (last or self.failures == MAX_FAILED_SAVES):
-                raise OSError(f"{'the last checkpoint' if last else f'{self.failures} checkpoints in a row'} could not "
-                              f"be written: {problem}; make room, and RESUME=auto goes on from the one before")
-    def load(self, state, path):
-        """Restores State; returns the facts saved with it. Raises ConfigError, RuntimeError where a tensor is wrong."""
-        import torch.distributed.checkpoint as dcp
-        tensors, facts = state.tensors(), json.loads((path / "run.json").read_text())
-        held, copies = cpu_copy(tensors, {}, self.mesh)
-        try:
-            dcp.load(copies, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
-        except dcp.CheckpointException as error:
-            raise ConfigError(f"RESUME: {path} does not fit this train_gpt.py: {error}") from None
-        for key, (tensor, _) in tensors.items():
-            tensor.copy_(held[key][0])
-        found, saved = self.gather(tensors), facts["entries"]
-        if wrong := [key for key in {**found, **saved} if found.get(key) != saved.get(key)]:
-            raise RuntimeError(f"{path}: {wrong[0]} did not come back as it was saved")
-        state.step = facts["step"]
-        self.step = state.step if path.parent.resolve() == self.records.folder.resolve() else -1
-        return facts
-
-def export_weights(model, cfg, folder):
-    """Writes model.safetensors, config.json and, where the dataset has one, tokenizer.json."""
-    from safetensors.torch import save
-    write_whole(folder / "model.safetensors", save(model.state_dict(), {"format": "pt"}))
-    write_whole(folder / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
-    if (tokenizer := Path(cfg.input_bin).parent / "tokenizer.json").is_file():
-        write_whole(folder / "tokenizer.json", tokenizer.read_bytes())
-
-def import_weights(model, path):
-    """Fills model from a safetensors file, or a folder with model.safetensors. Raises ConfigError."""
-    import safetensors.torch
-    file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
-    try:
-        new = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("ffn.balance")}  # as is
-        model.load_state_dict(safetensors.torch.load_file(file) | new, assign=model.embed.is_meta)  # there a check
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        raise ConfigError(f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of this "
-                          f"shape, or the folder of a finished run; {' '.join(str(error)[:300].split())}") from None
-############### Records ################
-CURVE = "step tokens epoch train_loss val_loss lr grad_norm train_time tokens_per_sec data_wait".split()
+################ Health ################
 HEALTH = "aux entropy load_min load_max dead".split()  # of each layer with experts
-PEAK_TFLOPS = {  # dense bfloat16 by the name CUDA gives the device, the more particular name first; makers' data sheets
-    "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200 NVL": 836, "H200": 989, "GB200": 2500, "B200": 2250,
-    "A100": 312, "L40S": 362, "RTX 4090": 165.2, "RTX 5090": 209.5, "RTX 3090": 71}
 
 def curve_columns(cfg):
     """Names of the columns of the curve: those of every run, and of experts the coefficient and each layer's health."""
@@ -1129,230 +855,8 @@ def curve_columns(cfg):
     names = [f"{name}_{layer}" for layer, ffn in enumerate(ffns) if ffn == "moe" for name in HEALTH]
     return CURVE + ["aux_coef"] * bool(names) + names
 
-def sync(path):
-    """Brings a file, or the names in a folder, to the disk."""
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
-
-def write_whole(path, content):
-    """Replaces a file by text or bytes at one stroke, so that no reader and no crash ever sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp_{path.name}.{os.getpid()}.tmp")
-    try:
-        content = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
-        temporary.write_bytes(content)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-def update_results(path, rows):
-    """Merges rows into the results table, one per run_id, under a lock: columns are united. Raises ConfigError."""
-    path = Path(path).resolve()  # a link stays one
-    try:
-        with FileLock(f"{path}.lock"):  # which makes the folder
-            old = path.read_bytes().decode() if path.exists() else ""
-            table = {row["run_id"]: row for row in csv.DictReader(io.StringIO(old, newline=""))}
-            for row in rows:
-                cells = {name: int(value) if isinstance(value, bool) else value for name, value in row.items()}
-                table[row["run_id"]] = table.get(row["run_id"], {}) | cells
-            header, text = {column: column for row in table.values() for column in row}, ""
-            for row in (header, *table.values()):
-                csv.DictWriter(line := io.StringIO(), header).writerow(row)  # to \r\n: only so does 3.11 quote a \r
-                text += line.getvalue().removesuffix("\r\n") + "\n"
-            if rows:  # without, it is a trial
-                write_whole(path, text)
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"RESULTS_CSV={path}: cannot be written as a table with a column run_id ({error!r}); "
-                          "name another") from None
-
-def output_of(*command):
-    """What a command prints; "" where it fails or is not there."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return ""
-
-def git_state():
-    """(commit, whether tracked files but results, log_curves, figures, tables differ); blanks outside a repository."""
-    commit = output_of("git", "-C", ROOT, "rev-parse", "--verify", "--quiet", "HEAD")
-    changed = output_of("git", "-C", ROOT, "status", "-suno", "--", ".", ":!experiments/[rlft]*", ":!logs")
-    return commit, bool(changed) if commit else ""
-
-def machine_text():
-    """Versions and the device, as the log shows them: nvidia-smi where it runs, else the CPU's name."""
-    device = output_of("nvidia-smi") or f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-    return (f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-            f"numpy {np.__version__}\n{device}")
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = re.findall(r"model name\s*: (.+)", CPUINFO)
-    return f"cpu: {names[0] if names else platform.processor() or platform.machine()}"
-
-def utc_now():
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-class Records:
-    """What a run leaves: log, curve, summary, row. Rank 0 writes them; elsewhere no method writes."""
-    def __init__(self, cfg, run_id, rank=0):
-        self.cfg, self.rank, self.bar, self.lost, self.live = cfg, rank, None, "", False  # live: the run_id is claimed
-        self.log, self.curve, self.json = (Path(cfg.log_dir) / f"{run_id}.{kind}" for kind in ("txt", "csv", "json"))
-        self.folder = Path(cfg.log_dir) / run_id  # checkpoints, the stop file, stacks of ranks that hang
-        self.lock = FileLock(self.folder / "live.lock")
-        self.summary, self.columns = dataclasses.asdict(cfg) | {"run_id": run_id}, curve_columns(cfg)
-    def open(self, facts, warnings, restarted=False):
-        """Claims the run_id, starts or continues its files; returns the checkpoint to resume. Raises ConfigError."""
-        self.summary |= facts
-        if self.rank:
-            return None
-        claim(self.folder, self.lock)
-        update_results(self.cfg.results_csv, [])  # where it cannot be written, nothing has begun
-        run_id, known, step, warnings = self.folder.name, self.log.exists(), -1, [*warnings]
-        if path := find_checkpoint(self.cfg, self.folder, restarted, warnings):
-            saved = json.loads((path / "run.json").read_text())
-            step, warnings = saved["step"], warnings + changed_settings(saved, self.cfg, facts)
-        goes_on = restarted or self.cfg.resume == "auto" or path and path.parent.resolve() == self.folder.resolve()
-        if goes_on and not path and (self.folder / "model.safetensors").exists():
-            raise ConfigError(f"RUN_ID={run_id}: the run has ended and no valid checkpoint is left to go on from; "
-                              f"choose another RUN_ID (INIT_FROM={self.folder} starts it with these weights)")
-        if known and not goes_on:
-            raise ConfigError(f"RUN_ID={run_id}: {self.log} exists; RESUME=auto goes on with it, or choose another")
-        warnings += ["no valid checkpoint: starts at step 0"] * (known and not path)
-        for later in [later for number, later in step_folders(self.folder).items() if number > step]:
-            set_aside(later, "superseded")
-        old = json.loads(self.json.read_text()) if known and self.json.exists() else {}
-        self.summary = dict.fromkeys(("run_id", "stage", "variant", "preset")) | {
-            "status": "running", "started": old.get("started", utc_now()), **dict(zip(("git", "dirty"), git_state())),
-            "source_sha": hashlib.sha256(SOURCE.encode()).hexdigest()[:12], "host": platform.node(),
-            "torch": torch.__version__, "resumes": old.get("resumes", -1) + 1, "error": None} | facts | self.summary
-        (self.folder / "stop").unlink(missing_ok=True)
-        if (error := self.folder / "error.txt").exists():
-            error.replace(self.folder / "last_error.txt")
-        log, rule, settings = before(self.log, step), "=" * 100, json.dumps(self.summary, indent=1)
-        head = f"{rule}\n{SOURCE}\n{rule}\n{machine_text()}\nsettings: {settings}\n{rule}\n"
-        write_whole(self.log, log + head * (SOURCE not in log))
-        write_whole(self.curve, before(self.curve, step) or ",".join(self.columns) + "\n")
-        self.save()
-        self.given = len(self.summary)
-        self.print("\n".join([f"run_id:{run_id}", f"changes: {facts['changes'] or 'none'}",
-                              *[f"resumed:{path}"] * bool(path), *(f"warning: {warning}" for warning in warnings)]))
-        self.bar = tqdm(total=self.summary["num_iterations"], initial=max(0, step), unit="step", disable=None)
-        if self.cfg.trackers != "none":  # in a session of its own: what becomes of it, the run does not notice
-            command = [sys.executable, ROOT / "scripts" / "track.py", run_id, "--follow", "--log-dir", self.cfg.log_dir]
-            with contextlib.suppress(OSError), open(self.folder / "track.txt", "a") as out:
-                subprocess.Popen([*command, "--to", self.cfg.trackers], stdout=out, stderr=out, start_new_session=True)
-        return path
-    def append(self, path, text):
-        """Adds to a file. A disk that is full costs the record, not the run, which says so at once and at its end."""
-        try:
-            with open(path, "a") as file:
-                file.write(text)
-        except OSError as error:
-            self.lost = self.lost or f"{path} is not whole: {error}"
-            print(f"warning: {path}: {error}", file=sys.stderr)
-    def print(self, line):
-        """A line to the log and to standard output."""
-        if self.rank == 0:
-            line = redact(line, os.environ)
-            self.append(self.log, line + "\n")
-            with contextlib.suppress(OSError):  # a reader that has gone away ends no run
-                tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
-    def point(self, values):
-        """A row of the curve; what is not given stays blank."""
-        if self.rank == 0:
-            cells = (repr(values[name]) if name in values else "" for name in self.columns)
-            self.append(self.curve, ",".join(cells) + "\n")
-            if "train_loss" in values:
-                loss, speed = values["train_loss"], values["tokens_per_sec"]
-                self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-                self.bar.update(values["step"] - self.bar.n)
-    def save(self):
-        """Writes summary and row; in both a number that is not finite is a blank, for JSON has none."""
-        summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.summary.items()}
-        write_whole(self.json, json.dumps(summary, indent=1) + "\n")
-        update_results(self.cfg.results_csv, [summary])
-    def close(self, status, **values):
-        """The run's last words: a block of figures and files, the summary, the row."""
-        self.summary |= {"status": status, "error": self.lost or None} | values
-        if self.bar is not None:
-            self.bar.close()
-            told = ["status", *list(self.summary)[self.given:], "resumes", "error"]  # what was measured
-            files = {"log": self.log, "curve": self.curve, "summary": self.json, "row": self.cfg.results_csv}
-            try:
-                self.save()
-            except (OSError, ConfigError) as error:
-                self.lost = files["row"] = f"not written ({error}); mend it, then python scripts/rebuild_results.py"
-            lines = {key: self.summary[key] for key in told if self.summary.get(key) not in (None, "")} | files
-            lines = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in lines.items()}
-            self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
-
-def claim(folder, lock):
-    """Makes sure that no other live run has this RUN_ID, and clears away what a killed one left half done."""
-    if folder.resolve() != folder.parent.resolve() / folder.name:
-        raise ConfigError(f"RUN_ID={folder.name}: {folder} leads out of LOG_DIR; remove that link")
-    try:
-        lock.acquire(timeout=1)  # makes the folder
-    except Timeout:
-        raise ConfigError(f"RUN_ID={folder.name} is live; choose another, or end it: touch {folder}/stop") from None
-    except OSError as error:
-        raise ConfigError(f"LOG_DIR={folder.parent}: cannot be written ({error}); name another") from None
-    for path in folder.glob(".tmp_*"):
-        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
-
-def before(path, step):
-    """The whole lines of a log or curve, without those of the steps from `step` on, which will be run again."""
-    lines = re.findall(".*\n", path.read_text()) if path.exists() else []
-    return "".join(line for line in lines if not (found := re.match(r"(?:\[MOE] )?(?:step:)?(\d+)[/,]", line)) or
-                   int(found[1]) < step + (" bad_gradient " in line))  # that of `step` is in the checkpoint
-
-def record_failure(records, status, reason, trace):
-    """Ends the records of a run that went wrong. The rank that fails first says why, for the others fail of it."""
-    first = records.folder / "error.txt"
-    with contextlib.suppress(OSError, ValueError):  # no disk, no record; the terminal has it
-        if not first.exists():
-            write_whole(first, f"{status}: {reason}\nrank {records.rank}, {utc_now()}\n{trace}")
-        if records.rank:
-            time.sleep(1)  # rank 0 knows more
-            records.summary = json.loads(records.json.read_text())
-            if records.summary["status"] == "running":  # rank 0 has not lived to say it
-                records.summary |= {"status": status, "error": reason}
-                records.save()
-        status, _, reason = first.read_text().splitlines()[0].partition(": ")
-    if records.rank == 0:
-        records.append(records.log, trace)
-        records.close(status, error=reason)
-    return status
-
-def refuse(env, error):
-    """Leaves a summary and a row for a run that did not start, with what is known of it."""
-    labels = "run_id", "stage", "variant", "preset", "note", "log_dir", "results_csv"
-    row = {name: redact(env.get(name.upper()) or getattr(Config, name), env) for name in labels}
-    row |= {"status": error.status, "error": redact(str(error), env), "started": utc_now(), "host": platform.node()}
-    row["run_id"] = row["run_id"] if re.fullmatch(RUN_ID_PATTERN, row["run_id"]) else new_run_id("refused")
-    summary = Path(row["log_dir"]) / f"{row['run_id']}.json"
-    with contextlib.suppress(OSError, ConfigError):  # where nothing can be written, the terminal has to do
-        if not summary.exists():  # no finished run is touched
-            write_whole(summary, json.dumps(row, indent=1) + "\n")
-            update_results(row["results_csv"], [row])
 ############### Training ###############
-FIRST_STEP_TIMEOUT = 1800  # seconds: joining, compiling and reading may take so long
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXIT_CODES = {"ok": 0, "stopped": 0, "preempted": 0, "crash": 1, "config": 2, "data": 3, "diverged": 4, "oom": 5}
-
-class Ranks(namedtuple("Ranks", "rank local_rank world_size local_world_size", defaults=(0, 0, 1, 1))):
-    """Where this process stands among those that torchrun started; alone without torchrun."""
-    @classmethod
-    def from_env(cls, env):
-        return cls(**{name: int(env[name.upper()]) for name in cls._fields if name.upper() in env})
-    def device(self, cfg):
-        return torch.device("cuda", self.local_rank) if cfg.device == "cuda" else torch.device("cpu")
-
-def new_run_id(preset):
-    return f"{preset}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 def resolve(cfg):
     """cfg with what auto and 0 leave open: device, dtype, compile and vocab_size. Raises ConfigError, DataError."""
@@ -1408,68 +912,6 @@ def preflight(cfg, ranks):
         if 2 * loader.tokens < 2**30:  # bytes; larger data is checked batch by batch
             loader.check_tokens()
     return train, val
-
-def setup(cfg, ranks, env, store=None):
-    """Joins the ranks in a process group, of one without torchrun, and agrees on the run's id, which is returned."""
-    if cfg.deterministic:
-        torch.use_deterministic_algorithms(True)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if cfg.device == "cuda":
-        torch.cuda.set_device(ranks.local_rank)
-    with contextlib.suppress(OSError, AttributeError):  # another system or C library
-        libc, parent_death_signal, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), 1, -1, -4
-        if store:  # where the launcher is killed, its ranks are to save and end
-            libc.prctl(parent_death_signal, signal.SIGTERM)
-        if cfg.device == "cpu":  # keep what is freed for the next step: large tensors' pages anew take a tenth of it
-            libc.mallopt(mmap_max, 0)
-            libc.mallopt(trim_threshold, 2**31 - 1)
-    meeting = None if "MASTER_ADDR" in env else dist.HashStore()
-    if store and ranks.local_world_size == ranks.world_size:  # it still has the addresses of ranks that have died
-        meeting = dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo", store=meeting, rank=ranks.rank,
-                            world_size=ranks.world_size, timeout=timedelta(seconds=FIRST_STEP_TIMEOUT))
-    run_id = cfg.run_id or new_run_id(cfg.preset)  # unless the store has one from before a restart
-    return agree(lambda: store.compare_set("train_gpt/run_id", "", run_id).decode() if store else run_id)
-
-def agree(work):
-    """Runs work on every rank and returns what it returned on rank 0, whose ConfigError is raised by all."""
-    try:
-        outcome = [work()]
-    except ConfigError as error:
-        outcome = [error]
-    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-    if isinstance(outcome[0], ConfigError):
-        raise outcome[0]
-    return outcome[0]
-
-class Watch:
-    """Ends a run in good order, by one decision of all ranks; ranks that make no step write where they stand."""
-    def __init__(self, folder, ranks, timeout):
-        self.stop_file, self.leads, self.timeout = folder / "stop", ranks.rank == 0, timeout
-        self.asked, self.status, self.pending, self.flag, self.patience = 0, "", None, None, FIRST_STEP_TIMEOUT
-        (stacks := folder / f"stacks_rank{ranks.rank}.txt").unlink(missing_ok=True)  # it may be a link to elsewhere
-        self.stacks = open(stacks, "x")
-        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, lambda *_: setattr(self, "asked", 1))  # for good: none may cut off last words
-    def agreed(self):
-        """Status to end with, or "". Every rank calls it equally often; all learn in the next call what one asks."""
-        if self.pending:
-            self.pending.wait()
-            self.status = self.status or ("", "preempted", "stopped")[self.flag.item()]
-        self.flag = torch.tensor(2 if self.leads and self.stop_file.exists() else self.asked)
-        self.pending = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
-        faulthandler.dump_traceback_later(self.patience, file=self.stacks)
-        return self.status
-    def hurry(self):
-        """Shortens the patience, once a step has been made."""
-        self.patience = self.timeout
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1.5 * self.patience))  # first the stacks, then the end
-    def close(self):
-        faulthandler.cancel_dump_traceback_later()
-        if not self.stacks.tell():
-            Path(self.stacks.name).unlink(missing_ok=True)
-        self.stop_file.unlink(missing_ok=True)  # it has been obeyed
 
 @dataclasses.dataclass
 class State:
@@ -1557,37 +999,6 @@ def evaluate(model, loader, cfg, ranks, watch):
     model.train()
     dist.all_reduce(total)
     return None if watch.status else total.item() / samples
-
-def peak_memory(device):
-    """Most memory in use at once, GiB: of the device, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-def model_flops_utilization(cfg, device, flops_per_sec):
-    """Share of the device's peak; None where the peak is not known, for it is never guessed."""
-    name = device_name(device) if device.type == "cuda" and cfg.dtype != "float32" else ""
-    peak = cfg.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-    return flops_per_sec / (peak * 1e12) if peak else None
-
-class Clock:
-    """Measures training from `start` on, and apart from it the seconds of work of other kinds."""
-    def __init__(self, device):
-        self.device, self.start = device, 0.0
-        self.seconds = dict.fromkeys(("data_wait", "eval_time", "save_time", "compile_time"), 0.0)
-    def now(self):
-        """Seconds on some clock, after the device has done what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-    @contextlib.contextmanager
-    def off_the_clock(self, kind):
-        """Times work of another kind, for which the clock of the training stands still."""
-        began = self.now()
-        yield
-        spent = self.now() - began
-        self.seconds[kind] += spent
-        self.start += spent
 
 class Meter(Clock):
     """Turns what the loop measures into lines, points of the curve and the summary."""
@@ -1728,31 +1139,6 @@ def train(cfg, ranks, loaders, records, watch, path):
         export_weights(state.model, cfg, records.folder)
     return watch.status or "ok"
 
-def report(error, ranks, records, env, store):
-    """Says why a run ended, on the terminal and in its records; returns the exit code."""
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    status = getattr(error, "status", "oom" if full else "stopped" if isinstance(error, KeyboardInterrupt) else "crash")
-    reason, trace = redact(str(error) or "interrupted", env), redact(traceback.format_exc(), env)
-    if full and records:
-        reason = (f"out of memory, peak {peak_memory(ranks.device(records.cfg)):.2f} GiB; lower DEVICE_BATCH_SIZE="
-                  f"{records.cfg.device_batch_size}, which leaves the result as it is, or SEQUENCE_LENGTH, or N_LAYER")
-    if status == "crash":
-        reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
-        reason += f"; {records.folder}/stacks_rank*.txt say where" if records and "imed out" in reason else ""
-        print(trace, file=sys.stderr)
-    elif ranks.local_rank == 0 or records and status in ("data", "oom"):  # others would say the same
-        print(f"{status}: {reason}", file=sys.stderr)
-    if records and records.live:
-        status = record_failure(records, status, reason, trace)
-    elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
-        refuse(env, error)
-    if EXIT_CODES[status] > 1 and store:
-        with contextlib.suppress(RuntimeError):  # the launcher may be gone
-            store.set("train_gpt/exit", str(EXIT_CODES[status]))
-    if ranks.rank and not (records and records.live):
-        time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
-    return EXIT_CODES[status]
-
 def main(argv, env):
     """One run as the environment sets it; returns the exit code."""
     if "-h" in argv or "--help" in argv:
@@ -1777,7 +1163,7 @@ def main(argv, env):
             return 0
         loaders = preflight(cfg, ranks)
         data = fingerprint(loaders, Path(cfg.log_dir)) if ranks.rank == 0 else ""  # before others wait in the group
-        records = Records(cfg, setup(cfg, ranks, env, store), ranks.rank)
+        records = Records(cfg, setup(cfg, ranks, env, store), ranks.rank, curve_columns(cfg), SOURCE)
         changes = " ".join(f"{name}={shlex.quote(str(int(value) if value is True or value is False else value))}"
                            for name, value in asked.changes().items() if name.lower() not in LABELS)
         facts = plan | {"device_name": device_name(ranks.device(cfg)), "changes": changes, "data_fingerprint": data}
@@ -1791,7 +1177,7 @@ def main(argv, env):
         dist.destroy_process_group()
         return 1 if records.lost else 0
     except (Exception, KeyboardInterrupt) as error:
-        return report(error, ranks, records, env, store)
+        return report(error, ranks, records, env, store, Config)
 
 if __name__ == "__main__":
     code = main(sys.argv[1:], os.environ)

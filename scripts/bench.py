@@ -22,6 +22,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from harness.checkpoints import Checkpoints, step_folders
+from harness.contract import CURVE, ConfigError, DataError, EXIT_CODES
+from harness.files import write_whole
+from harness.meter import model_flops_utilization
+from harness.provenance import device_name, git_state, machine_text, utc_now
+from harness.ranks import Ranks, agree, setup
+from harness.records import Records
+from harness.settings import ROOT
 import train_gpt
 
 SECTIONS = {"step", "peak", "loader", "checkpoint", "start"}
@@ -84,7 +92,7 @@ def bench_step(state, cfg, ranks, args):
     backward, optimizer = np.array(times)[args.warmup:].T
     seconds, tokens = backward + optimizer, cfg.batch_size * cfg.sequence_length
     speed, flops = tokens / np.median(seconds), state.model.flops_per_token() / ranks.world_size
-    mfu = train_gpt.model_flops_utilization(cfg, device, flops * speed)
+    mfu = model_flops_utilization(cfg, device, flops * speed)
     return {"step_time": figure("ms", 1000 * seconds), "tokens_per_sec": figure("tokens/s", tokens / seconds, speed),
             "flops": figure("TFLOP/s a rank", flops * tokens / 1e12 / seconds, flops * speed / 1e12),
             "mfu": figure("%", [] if mfu is None else [100 * mfu]),
@@ -95,7 +103,7 @@ def bench_step(state, cfg, ranks, args):
 def bench_records(folder, cfg, step_ms):
     """What a step that is logged pays for its line and its point of the curve."""
     cfg = replace(cfg, log_dir=folder, results_csv=f"{folder}/results.csv")
-    records, values = train_gpt.Records(cfg, "bench"), dict.fromkeys(train_gpt.CURVE, 1 / 3) | {"step": 1}
+    records, values = Records(cfg, "bench"), dict.fromkeys(CURVE, 1 / 3) | {"step": 1}
     with open(f"{folder}/terminal", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         records.open({"changes": ""}, [])
         seconds = timed(lambda: (records.print("step:1/9 train_loss:3.3333"), records.point(values)), RECORDS)
@@ -137,9 +145,9 @@ def bench_loader(file, state, cfg, ranks, kind):
 def bench_checkpoint(folder, state, cfg, ranks):
     """What a checkpoint takes from the loop, the first apart, for it has to allocate; and until it is on the disk."""
     cfg = replace(cfg, log_dir=folder, results_csv=f"{folder}/results.csv")
-    records, stalls, totals = train_gpt.Records(cfg, "saves", ranks.rank), [], []
+    records, stalls, totals = Records(cfg, "saves", ranks.rank), [], []
     records.folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = train_gpt.Checkpoints(cfg, ranks, records)
+    checkpoints = Checkpoints(cfg, ranks, records)
     with open(os.devnull, "w") as out, contextlib.redirect_stdout(out):
         for _ in range(1 + SAVES):
             began, state.step = now(ranks.device(cfg)), state.step + 1
@@ -147,14 +155,14 @@ def bench_checkpoint(folder, state, cfg, ranks):
             stalls.append(time.perf_counter() - began)
             checkpoints.wait(last=True)
             totals.append(time.perf_counter() - began)
-    size = sum(path.stat().st_size for path in max(train_gpt.step_folders(records.folder).items())[1].iterdir())
+    size = sum(path.stat().st_size for path in max(step_folders(records.folder).items())[1].iterdir())
     return {"checkpoint_size": figure("MB", [size / 1e6]), "checkpoint_stall_first": figure("s", stalls[:1]),
             "checkpoint_stall": figure("s", stalls[1:]), "checkpoint_written": figure("s", totals[1:])}
 
 
 def bench_start(env):
     """Seconds from the launch of train_gpt.py to the losses of its first validation and its first step."""
-    command, seen, began = [sys.executable, train_gpt.ROOT / "train_gpt.py"], {}, time.perf_counter()
+    command, seen, began = [sys.executable, ROOT / "train_gpt.py"], {}, time.perf_counter()
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
             seen.setdefault(line.partition("/")[0], time.perf_counter() - began)
@@ -182,7 +190,7 @@ def bench(args, env, ranks, folder):
     train_gpt.preflight(train_gpt.resolve(train_gpt.Config.from_env(one_step)), ranks)
     if "start" in args.only and "MASTER_ADDR" not in env:  # before this process takes the device
         figures |= bench_start(one_step)
-    train_gpt.setup(cfg, ranks, env)
+    setup(cfg, ranks, env)
     cfg = replace(cfg, num_iterations=2**31)  # no end for the learning rate to go to
     state = train_gpt.State.build(cfg, ranks)
     if cfg.compile == "1" and ({"step", "loader"} & args.only or args.against):
@@ -199,11 +207,11 @@ def bench(args, env, ranks, folder):
     if "loader" in args.only:
         figures |= bench_loader(file, state, cfg, ranks, "warm") | bench_loader(file, state, cfg, ranks, "cold")
     if "checkpoint" in args.only:
-        figures |= bench_checkpoint(train_gpt.agree(lambda: folder), state, cfg, ranks)
+        figures |= bench_checkpoint(agree(lambda: folder), state, cfg, ranks)
     torch.distributed.destroy_process_group()
-    return {"command": f"python {' '.join(sys.argv)}", "changes": asked.changes(), "finished": train_gpt.utc_now(),
-            **dict(zip(("git", "dirty"), train_gpt.git_state())), "versions": train_gpt.machine_text().splitlines()[0],
-            "device": train_gpt.device_name(device), "dtype": cfg.dtype, "ranks": ranks.world_size, "figures": figures}
+    return {"command": f"python {' '.join(sys.argv)}", "changes": asked.changes(), "finished": utc_now(),
+            **dict(zip(("git", "dirty"), git_state())), "versions": machine_text().splitlines()[0],
+            "device": device_name(device), "dtype": cfg.dtype, "ranks": ranks.world_size, "figures": figures}
 
 
 def main(argv, env):
@@ -215,7 +223,7 @@ def main(argv, env):
     parser.add_argument("--against", nargs="+", metavar="NAME=VALUE", default=[], type=lambda text: text.split("=", 1),
                         help="settings of another model to time in turn with this one; nothing else is measured then")
     parser.add_argument("--json", help="file for the report; without it the table is all")
-    args, ranks = parser.parse_args(argv), train_gpt.Ranks.from_env(env)
+    args, ranks = parser.parse_args(argv), Ranks.from_env(env)
     if any(len(pair) < 2 for pair in args.against):
         parser.error("--against takes settings like FFN=gelu D_FF=3072")
     args.only = set() if args.against else args.only
@@ -224,18 +232,18 @@ def main(argv, env):
     try:
         with tempfile.TemporaryDirectory() as folder:
             report = bench(args, env | {"DRY_RUN": ""}, ranks, folder)
-    except (train_gpt.ConfigError, train_gpt.DataError) as error:
+    except (ConfigError, DataError) as error:
         if ranks.local_rank == 0:
             print(f"{error.status}: {error}", file=sys.stderr)
         time.sleep(ranks.rank > 0)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
-        return train_gpt.EXIT_CODES[error.status]
+        return EXIT_CODES[error.status]
     if ranks.rank == 0:
         print(f"{report['device']}, {report['dtype']}".ljust(28) + f"{'value':>12}{'min':>12}{'max':>12}  unit")
         for name, row in report["figures"].items():
             cells = ["" if row[key] is None else f"{row[key]:,.4g}" for key in ("value", "min", "max")]
             print(f"{name:28}{cells[0]:>12}{cells[1]:>12}{cells[2]:>12}  {row['unit']}")
         if args.json:
-            train_gpt.write_whole(args.json, json.dumps(report, indent=1) + "\n")
+            write_whole(args.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from harness.checkpoints import step_folders
+from harness.provenance import new_run_id
 import train_gpt
 
 
@@ -55,7 +57,7 @@ def run_killed(command, env, waits):
         kills += 1
         points = curve.read_text().splitlines()[1:] if curve.exists() else []
         reached = int(points[-1].split(",")[0]) if points else 0
-        saved = max(train_gpt.step_folders(curve.with_suffix("")), default=0)
+        saved = max(step_folders(curve.with_suffix("")), default=0)
         lost += max(0, reached - saved)
         print(f"kill:{kills} reached:{reached} saved:{saved}", flush=True)
 
@@ -74,7 +76,7 @@ def main(argv, env):
     told = {}
     for name, waits in (("undisturbed", iter([None])), ("killed", iter(
             lambda: args.every * (1 + args.spread * rng.uniform(-1, 1)), None))):
-        run_id = train_gpt.new_run_id(f"chaos-{name}")
+        run_id = new_run_id(f"chaos-{name}")
         code, kills, lost, seconds = run_killed(command, env | {"RUN_ID": run_id}, waits)
         if code:
             return code

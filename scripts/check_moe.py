@@ -17,6 +17,8 @@ from dataclasses import fields, replace
 
 import torch
 
+from harness.contract import ConfigError, DataError, EXIT_CODES
+from harness.ranks import Ranks
 import train_gpt
 
 DEFAULT = "recurrent_shared_moe"
@@ -41,7 +43,7 @@ def ffn_counts(cfg, kind):
 def budget(cfg):
     """(parameters, those that a token uses) by arithmetic alone. Raises ConfigError for what it does not know."""
     if cfg.attngate != "none" or cfg.mixer != "attention":
-        raise train_gpt.ConfigError(f"ATTNGATE={cfg.attngate} MIXER={cfg.mixer}: this script counts plain attention "
+        raise ConfigError(f"ATTNGATE={cfg.attngate} MIXER={cfg.mixer}: this script counts plain attention "
                                     "only; set ATTNGATE=none MIXER=attention")
     C, kinds, own, ends = cfg.n_embd, cfg.ffn.split(","), cfg.per_step.split(","), cfg.unshared_ends
     visits = dict.fromkeys(range(cfg.n_layer), 1)  # of a block, by the layer whose kind it has
@@ -63,7 +65,7 @@ def budget(cfg):
 
 def check_budget(cfg):
     """(name, found, wanted, whether that is well) of each count."""
-    plan, wanted = train_gpt.make_plan(cfg, train_gpt.Ranks()), budget(cfg)
+    plan, wanted = train_gpt.make_plan(cfg, Ranks()), budget(cfg)
     return [(name, f"{plan[name]:,}", f"{count:,}", plan[name] == count)
             for name, count in zip(("params_total", "params_active"), wanted)]
 
@@ -101,7 +103,7 @@ def check_gradients(model, batch):
 
 def check_model(cfg):
     """Likewise of all that takes a real model."""
-    device = train_gpt.Ranks().device(cfg)
+    device = Ranks().device(cfg)
     torch.manual_seed(cfg.seed)
     model = train_gpt.GPT(cfg).to(device)
     tokens = torch.randint(cfg.vocab_size, (cfg.device_batch_size, cfg.sequence_length + 1), device=device)
@@ -113,7 +115,7 @@ def config(settings):
     """What is checked with these settings. Raises ConfigError, DataError."""
     cfg = train_gpt.resolve(train_gpt.Config.from_env(settings | {"DRY_RUN": ""}))
     if "moe" not in cfg.ffn.split(","):
-        raise train_gpt.ConfigError(f"FFN={cfg.ffn}: has no mixture of experts to check; set FFN=moe")
+        raise ConfigError(f"FFN={cfg.ffn}: has no mixture of experts to check; set FFN=moe")
     return replace(cfg, dropout=0.0, dtype="float32")
 
 
@@ -131,9 +133,9 @@ def main(argv, env):
             checks = {whole.preset: lambda: check_budget(whole),
                       small.preset: lambda: check_budget(small) + check_model(small)}
         tables = {label: check() for label, check in checks.items()}
-    except (train_gpt.ConfigError, train_gpt.DataError) as error:
+    except (ConfigError, DataError) as error:
         print(f"{error.status}: {error}", file=sys.stderr)
-        return train_gpt.EXIT_CODES[error.status]
+        return EXIT_CODES[error.status]
     wrong = []
     for label, rows in tables.items():
         print(label)

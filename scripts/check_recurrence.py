@@ -16,6 +16,8 @@ from dataclasses import fields, replace
 
 import torch
 
+from harness.contract import ConfigError, DataError, EXIT_CODES
+from harness.ranks import Ranks, setup
 import train_gpt
 
 SMALL = {"N_LAYER": "3", "N_HEAD": "4", "N_EMBD": "64", "SEQUENCE_LENGTH": "32", "DEVICE_BATCH_SIZE": "4",
@@ -62,7 +64,7 @@ def backward(model, inputs, targets):
 
 def compare(cfg):
     """What two models of cfg differ in: a dict of figures."""
-    ranks = train_gpt.Ranks()
+    ranks = Ranks()
     states = [train_gpt.State.build(replace(cfg, recurrence=kind), ranks) for kind in ("stacked", "indexed")]
     models, device = [state.model for state in states], ranks.device(cfg)
 
@@ -107,7 +109,7 @@ def configs(env):
     for label, settings in models.items():
         cfg = train_gpt.Config.from_env(settings | {name: env[name] for name in env if env[name]} | {"DRY_RUN": ""})
         if cfg.recurrence == "shared":
-            raise train_gpt.ConfigError("RECURRENCE=shared: has fewer weights than a stack; set stacked or indexed")
+            raise ConfigError("RECURRENCE=shared: has fewer weights than a stack; set stacked or indexed")
         compiled = {"auto": "01"}.get(cfg.compile, cfg.compile)
         cfg = replace(cfg, dtype="float32", dropout=0.0, batch_size=cfg.device_batch_size, warmup_iters=0,
                       num_iterations=2**31)  # the learning rate at its peak
@@ -121,10 +123,10 @@ def main(argv, env):
     parser.parse_args(argv)
     try:
         found = configs(env)
-        train_gpt.setup(next(iter(found.values())), train_gpt.Ranks(), {})
-    except (train_gpt.ConfigError, train_gpt.DataError) as error:
+        setup(next(iter(found.values())), Ranks(), {})
+    except (ConfigError, DataError) as error:
         print(f"{error.status}: {error}", file=sys.stderr)
-        return train_gpt.EXIT_CODES[error.status]
+        return EXIT_CODES[error.status]
     names, wrong = ("init_diff", "max_abs_diff_logits", "grad_cosine", "grad_rel_diff", f"diff_after_{STEPS}"), []
     print(" " * 20 + "".join(f"{name:>21}" for name in names))
     for label, cfg in found.items():

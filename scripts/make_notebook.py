@@ -16,7 +16,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from stages import load_stage
-from train_gpt import write_whole
+from harness.files import write_whole
 
 FOLDER = Path("notebooks")
 OPENING = """%matplotlib inline

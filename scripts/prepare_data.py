@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train_gpt import HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, DataError, shard_tokens
+from harness.contract import DataError
+from train_gpt import HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, shard_tokens
 
 SYMPY_VERSION = "1.14.0"  # the version with published losses
 MAX_VOCAB = 1 << 16  # shards store uint16

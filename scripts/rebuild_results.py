@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from train_gpt import Config, update_results
+from harness.records import update_results
+from train_gpt import Config
 
 
 def main(argv=None) -> int:

@@ -36,11 +36,17 @@ import make_tables
 import plot_ablation
 import split_results
 import stage_gate
+from harness.contract import ConfigError, DataError
+from harness.files import write_whole
+from harness.provenance import device_name, fingerprint, utc_now
+from harness.ranks import Ranks
+from harness.records import update_results
+from harness.settings import ROOT
 import train_gpt
 from scale_model import GPUS, choose_mfu, gpu_of, kind_of, run_cost
 from stages import FOLDER, RESERVED, load_stage, text_of
 from track import is_live
-from train_gpt import ROOT, Config, ConfigError, DataError, Ranks
+from train_gpt import Config
 
 ENDED = ("ok", "diverged")  # results; with --gate also "stopped". Anything else is tried again by the next start
 SETTINGS = [field.name.upper() for field in fields(Config)]
@@ -110,7 +116,7 @@ def checked(settings: tuple, world_size: int, mode: str) -> tuple[Config, dict, 
     try:
         cfg = train_gpt.resolve(replace(asked, dry_run=mode != "run"))
         loaders = train_gpt.preflight(replace(cfg, device="cpu"), ranks)
-        data = train_gpt.fingerprint(loaders, Path(cfg.log_dir))
+        data = fingerprint(loaders, Path(cfg.log_dir))
     except DataError:
         if mode != "dry":
             raise
@@ -158,7 +164,7 @@ def status_of(run: Run, rows: dict) -> str:
 def estimate(run: Run, rows: dict, gpu: str) -> tuple[float | None, float | None]:
     """(seconds, dollars) of a run, by the speed of finished ones on this device, or by the planner's table; or None."""
     here = train_gpt.torch.cuda.is_available() or run.cfg.device == "cpu"
-    here = train_gpt.device_name(Ranks().device(run.cfg)) if here else ""
+    here = device_name(Ranks().device(run.cfg)) if here else ""
     flops, world = run.plan["flops_per_token"] * run.plan["tokens_needed"], run.plan["world_size"]
     if not gpu or gpu == gpu_of(here):
         alike = [row for row in rows.values() if row["status"] == "ok" and row.get("device_name") == here
@@ -297,10 +303,10 @@ class Pool:
         elif known.get("status", "running") == "running" or code and known["status"] in ("preempted", "stopped"):
             out = (run.folder / "output.txt").read_text() if (run.folder / "output.txt").exists() else ""
             said = re.findall(r"^(?:config|data|crash|oom|diverged): .*", out, re.M) or ["it ended without a word"]
-            known |= {"status": "crash", "started": known.get("started", train_gpt.utc_now()),
+            known |= {"status": "crash", "started": known.get("started", utc_now()),
                       "error": f"{said[-1]} (exit code {code}; {run.folder}/output.txt)"}
-        train_gpt.write_whole(path, json.dumps(known, indent=1) + "\n")
-        train_gpt.update_results(Config.results_csv, [known])  # which the trainer may have failed to do
+        write_whole(path, json.dumps(known, indent=1) + "\n")
+        update_results(Config.results_csv, [known])  # which the trainer may have failed to do
         if known["status"] not in self.ended and not self.asked_to_end:
             tqdm.write(f"{run.run_id}: {known.get('error') or 'can go on'}")
         return known["status"]
@@ -386,7 +392,7 @@ def build_next(stage, promoted: list[str]) -> str:
     path = FOLDER / f"{first['name']}.toml"
     if path.exists() and path.read_text() != text:
         return f"{path} is there and says something else; it is left as it is"
-    train_gpt.write_whole(path, text)
+    write_whole(path, text)
     return (f"next stage: {path} with {', '.join(promoted)} beside {stage.reference}; "
             f"python scripts/run_stage.py {first['name']}")
 
@@ -408,7 +414,7 @@ def overridden(stage, changes: list[str], name: str):
             f"{setting} = {json.dumps(value)}\n" for setting, value in given.items())
         if (path := FOLDER / f"{name}.toml").exists() and path.read_text() != text:
             raise ConfigError(f"--as {name}: {path} is there and says something else; choose another name")
-        train_gpt.write_whole(path, text)
+        write_whole(path, text)
         return load_stage(name)
     return replace(stage, variants={label: settings | given for label, settings in stage.variants.items()})
 

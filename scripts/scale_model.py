@@ -27,8 +27,12 @@ from dataclasses import replace
 
 import torch
 
+from harness.contract import ConfigError
+from harness.meter import PEAK_TFLOPS
+from harness.ranks import Ranks
+from harness.settings import ROOT
 import train_gpt
-from train_gpt import PEAK_TFLOPS, ROOT, Config, ConfigError
+from train_gpt import Config
 
 READ = "read Aug-Nov 2026"
 # On demand, dollars an hour for a GPU. H100: Lambda 3.99, RunPod 2.69 to 3.99, Hyperstack 3.20, median of 16 providers
@@ -106,7 +110,7 @@ def shape(cfg):
 
 @functools.cache
 def plan_shape(cfg):
-    return train_gpt.make_plan(cfg, train_gpt.Ranks())
+    return train_gpt.make_plan(cfg, Ranks())
 
 
 def count(cfg):
@@ -334,7 +338,7 @@ def make_plans(args):
             except TooSmall as error:
                 problems.append(str(error))
     for plan in plans:
-        train_gpt.check_batch(plan.cfg, train_gpt.Ranks(0, 0, args.gpus, args.gpus))
+        train_gpt.check_batch(plan.cfg, Ranks(0, 0, args.gpus, args.gpus))
     return plans, problems
 
 

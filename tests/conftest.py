@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint  # noqa: F401  once here, not a second in every forked run
 
+from harness.provenance import output_of
+from harness.ranks import Ranks
+from harness.settings import ROOT
 import train_gpt
 from train_gpt import Config
 
@@ -25,9 +28,9 @@ TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=12, d
 
 def committed(pattern):
     """The files of a glob below the project that git has, or all outside a repository: what users add is theirs."""
-    known = train_gpt.output_of("git", "-C", train_gpt.ROOT, "ls-files").splitlines()
-    return sorted(path for path in train_gpt.ROOT.glob(pattern)
-                  if not known or str(path.relative_to(train_gpt.ROOT)) in known)
+    known = output_of("git", "-C", ROOT, "ls-files").splitlines()
+    return sorted(path for path in ROOT.glob(pattern)
+                  if not known or str(path.relative_to(ROOT)) in known)
 
 
 def tiny(**changes):
@@ -60,7 +63,7 @@ def fork(rank, world, work, folder):
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         store = dist.FileStore(f"{folder}/store", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        torch.save(work(train_gpt.Ranks(rank, rank, world, world)), f"{folder}/{rank}.pt")
+        torch.save(work(Ranks(rank, rank, world, world)), f"{folder}/{rank}.pt")
         dist.barrier()
         code = 0
     except BaseException:

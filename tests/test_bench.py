@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import train_gpt
+from harness.settings import ROOT
 from scripts import bench
 
 SETTINGS = {"RUN_ID": "of-test-bench", "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "0", "N_LAYER": "1",
@@ -25,8 +25,8 @@ START = {"start_to_validation", "start_to_step"}
 def measured(tmp_path_factory):
     """(report, table, folder the command ran in, folder of its temporary files) of one run of everything."""
     folder, temporary = tmp_path_factory.mktemp("cwd"), tmp_path_factory.mktemp("temporary")
-    env = os.environ | SETTINGS | {"PYTHONPATH": str(train_gpt.ROOT), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, train_gpt.ROOT / "scripts" / "bench.py", "--steps", "2", "--warmup", "1"]
+    env = os.environ | SETTINGS | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "scripts" / "bench.py", "--steps", "2", "--warmup", "1"]
     run = subprocess.run([*command, "--json", "made/report.json"], cwd=folder, env=env, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     return json.loads((folder / "made" / "report.json").read_text()), run.stdout, folder, temporary
@@ -75,7 +75,7 @@ def test_nothing_is_left_behind(measured):
     _, _, folder, temporary = measured
     assert [path.name for path in folder.rglob("*")] == ["made", "report.json"]
     assert [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []  # torch's cache
-    records = [path for place in ("logs", "experiments") for path in (train_gpt.ROOT / place).rglob("*")]
+    records = [path for place in ("logs", "experiments") for path in (ROOT / place).rglob("*")]
     assert not [path for path in records if SETTINGS["RUN_ID"] in path.name]
     assert all(SETTINGS["RUN_ID"] not in path.read_text() for path in records if path.name == "results.csv")
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import tiny
 
+from harness.ranks import Ranks
 import train_gpt
 from scripts import check_moe
-from train_gpt import Linear, MoE, Ranks, make_plan
+from train_gpt import Linear, MoE, make_plan
 
 TINY = {"DEVICE": "cpu", "FFN": "moe", "N_LAYER": "2", "N_HEAD": "2", "N_EMBD": "32", "VOCAB_SIZE": "64",
         "SEQUENCE_LENGTH": "32", "DEVICE_BATCH_SIZE": "16"}

@@ -18,15 +18,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import Job, launch, run_ranks, tiny, write_shard
 
+import harness.checkpoints
+from harness.checkpoints import Checkpoints, changed_settings, find_checkpoint, step_folders, tally
+from harness.contract import ConfigError
+from harness.records import Records
 import train_gpt
-from train_gpt import Checkpoints, Config, ConfigError, Records, State, changed_settings, find_checkpoint
+from train_gpt import Config, State
 
 WIDE = {"VOCAB_SIZE": 2305, "DROPOUT": 0.1, "SHUFFLE": 1, "SAVE_EVERY": 4}  # 2 ranks slice the embedding, 3 cannot
 
 
 def checkpoints(settings, run_id="toy"):
     """The steps that a run has checkpoints of."""
-    return list(train_gpt.step_folders(settings["LOG_DIR"] / run_id))
+    return list(step_folders(settings["LOG_DIR"] / run_id))
 
 
 def folder(settings, step, run_id="toy"):
@@ -152,11 +156,11 @@ def test_killed_at_random_moments_a_run_loses_at_most_save_every_steps_and_no_ro
 CRASH_POINTS = {
     "before a file is written": (dcp.FileSystemWriter, "write_data"),
     "before the metadata": (dcp.FileSystemWriter, "finish"),
-    "before the facts": (train_gpt, "write_whole"),
-    "before the hashes": (train_gpt, "sha256sum"),
-    "before the disk has it": (train_gpt, "sync", ".tmp_step_000012"),
+    "before the facts": (harness.checkpoints, "write_whole"),
+    "before the hashes": (harness.checkpoints, "sha256sum"),
+    "before the disk has it": (harness.checkpoints, "sync", ".tmp_step_000012"),
     "before it has its name": (os, "replace", ".tmp_step_000012"),
-    "before its name is on the disk": (train_gpt, "sync", "toy"),
+    "before its name is on the disk": (harness.checkpoints, "sync", "toy"),
     "while an old one goes": (shutil, "rmtree", ".tmp_step_000004")}
 
 
@@ -417,7 +421,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_i
     def told(state, *args):
         print(f"update:{state.step}", flush=True)
         return step(state, *args)
-    monkeypatch.setattr(train_gpt, "SAVE_STALL", 0.0)
+    monkeypatch.setattr(harness.checkpoints, "SAVE_STALL", 0.0)
     monkeypatch.setattr(Checkpoints, "write", slow)
     monkeypatch.setattr(train_gpt, "train_step", told)
     codes, out = launch(settings, 2)
@@ -547,8 +551,8 @@ def test_the_exported_weights_are_the_model_and_start_another_run(settings):
 
 def test_tally_adds_slices_and_compares_copies():
     a = {"x": ("slice", "f", 2, 5), "y": ("copy", "f", 3, 7)}
-    assert train_gpt.tally([a, a, {"z": ("own", "f", 1, 1)}]) == {"x": ["f", 4, 10], "y": ["f", 3, 7], "z": ["f", 1, 1]}
+    assert tally([a, a, {"z": ("own", "f", 1, 1)}]) == {"x": ["f", 4, 10], "y": ["f", 3, 7], "z": ["f", 1, 1]}
     for other in itertools.product(("f", "g"), (3, 4), (7, 8)):
         if other != ("f", 3, 7):
             with pytest.raises(RuntimeError, match="y of rank 1"):
-                train_gpt.tally([a, {"y": ("copy", *other)}])
+                tally([a, {"y": ("copy", *other)}])

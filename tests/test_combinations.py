@@ -6,8 +6,8 @@ import itertools
 import pytest
 from conftest import launch, tiny
 from safetensors.torch import load_file
+from harness.contract import ConfigError
 
-from train_gpt import ConfigError
 
 AXES = {"attngate": ["none", "headwise", "elementwise", "const"], "pos": ["rotary", "learned"],
         "norm": ["rms", "rms_gain", "layer"],

@@ -6,11 +6,14 @@ import re
 
 import pytest
 
+from harness.contract import ConfigError
+import harness.settings
+from harness.settings import ROOT
 import train_gpt
-from train_gpt import Config, ConfigError, axes, cautions, help_text
+from train_gpt import Config, axes, cautions, help_text
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-PRESETS = {path.stem: path for path in (train_gpt.ROOT / "experiments/presets").glob("*.env")}
+PRESETS = {path.stem: path for path in (ROOT / "experiments/presets").glob("*.env")}
 ORDINARY = """
     PATH HOME HOSTNAME HOSTTYPE USER LOGNAME SHELL SHLVL PWD OLDPWD TERM TERM_PROGRAM LANG LANGUAGE LC_ALL LC_CTYPE
     TZ EDITOR VISUAL PAGER LESS LESSOPEN LESSCLOSE LS_COLORS MAIL MANPATH INFOPATH INPUTRC HISTSIZE HISTFILE
@@ -84,7 +87,7 @@ def preset(tmp_path, monkeypatch):
         folder = tmp_path / "experiments/presets"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.env").write_text(text)
-    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    monkeypatch.setattr(harness.settings, "ROOT", tmp_path)
     write("# nothing but the defaults\n", "gpt2_small")
     return write
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import launch, tiny, write_shard
 
-from train_gpt import DataError, ShardLoader, fingerprint, how_to_get, load_shard, shard_tokens
+from harness.contract import DataError
+from harness.provenance import fingerprint, how_to_get
+from train_gpt import ShardLoader, load_shard, shard_tokens
 
 CPU = torch.device("cpu")
 SIZES = [[17], [100, 37, 64], [5, 33, 3, 49, 16], [4, 4, 90, 4]]  # tokens of each shard; some hold no sample

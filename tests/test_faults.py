@@ -16,8 +16,11 @@ import torch
 from conftest import Job, launch, run_ranks, tiny
 from test_checkpoints import WIDE, assert_same, checkpoints, curve, dies_at, folder, row, tensors
 
+from harness.checkpoints import Checkpoints, defect
+from harness.records import Records
+from harness.watch import Watch
 import train_gpt
-from train_gpt import Checkpoints, State, Watch
+from train_gpt import State
 
 ENDLESS = {"NUM_ITERATIONS": 10**6, "WARMDOWN_ITERS": 0}
 
@@ -58,7 +61,7 @@ def test_a_signal_to_any_rank_saves_all_at_one_step(settings, monkeypatch, numbe
     told_of = [int(float.fromhex(point[0])) for point in curve(settings)]
     assert told_of == list(range(step))  # the last one is for who goes on
     assert not list((settings["LOG_DIR"] / "toy").glob("stacks*"))
-    assert train_gpt.defect(folder(settings, step)) == ""
+    assert defect(folder(settings, step)) == ""
 
 
 PLACES = {"a step": None, "warm-up": (train_gpt, "compile_model"), "evaluation": (train_gpt, "evaluate"),
@@ -282,13 +285,13 @@ def test_the_bad_step_of_a_checkpoint_is_told_after_resuming(settings, monkeypat
 def test_the_step_waits_for_no_device(settings, monkeypatch):
     """Reading a number from a device is what waits; between logged steps no line of train_gpt.py does."""
     from torch.utils._python_dispatch import TorchDispatchMode
-    seen = []
+    seen, OURS = [], re.compile(re.escape(os.path.dirname(train_gpt.__file__)) + r"/(train_gpt\.py|scripts/harness/)")
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
             if "_local_scalar_dense" in str(operator):
                 frame = sys._getframe()
-                while frame and frame.f_code.co_filename != train_gpt.__file__:
+                while frame and not OURS.match(frame.f_code.co_filename):
                     frame = frame.f_back
                 seen.append(frame.f_code.co_name if frame else "elsewhere")
             return operator(*args, **kwargs or {})
@@ -359,7 +362,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(settings, monkeypatch):
     assert codes == [0, 0] and checkpoints(settings) == [2, 6, 8], out
     assert "warning: no checkpoint at step 4: " in out and "File too large" in out
     assert not list((settings["LOG_DIR"] / "toy").glob(".tmp*")) and row(settings)["status"] == "ok"
-    assert not any(train_gpt.defect(folder(settings, step)) for step in (2, 6, 8))
+    assert not any(defect(folder(settings, step)) for step in (2, 6, 8))
 
 
 def test_a_disk_that_stays_full_ends_the_run(settings, monkeypatch):
@@ -381,7 +384,7 @@ def test_a_log_that_cannot_grow_is_told_and_the_summary_is_whole(settings, monke
     log = settings["LOG_DIR"] / "toy.txt"
     limit(monkeypatch, train_gpt, "train_step", lambda state, *args: (
         log.stat().st_size + 10 if state.step == 3 else resource.RLIM_INFINITY))
-    limit(monkeypatch, train_gpt.Records, "close", lambda *args: log.stat().st_size)
+    limit(monkeypatch, Records, "close", lambda *args: log.stat().st_size)
     codes, out = launch(settings)
     assert codes == [1] and f"warning: {log}: [Errno 27] File too large" in out
     told = json.loads((settings["LOG_DIR"] / "toy.json").read_text())
@@ -390,13 +393,13 @@ def test_a_log_that_cannot_grow_is_told_and_the_summary_is_whole(settings, monke
 
 
 def test_a_table_that_cannot_be_written_at_the_end_is_told(settings, monkeypatch):
-    original = train_gpt.Records.close
+    original = Records.close
 
     def broken(self, *args, **values):
         settings["RESULTS_CSV"].unlink()
         settings["RESULTS_CSV"].mkdir()
         return original(self, *args, **values)
-    monkeypatch.setattr(train_gpt.Records, "close", broken)
+    monkeypatch.setattr(Records, "close", broken)
     codes, out = launch(settings)
     assert codes == [1] and "row: not written" in out and "rebuild_results.py" in out
     assert json.loads((settings["LOG_DIR"] / "toy.json").read_text())["status"] == "ok"
@@ -460,5 +463,5 @@ def test_a_rank_whose_files_are_elsewhere_is_missed(tmp_path):
     (tmp_path / ".tmp_step").mkdir()
     (tmp_path / ".tmp_step/__0_0.distcp").write_text("")
     with pytest.raises(OSError, match="one folder for all machines"):
-        train_gpt.Checkpoints.publish(checkpoints, tmp_path / ".tmp_step", tmp_path / "step_000001", {})
+        Checkpoints.publish(checkpoints, tmp_path / ".tmp_step", tmp_path / "step_000001", {})
     assert not (tmp_path / "step_000001").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import launch
 
+from harness.contract import EXIT_CODES
 import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent
@@ -249,7 +250,7 @@ def ends(status, code):
 
 ENDINGS = {  # what srun does, what the summary says before, exit code, starts of srun, whether the job is queued again
     **{status: (ends(status, f"exit {code}"), "", code, 1 + 2 * (status == "crash"), False)
-       for status, code in train_gpt.EXIT_CODES.items() if status != "preempted"},
+       for status, code in EXIT_CODES.items() if status != "preempted"},
     "crash, then ok": (f"[ -e $ASKED/2 ] || {{ touch $ASKED/2; {ends('crash', 'exit 1')}; }}; {ends('ok', 'exit 1')}",
                        "", 0, 2, False),
     "preempted": (ends("preempted", "exit 1"), "preempted", 0, 1, True),

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny
 
+from harness.ranks import Ranks
 import train_gpt
-from train_gpt import (GPT, Linear, LinearCrossEntropy, Ranks, ReLU2, RMSNorm, Rotary, axes, loss_chunk,
-                       make_plan)
+from train_gpt import GPT, Linear, LinearCrossEntropy, ReLU2, RMSNorm, Rotary, axes, loss_chunk, make_plan
 
 VARIANTS = [dict(zip(("attngate", "gatepos", "gateact"), (gate, where, act)))
             for gate in train_gpt.GATES for where in train_gpt.GATE_POSITIONS for act in train_gpt.GATE_ACTS]

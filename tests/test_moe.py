@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from conftest import launch, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.ranks import Ranks
 import train_gpt
-from train_gpt import (BALANCES, EXPERTS, HEALTH, MoE, Ranks, State, aux_coef, aux_loss, expert_health, grouped,
+from train_gpt import (BALANCES, EXPERTS, HEALTH, MoE, State, aux_coef, aux_loss, expert_health, grouped,
                        quantile_bias, train_step)
 
 KINDS = [(expert, bias) for expert in EXPERTS for bias in (False, True)]

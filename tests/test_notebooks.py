@@ -10,7 +10,7 @@ from conftest import committed
 
 import make_notebook
 import stages
-from train_gpt import ROOT
+from harness.settings import ROOT
 
 NOTEBOOKS = committed("notebooks/*.ipynb")
 

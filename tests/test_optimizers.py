@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import run_ranks, tiny
 
+from harness.ranks import Ranks
 import train_gpt
-from train_gpt import (GPT, AdamW, LossScale, Muon, Ranks, State, lr_factor, split_params, train_step,
-                       zeropower_via_newtonschulz5)
+from train_gpt import (GPT, AdamW, LossScale, Muon, State, lr_factor,
+                       split_params, train_step, zeropower_via_newtonschulz5)
 
 ONE, GO = Ranks(), torch.zeros(())  # a single rank; the flag that no step is to be skipped
 SHAPES = [(64, 64), (96, 32), (32, 96), (8, 128)]

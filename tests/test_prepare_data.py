@@ -13,7 +13,8 @@ import pytest
 
 from scripts import prepare_data
 from scripts.prepare_data import main, pieces, write_shard
-from train_gpt import DataError, load_shard
+from harness.contract import DataError
+from train_gpt import load_shard
 
 FILES = [f"{folder}/{number}.txt" for folder in ("a", "b", "b/c") for number in range(20)]
 

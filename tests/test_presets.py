@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from train_gpt import Config, Ranks, make_plan
+from harness.ranks import Ranks
+from train_gpt import Config, make_plan
 
 COUNTS = {  # preset: (parameters, those that a token uses)
     "recurrent_shared_moe": (276_115_456, 116_615_168), "recurrent_shared_moe_auxsched": (276_115_456, 116_615_168),

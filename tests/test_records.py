@@ -11,9 +11,13 @@ import re
 import pytest
 from conftest import launch, tiny
 
+from harness.contract import CURVE, ConfigError, DataError
+from harness.failures import refuse
+from harness.files import write_whole
+from harness.records import Records, update_results
 import train_gpt
+from train_gpt import Config
 from scripts import rebuild_results
-from train_gpt import CURVE, ConfigError, DataError, Records, refuse, update_results, write_whole
 
 AWKWARD = ["a,b", 'say "no"', "two\nlines", "carriage\rreturn", "both\r\n", "=1+1", " spaces ", "é 日本", "'", "\t"]
 
@@ -44,7 +48,7 @@ def strict(path):
 def start(folder, run_id="r", rank=0, facts=None, **changes):
     """The open records of a run."""
     cfg = tiny(**dict(log_dir=f"{folder}/logs", results_csv=f"{folder}/results.csv") | changes)
-    records = Records(cfg, run_id, rank)
+    records = Records(cfg, run_id, rank, source=train_gpt.SOURCE)
     records.open({"changes": "LR=1"} | (facts or {}), ["mind the gap"])
     return records
 
@@ -186,7 +190,7 @@ def test_a_run_id_that_exists_is_refused_and_its_files_stay(tmp_path):
     with pytest.raises(ConfigError) as error:
         start(tmp_path, seed=1)
     assert str(error.value) == f"RUN_ID=r: {tmp_path}/logs/r.txt exists; RESUME=auto goes on with it, or choose another"
-    refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, error.value)
+    refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, error.value, Config)
     assert before == {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
 
 
@@ -209,7 +213,7 @@ def test_a_table_that_cannot_be_written_leaves_a_summary_that_says_so(tmp_path):
     table = f"{tmp_path}/file/results.csv"
     with pytest.raises(ConfigError) as error:
         start(tmp_path, results_csv=table)
-    refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": table}, error.value)
+    refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": table}, error.value, Config)
     assert strict(tmp_path / "logs/r.json")["status"] == "config"
 
 
@@ -225,9 +229,9 @@ def test_a_diverged_run_leaves_strict_json_and_a_row_that_can_be_rebuilt(tmp_pat
 
 def test_a_refused_run_leaves_a_summary_and_a_row(tmp_path):
     env = {"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv", "NOTE": "why\n", "RUN_ID": "mine"}
-    refuse(env, ConfigError("LR=-1: no"))
-    refuse(env | {"RUN_ID": "../x"}, DataError("no shard"))
-    refuse(env | {"RUN_ID": "mine"}, ConfigError("a second time"))
+    refuse(env, ConfigError("LR=-1: no"), Config)
+    refuse(env | {"RUN_ID": "../x"}, DataError("no shard"), Config)
+    refuse(env | {"RUN_ID": "mine"}, ConfigError("a second time"), Config)
     mine, other = read(tmp_path / "results.csv").values()
     assert (mine["run_id"], mine["status"], mine["error"], mine["note"]) == ("mine", "config", "LR=-1: no", "why\n")
     assert (other["status"], other["error"]) == ("data", "no shard")
@@ -238,7 +242,7 @@ def test_a_refused_run_leaves_a_summary_and_a_row(tmp_path):
 
 def test_a_refusal_that_cannot_be_written_is_no_second_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refuse({"LOG_DIR": f"{tmp_path}/file", "RESULTS_CSV": f"{tmp_path}/file/x.csv"}, ConfigError("LR=-1: no"))
+    refuse({"LOG_DIR": f"{tmp_path}/file", "RESULTS_CSV": f"{tmp_path}/file/x.csv"}, ConfigError("LR=-1: no"), Config)
     assert names(tmp_path) == ["file"]
 
 
@@ -250,7 +254,7 @@ def test_rebuilt_table_is_the_one_that_the_runs_wrote(tmp_path, capsys):
         records = start(tmp_path, f"r{i}", note=note, bias=True)
         if i % 2:
             records.close("ok", final_loss=i / 3, mfu=None, bad_steps=i)
-    refuse({"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, ConfigError("LR=-1: no"))
+    refuse({"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, ConfigError("LR=-1: no"), Config)
     (tmp_path / "logs/.shard_hashes.json").write_text('{"/data/x.bin:1:2": "ab"}')
     (tmp_path / "logs/list.json").write_text("[1]")
     (tmp_path / "logs/torn.json").write_text((tmp_path / "logs/r1.json").read_text()[:100])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import tiny
 
-import train_gpt
-from train_gpt import GPT, Config, Ranks, State, make_plan, revisits, split_params, train_step
+from harness.contract import ConfigError
+from harness.ranks import Ranks
+from train_gpt import GPT, Config, State, make_plan, revisits, split_params, train_step
 
 KINDS = [{}, {"ffn": "moe", "bias": True, "norm": "layer", "expert": "swiglu"},
          {"ffn": "moe", "attngate": "elementwise", "balance": "quantile", "shared_expert": True},
@@ -178,6 +179,6 @@ def test_all_visits_run_one_compiled_block(recurrence):
     ({"ffn": "moe", "aux_loss_coef_end": 0.1}, ["AUX_LOSS_COEF_START=None", "AUX_LOSS_COEF_END"]),
     ({"ffn": "moe", "aux_warmup_frac": 0.5}, ["AUX_DECAY_END_FRAC=0.3", "AUX_WARMUP_FRAC"])])
 def test_what_has_no_meaning_together_is_refused_by_name(changes, words):
-    with pytest.raises(train_gpt.ConfigError) as refused:
+    with pytest.raises(ConfigError) as refused:
         tiny(**changes)
     assert all(word in str(refused.value) for word in words), refused.value

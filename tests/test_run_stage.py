@@ -18,11 +18,15 @@ import pytest
 from filelock import FileLock
 
 import run_stage
+from harness.contract import ConfigError
+from harness.provenance import device_name
+from harness.records import update_results
+from harness.settings import ROOT
 import train_gpt
 from conftest import TINY
 from stages import load_stage
 from track import is_live
-from train_gpt import ROOT, Config
+from train_gpt import Config
 
 
 @pytest.fixture
@@ -203,7 +207,7 @@ def test_what_the_trainer_has_said_last_is_the_truth(project, monkeypatch):
     Path("logs").mkdir(exist_ok=True)
     pretend(monkeypatch, f"Path('logs', env['RUN_ID'] + '.json').write_text({json.dumps(summary)!r}); sys.exit(1)")
     assert pool().work([run]) == [] and (rows()[0]["status"], rows()[0]["final_loss"]) == ("ok", "2.5")
-    train_gpt.update_results("experiments/results.csv", [summary | {"status": "preempted"}])
+    update_results("experiments/results.csv", [summary | {"status": "preempted"}])
     Path(f"logs/{run.run_id}.json").write_text(json.dumps(summary | {"status": "preempted"}))
     pretend(monkeypatch, "print('config: it came to step 5 with other settings'); sys.exit(2)")
     assert pool().work([run]) == [run] and rows()[0]["status"] == "crash"
@@ -281,7 +285,7 @@ def test_the_gate_stops_live_runs_by_the_stop_file_but_never_the_reference(proje
 def test_stopped_runs_go_on_unless_the_gate_is_asked(project, monkeypatch):
     pretend(monkeypatch, "Path('started').touch()")
     run = plan((1,))[0]
-    train_gpt.update_results("experiments/results.csv", [finished(run, status="stopped")])
+    update_results("experiments/results.csv", [finished(run, status="stopped")])
     assert pool(keep_stopped=True).work([run]) == [] and not Path("started").exists()
     pool().work([run])
     assert Path("started").exists()
@@ -324,9 +328,9 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(pr
 
 def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
     runs = plan()
-    train_gpt.update_results("experiments/results.csv", [finished(
+    update_results("experiments/results.csv", [finished(
         runs[0], train_time=2.0, tokens=10000, flops_per_token=runs[0].plan["flops_per_token"], ffn="relu2",
-        world_size=1, device_name=train_gpt.device_name(train_gpt.torch.device("cpu")))])
+        world_size=1, device_name=device_name(train_gpt.torch.device("cpu")))])
     assert run_stage.main(["toy", "--dry-run"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0].startswith("# ") and lines[0].endswith("# has a result: ok")
@@ -387,7 +391,7 @@ def test_a_setting_for_all_runs_reaches_all_in_a_stage_of_its_own(project):
     stage = run_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast")
     assert stage == load_stage("fast") and {settings["LR"] for settings in stage.variants.values()} == {"0.5"}
     assert run_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast") == stage
-    with pytest.raises(train_gpt.ConfigError, match="--as fast: .* says something else"):
+    with pytest.raises(ConfigError, match="--as fast: .* says something else"):
         run_stage.overridden(load_stage("toy"), ["LR=0.6"], "fast")
 
 

@@ -6,10 +6,12 @@ import shlex
 import pytest
 import torch
 
+from harness.contract import ConfigError
+from harness.ranks import Ranks
 import train_gpt
 from scripts import scale_model
 from scripts.scale_model import FILES, GPUS, PRESETS, count, flops, kept_bytes, memory, run_cost, saved_bytes
-from train_gpt import GPT, Config, ConfigError, Ranks, State
+from train_gpt import GPT, Config, State
 
 
 def arguments(*argv):

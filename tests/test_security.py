@@ -21,8 +21,10 @@ import torch
 import torch._dynamo  # noqa: F401  makes every model on the meta device load it
 from conftest import Job, launch
 
+from harness.checkpoints import Checkpoints, defect
+from harness.files import sha256sum
+from harness.settings import redact, secrets_of
 import train_gpt
-from train_gpt import redact, secrets_of
 
 ROOT = Path(train_gpt.__file__).parent
 MARK = "Zq7xCanary"
@@ -91,8 +93,8 @@ def hide_in_checkpoint(path, text):
     """Replaces the metadata of a checkpoint by another pickle and lists the hashes anew."""
     (path / ".metadata").write_bytes(text)
     (path / "SHA256SUMS").unlink()
-    (path / "SHA256SUMS").write_text("".join(map(train_gpt.sha256sum, sorted(path.iterdir()))))
-    assert train_gpt.defect(path) == ""  # to the hashes it is as good as any
+    (path / "SHA256SUMS").write_text("".join(map(sha256sum, sorted(path.iterdir()))))
+    assert defect(path) == ""  # to the hashes it is as good as any
 
 
 def val_losses(settings):
@@ -172,7 +174,7 @@ def test_a_crash_of_another_rank_shows_no_secret(settings, tmp_path, monkeypatch
 def test_a_checkpoint_that_cannot_be_written_shows_no_secret(settings, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(f"{SECRETS['MY_SECRET']} is refused")
-    monkeypatch.setattr(train_gpt.Checkpoints, "publish", fail)
+    monkeypatch.setattr(Checkpoints, "publish", fail)
     codes, out = run(settings | SECRETS | STEP)
     assert codes == [1] and "no checkpoint" in out[0] and "[MY_SECRET] is refused" in out[0]
     assert leaks(tmp_path, *out) == []

@@ -15,9 +15,11 @@ import make_tables
 import split_results
 import stage_gate
 import stages
+from harness.ranks import Ranks
+from harness.settings import ROOT
 import train_gpt
 from stages import load_stage
-from train_gpt import ROOT, Config, Ranks, cautions, check_batch, make_plan
+from train_gpt import Config, cautions, check_batch, make_plan
 
 FILE = """
 question = "Is it so?"

@@ -16,6 +16,9 @@ import pytest
 from conftest import launch
 from filelock import FileLock
 
+from harness.contract import CURVE
+from harness.files import write_whole
+from harness.settings import ROOT
 import train_gpt
 from scripts import track
 
@@ -31,7 +34,7 @@ FAST = "--follow", "--every", "0.05", "--patience"
 def leave(tmp_path, rows=ROWS, head=HEAD, summary=ENDED):
     """Writes curve and summary as the trainer does: whole."""
     for kind, text in ("csv", "\n".join([head, *rows, ""])), ("json", json.dumps(summary)):
-        train_gpt.write_whole(tmp_path / f"logs/toy.{kind}", text)
+        write_whole(tmp_path / f"logs/toy.{kind}", text)
 
 
 @contextlib.contextmanager
@@ -40,7 +43,7 @@ def tracking(tmp_path, *args, to="tensorboard", env=None):
     for name in "torch", "train_gpt":
         (tmp_path / f"fakes/{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"fakes/{name}.py").write_text("raise SystemExit('slow to import')\n")
-    command = [sys.executable, train_gpt.ROOT / "scripts/track.py", "toy", "--to", to, "--log-dir", "logs", *args]
+    command = [sys.executable, ROOT / "scripts/track.py", "toy", "--to", to, "--log-dir", "logs", *args]
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "fakes")} | (env or {})
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True, start_new_session=True) as process:
@@ -121,7 +124,7 @@ def test_a_live_run_arrives_once_and_the_follower_ends_with_it(tmp_path):
                     time.sleep(0.02)
                 if step == 14:
                     seen.wait(20)
-        train_gpt.write_whole(tmp_path / "logs/toy.json", json.dumps(ENDED))
+        write_whole(tmp_path / "logs/toy.json", json.dumps(ENDED))
 
     trainer, seen = threading.Thread(target=train), threading.Event()
     with tracking(tmp_path, *FAST, "5") as process:
@@ -291,7 +294,7 @@ def test_the_trainers_own_files_are_understood(tmp_path, settings):
     assert not {*figures} & {field.name for field in fields(train_gpt.Config)}
     header, *rows = (tmp_path / "logs/toy.csv").read_text().splitlines()
     experts = {tag for tag in found if tag.startswith("moe/")}
-    assert experts == {f"moe/{name}" for name in header.split(",")[len(train_gpt.CURVE):]} and len(experts) == 6
+    assert experts == {f"moe/{name}" for name in header.split(",")[len(CURVE):]} and len(experts) == 6
     assert found["val/loss"][-1] == found["final/final_loss"][0] and len(found["tokens"]) == len(rows)
     assert found["final/final_loss"][0][1] == pytest.approx(summary["final_loss"])
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import launch, write_shard
 
+from harness.provenance import CPUINFO, device_name
 import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent
@@ -96,8 +97,8 @@ def test_golden_losses(settings):
         assert launch(settings | {"RUN_ID": name, "SEED": seed})[0] == [0]
         seen[name] = [float(loss).hex() for loss in losses(settings | {"RUN_ID": name})]
     assert len(seen["a"]) == 100 and seen["a"] == seen["b"] and not set(seen["a"]) & set(seen["c"])
-    traits = re.findall(r"^(?:model|stepping|cpu family|cache size|flags).*", train_gpt.CPUINFO.split("\n\n")[0], re.M)
-    cpu = train_gpt.device_name(torch.device("cpu"))
+    traits = re.findall(r"^(?:model|stepping|cpu family|cache size|flags).*", CPUINFO.split("\n\n")[0], re.M)
+    cpu = device_name(torch.device("cpu"))
     machine = f"torch {torch.__version__}, {cpu}, {hashlib.sha256(repr(traits).encode()).hexdigest()[:12]}"
     file = ROOT / "tests/golden_losses.json"
     golden = json.loads(file.read_text())
