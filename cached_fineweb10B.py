@@ -4,6 +4,7 @@ Environment: DATA_DIR, the folder (data/fineweb10B); REVISION, a branch, tag or 
 HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, as in the hub's client. Shards that are whole already are kept.
 Exit codes: 0 all shards are whole, 1 failed, 2 wrong arguments, 3 no network, 130 interrupted.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -14,16 +15,30 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock  # the hub's client and train_gpt are imported where they are used: they take seconds
+from filelock import (
+    FileLock,
+)  # the hub's client and train_gpt are imported where they are used: they take seconds
 
 REPO, TRAIN_SHARDS = "kjj0/fineweb10B-gpt2", 103
 SHARD_BYTES = 200_001_024  # of a full one: 1,024 of header and 100,000,000 uint16 tokens
-INDEX = {"source": REPO, "commit": None, "tokenizer": "gpt2", "vocab_size": 50257, "eot_id": 50256,
-         "split": "by shard, as published", "bytes_per_token": None, "shards": []}
+INDEX = {
+    "source": REPO,
+    "commit": None,
+    "tokenizer": "gpt2",
+    "vocab_size": 50257,
+    "eot_id": 50256,
+    "split": "by shard, as published",
+    "bytes_per_token": None,
+    "shards": [],
+}
 ATTEMPTS, BACKOFF_S = 5, 1.0
-ADVICE = {401: "set a valid HF_TOKEN", 403: "set an HF_TOKEN with access", 404: "check REVISION and HF_ENDPOINT",
-          None: "fetch on a machine with network and copy the folder, set HF_ENDPOINT to a mirror, or train on the "
-                "embedded dataset with `bash scripts/quickstart.sh`"}
+ADVICE = {
+    401: "set a valid HF_TOKEN",
+    403: "set an HF_TOKEN with access",
+    404: "check REVISION and HF_ENDPOINT",
+    None: "fetch on a machine with network and copy the folder, set HF_ENDPOINT to a mirror, or train on the "
+    "embedded dataset with `bash scripts/quickstart.sh`",
+}
 
 
 class FetchError(RuntimeError):
@@ -33,32 +48,55 @@ class FetchError(RuntimeError):
 def attempt(what: str, call):
     """Result of call() to the hub, repeated after transient failures. Raises FetchError, OSError (of this disk)."""
     from huggingface_hub.errors import OfflineModeIsEnabled
+
     for number in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except Exception as error:  # the client's transports, HTTP and xet, have no error class in common
-            if isinstance(error, OSError) and error.errno:  # from this machine's disk: the client's have no errno
+        except (
+            Exception
+        ) as error:  # the client's transports, HTTP and xet, have no error class in common
+            if (
+                isinstance(error, OSError) and error.errno
+            ):  # from this machine's disk: the client's have no errno
                 raise
             # With force_download the client wraps the failure of its first request in a ValueError.
             cause = error.__cause__ if isinstance(error, ValueError) and error.__cause__ else error
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            transient = status >= 500 or status in (408, 429) if status else not isinstance(cause, OfflineModeIsEnabled)
+            transient = (
+                status >= 500 or status in (408, 429)
+                if status
+                else not isinstance(cause, OfflineModeIsEnabled)
+            )
             if number == ATTEMPTS or not transient:
-                found = f"HTTP {status}" if status else f"{type(cause).__name__}: {cause}".splitlines()[0].rstrip(".")
-                raise FetchError(f"{what}: expected an answer of the hub for {REPO}, found {found}: "
-                                 f"{ADVICE.get(status, 'start again later')}", 1 if status else 3) from error
+                found = (
+                    f"HTTP {status}"
+                    if status
+                    else f"{type(cause).__name__}: {cause}".splitlines()[0].rstrip(".")
+                )
+                raise FetchError(
+                    f"{what}: expected an answer of the hub for {REPO}, found {found}: "
+                    f"{ADVICE.get(status, 'start again later')}",
+                    1 if status else 3,
+                ) from error
         time.sleep(BACKOFF_S * 2 ** (number - 1))
 
 
 def inspect(path: Path, record: dict, sha256: str | None = None) -> tuple[dict | None, str | None]:
     """(index entry, None) of a whole shard, hashed unless `record` is of the same bytes; else (None, what is wrong)."""
     from train_gpt import DataError, shard_tokens
+
     try:
         tokens, stat = shard_tokens(path), path.stat()
     except DataError as error:
         return None, str(error)
-    entry = {"name": path.name, "split": path.name.split("_")[1], "tokens": tokens, "sha256": record.get("sha256"),
-             "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    entry = {
+        "name": path.name,
+        "split": path.name.split("_")[1],
+        "tokens": tokens,
+        "sha256": record.get("sha256"),
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+    }
     if entry != record:
         with path.open("rb") as file:
             entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -70,15 +108,28 @@ def inspect(path: Path, record: dict, sha256: str | None = None) -> tuple[dict |
 def fetch(path: Path, commit: str, sha256: str | None) -> dict:
     """Index entry of a shard fetched from the hub, a second time if it came wrong. Raises FetchError, OSError."""
     from huggingface_hub import hf_hub_download
+
     for _ in range(2):
         # Forced, because the client's own records vouch for a file that was damaged after it came.
-        attempt(path.name, lambda: hf_hub_download(
-            REPO, path.name, repo_type="dataset", revision=commit, local_dir=path.parent, force_download=True))
+        attempt(
+            path.name,
+            lambda: hf_hub_download(
+                REPO,
+                path.name,
+                repo_type="dataset",
+                revision=commit,
+                local_dir=path.parent,
+                force_download=True,
+            ),
+        )
         entry, fault = inspect(path, {}, sha256)
         if entry:
             return entry
         path.unlink()
-    raise FetchError(f"{fault} (fetched twice, then removed): set HF_ENDPOINT or REVISION to a source that is whole", 1)
+    raise FetchError(
+        f"{fault} (fetched twice, then removed): set HF_ENDPOINT or REVISION to a source that is whole",
+        1,
+    )
 
 
 def read_index(folder: Path) -> tuple[str | None, dict[str, dict]]:
@@ -88,14 +139,23 @@ def read_index(folder: Path) -> tuple[str | None, dict[str, dict]]:
         index = json.loads(path.read_text()) if path.exists() else INDEX
         if index["source"] == REPO:
             return index["commit"], {shard["name"]: shard for shard in index["shards"]}
-    raise FetchError(f"{path}: expected the index of {REPO}, found another: delete it or set another DATA_DIR", 1)
+    raise FetchError(
+        f"{path}: expected the index of {REPO}, found another: delete it or set another DATA_DIR", 1
+    )
 
 
 def write_index(folder: Path, commit: str | None, records: dict[str, dict]) -> None:
     """Write tokenizer.json and index.json, each in one step so that no reader sees half of it. Raises OSError."""
-    tokenizer = {"kind": INDEX["tokenizer"], "vocab_size": INDEX["vocab_size"], "eot_id": INDEX["eot_id"]}
+    tokenizer = {
+        "kind": INDEX["tokenizer"],
+        "vocab_size": INDEX["vocab_size"],
+        "eot_id": INDEX["eot_id"],
+    }
     shards = [records[name] for name in sorted(records) if (folder / name).is_file()]
-    for name, content in ("tokenizer.json", tokenizer), ("index.json", INDEX | {"commit": commit, "shards": shards}):
+    for name, content in (
+        ("tokenizer.json", tokenizer),
+        ("index.json", INDEX | {"commit": commit, "shards": shards}),
+    ):
         temporary = folder / f"{name}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(temporary, folder / name)
@@ -104,54 +164,98 @@ def write_index(folder: Path, commit: str | None, records: dict[str, dict]) -> N
 def fetch_all(folder: Path, names: list[str], revision: str | None) -> None:
     """Make the named shards of a folder whole, record them, and print what was done. Raises FetchError, OSError."""
     from huggingface_hub import HfApi
+
     (held, records), sha256s = read_index(folder), {}
     revision = revision or held or "main"
-    whole = {name: entry for name in names if (entry := inspect(folder / name, records.get(name, {}))[0])}
+    whole = {
+        name: entry for name in names if (entry := inspect(folder / name, records.get(name, {}))[0])
+    }
     commit, missing = held, len(names) - len(whole)
     needed, free = missing * SHARD_BYTES / 1e9, shutil.disk_usage(folder).free / 1e9
     if needed > free:
-        raise FetchError(f"{folder}: expected {needed:.2f} GB free for {missing} shards, found {free:.2f} GB: "
-                         "free some, ask for fewer shards or set DATA_DIR to a folder on a larger disk", 1)
+        raise FetchError(
+            f"{folder}: expected {needed:.2f} GB free for {missing} shards, found {free:.2f} GB: "
+            "free some, ask for fewer shards or set DATA_DIR to a folder on a larger disk",
+            1,
+        )
     if missing:
-        hub = attempt(revision, lambda: HfApi().dataset_info(REPO, revision=revision, files_metadata=True, timeout=30))
-        commit, sha256s = hub.sha, {file.rfilename: file.lfs.sha256 for file in hub.siblings or () if file.lfs}
-        whole = {name: entry for name, entry in whole.items() if sha256s.get(name) in (None, entry["sha256"])}
-    asked = revision if len(revision) == 40 else commit  # a full hash is compared without network, too
+        hub = attempt(
+            revision,
+            lambda: HfApi().dataset_info(REPO, revision=revision, files_metadata=True, timeout=30),
+        )
+        commit, sha256s = (
+            hub.sha,
+            {file.rfilename: file.lfs.sha256 for file in hub.siblings or () if file.lfs},
+        )
+        whole = {
+            name: entry
+            for name, entry in whole.items()
+            if sha256s.get(name) in (None, entry["sha256"])
+        }
+    asked = (
+        revision if len(revision) == 40 else commit
+    )  # a full hash is compared without network, too
     if held not in (None, asked):
-        raise FetchError(f"{folder}: expected commit {asked}, found {held}: unset REVISION or set another DATA_DIR", 1)
+        raise FetchError(
+            f"{folder}: expected commit {asked}, found {held}: unset REVISION or set another DATA_DIR",
+            1,
+        )
     for number, name in enumerate(names, 1):
         print(f"{number}/{len(names)} {name}{' is already whole' * (name in whole)}", flush=True)
         entry = whole.get(name) or fetch(folder / name, commit, sha256s.get(name))
         if entry != records.get(name):
             records[name] = entry
             write_index(folder, commit, records)
-    print(f"{len(names) - len(whole)} shards fetched, {len(whole)} skipped{'' if missing else ' without network'}: "
-          f"{sum(records[name]['bytes'] for name in names) / 1e9:.2f} GB in {folder}, commit {commit or 'unknown'}")
+    print(
+        f"{len(names) - len(whole)} shards fetched, {len(whole)} skipped{'' if missing else ' without network'}: "
+        f"{sum(records[name]['bytes'] for name in names) / 1e9:.2f} GB in {folder}, commit {commit or 'unknown'}"
+    )
     print("next: torchrun --standalone --nproc_per_node=8 train_gpt.py")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code of one run with command line arguments; environment as in the docstring of the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("N", nargs="?", type=int, default=TRAIN_SHARDS, help="training shards, 0.2 GB each (all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "N", nargs="?", type=int, default=TRAIN_SHARDS, help="training shards, 0.2 GB each (all)"
+    )
     count = parser.parse_args(argv).N
     if not 1 <= count <= TRAIN_SHARDS:
         parser.error(f"N: expected 1 to {TRAIN_SHARDS} training shards, found {count}")
-    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{number:06d}.bin" for number in range(1, count + 1))]
+    names = [
+        "fineweb_val_000000.bin",
+        *(f"fineweb_train_{number:06d}.bin" for number in range(1, count + 1)),
+    ]
     folder = Path(os.environ.get("DATA_DIR") or "data/fineweb10B")
     try:
         if folder.is_symlink() and not folder.exists():
-            raise FetchError(f"{folder}: expected a folder, found a dead link: make {folder.readlink()} or relink", 1)
+            raise FetchError(
+                f"{folder}: expected a folder, found a dead link: make {folder.readlink()} or relink",
+                1,
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"{folder}: checking {len(names)} shards, once no other fetch into this folder runs", flush=True)
-        with FileLock(folder / ".fetch.lock") if os.access(folder, os.W_OK) else contextlib.nullcontext():
+        print(
+            f"{folder}: checking {len(names)} shards, once no other fetch into this folder runs",
+            flush=True,
+        )
+        with (
+            FileLock(folder / ".fetch.lock")
+            if os.access(folder, os.W_OK)
+            else contextlib.nullcontext()
+        ):
             fetch_all(folder, names, os.environ.get("REVISION"))
     except (FetchError, OSError) as error:
-        sentence, code = error.args if isinstance(error, FetchError) else (f"{error}: set another DATA_DIR", 1)
+        sentence, code = (
+            error.args if isinstance(error, FetchError) else (f"{error}: set another DATA_DIR", 1)
+        )
         print(f"error: {sentence}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
-        print("interrupted: start it again to continue, shards that are whole stay", file=sys.stderr)
+        print(
+            "interrupted: start it again to continue, shards that are whole stay", file=sys.stderr
+        )
         return 130
     return 0
 

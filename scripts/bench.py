@@ -33,13 +33,26 @@ from harness.settings import ROOT
 import train_gpt
 
 SECTIONS = {"step", "peak", "loader", "checkpoint", "start"}
-TOKENS, READS, WAITS, RECORDS, PRODUCTS, SAVES = 2**25, 1000, 50, 200, 5, 5  # how much of each is measured
+TOKENS, READS, WAITS, RECORDS, PRODUCTS, SAVES = (
+    2**25,
+    1000,
+    50,
+    200,
+    5,
+    5,
+)  # how much of each is measured
 
 
 def figure(unit, values, value=None):
     """A row: the median of what was measured, or another `value` of it, and the range; blank where nothing was."""
-    row = [np.median(values) if value is None else value, min(values), max(values)] if len(values) else [None] * 3
-    return {key: x if x is None else float(x) for key, x in zip(("value", "min", "max"), row)} | {"unit": unit}
+    row = (
+        [np.median(values) if value is None else value, min(values), max(values)]
+        if len(values)
+        else [None] * 3
+    )
+    return {key: x if x is None else float(x) for key, x in zip(("value", "min", "max"), row)} | {
+        "unit": unit
+    }
 
 
 def now(device):
@@ -62,9 +75,13 @@ def timed(call, count, device=torch.device("cpu")):
 def timed_step(state, cfg, ranks):
     """Seconds of one train_step on random tokens: (forward and backward, reduction and optimizer)."""
     device, first = ranks.device(cfg), state.optimizers[0]
-    batch = torch.randint(cfg.vocab_size, (cfg.batch_size // ranks.world_size, cfg.sequence_length + 1), device=device)
+    batch = torch.randint(
+        cfg.vocab_size, (cfg.batch_size // ranks.world_size, cfg.sequence_length + 1), device=device
+    )
     marks, reduce_grads = [now(device)], first.reduce_grads
-    first.reduce_grads = lambda: (marks.append(now(device)), reduce_grads())[1]  # here the backward pass has ended
+    first.reduce_grads = lambda: (marks.append(now(device)), reduce_grads())[
+        1
+    ]  # here the backward pass has ended
     train_gpt.train_step(state, cfg, batch[:, :-1], batch[:, 1:])
     first.reduce_grads = reduce_grads
     return np.diff([*marks, now(device)])
@@ -76,49 +93,91 @@ def bench_against(state, cfg, other_cfg, ranks, args):
     other = train_gpt.State.build(other_cfg, ranks)
     if other_cfg.compile == "1":
         train_gpt.compile_model(other.model, other_cfg, ranks.device(cfg))
-    pairs = [(timed_step(state, cfg, ranks), timed_step(other, other_cfg, ranks)) if i % 2 else
-             (timed_step(other, other_cfg, ranks), timed_step(state, cfg, ranks))[::-1]
-             for i in range(args.warmup + args.steps)]
-    ours, theirs = np.array(pairs[args.warmup:]).transpose(1, 2, 0)
+    pairs = [
+        (timed_step(state, cfg, ranks), timed_step(other, other_cfg, ranks))
+        if i % 2
+        else (timed_step(other, other_cfg, ranks), timed_step(state, cfg, ranks))[::-1]
+        for i in range(args.warmup + args.steps)
+    ]
+    ours, theirs = np.array(pairs[args.warmup :]).transpose(1, 2, 0)
     figures = {"step": (ours.sum(0), theirs.sum(0))}
     figures |= {"forward_backward": (ours[0], theirs[0]), "optimizer": (ours[1], theirs[1])}
-    return {f"{name}_{kind}": figure(unit, values) for name, (a, b) in figures.items() for kind, unit, values in
-            (("ours", "ms", 1000 * a), ("other", "ms", 1000 * b), ("ratio", "ours / other", a / b))}
+    return {
+        f"{name}_{kind}": figure(unit, values)
+        for name, (a, b) in figures.items()
+        for kind, unit, values in (
+            ("ours", "ms", 1000 * a),
+            ("other", "ms", 1000 * b),
+            ("ratio", "ours / other", a / b),
+        )
+    }
 
 
 def bench_step(state, cfg, ranks, args):
     """Times train_step and its two parts."""
-    device, times = ranks.device(cfg), [timed_step(state, cfg, ranks) for _ in range(args.warmup + args.steps)]
-    backward, optimizer = np.array(times)[args.warmup:].T
+    device, times = (
+        ranks.device(cfg),
+        [timed_step(state, cfg, ranks) for _ in range(args.warmup + args.steps)],
+    )
+    backward, optimizer = np.array(times)[args.warmup :].T
     seconds, tokens = backward + optimizer, cfg.batch_size * cfg.sequence_length
     speed, flops = tokens / np.median(seconds), state.model.flops_per_token() / ranks.world_size
     mfu = model_flops_utilization(cfg, device, flops * speed)
-    return {"step_time": figure("ms", 1000 * seconds), "tokens_per_sec": figure("tokens/s", tokens / seconds, speed),
-            "flops": figure("TFLOP/s a rank", flops * tokens / 1e12 / seconds, flops * speed / 1e12),
-            "mfu": figure("%", [] if mfu is None else [100 * mfu]),
-            "forward_backward": figure("% of step", 100 * backward / seconds),
-            "reduce_and_optimizer": figure("% of step", 100 * optimizer / seconds)}
+    return {
+        "step_time": figure("ms", 1000 * seconds),
+        "tokens_per_sec": figure("tokens/s", tokens / seconds, speed),
+        "flops": figure("TFLOP/s a rank", flops * tokens / 1e12 / seconds, flops * speed / 1e12),
+        "mfu": figure("%", [] if mfu is None else [100 * mfu]),
+        "forward_backward": figure("% of step", 100 * backward / seconds),
+        "reduce_and_optimizer": figure("% of step", 100 * optimizer / seconds),
+    }
 
 
 def bench_records(folder, cfg, step_ms):
     """What a step that is logged pays for its line and its point of the curve."""
     cfg = replace(cfg, log_dir=folder, results_csv=f"{folder}/results.csv")
     records, values = Records(cfg, "bench"), dict.fromkeys(CURVE, 1 / 3) | {"step": 1}
-    with open(f"{folder}/terminal", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with (
+        open(f"{folder}/terminal", "w") as out,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
         records.open({"changes": ""}, [])
-        seconds = timed(lambda: (records.print("step:1/9 train_loss:3.3333"), records.point(values)), RECORDS)
-    return {"records": figure("us", 1e6 * seconds), "records_share": figure("% of step", 1e5 * seconds / step_ms)}
+        seconds = timed(
+            lambda: (records.print("step:1/9 train_loss:3.3333"), records.point(values)), RECORDS
+        )
+    return {
+        "records": figure("us", 1e6 * seconds),
+        "records_share": figure("% of step", 1e5 * seconds / step_ms),
+    }
 
 
 def bench_peak(cfg, device):
     """The fastest of some matrix products in the run's dtype: large squares, and the two of an FFN."""
-    tokens, hidden, figures = cfg.device_batch_size * cfg.sequence_length, cfg.d_ff or 4 * cfg.n_embd, {}
-    squares, repeats = ((4096, 8192), 20) if device.type == "cuda" else ((2048,), 1)  # hides the launches
-    for m, k, n in *((size,) * 3 for size in squares), (tokens, cfg.n_embd, hidden), (tokens, hidden, cfg.n_embd):
-        a, b = (torch.randn(rows, k, device=device, dtype=train_gpt.DTYPES[cfg.dtype]) for rows in (m, n))
-        seconds = timed(lambda a=a, b=b: [train_gpt.product(a, b) for _ in range(repeats)], PRODUCTS, device)
+    tokens, hidden, figures = (
+        cfg.device_batch_size * cfg.sequence_length,
+        cfg.d_ff or 4 * cfg.n_embd,
+        {},
+    )
+    squares, repeats = (
+        ((4096, 8192), 20) if device.type == "cuda" else ((2048,), 1)
+    )  # hides the launches
+    for m, k, n in (
+        *((size,) * 3 for size in squares),
+        (tokens, cfg.n_embd, hidden),
+        (tokens, hidden, cfg.n_embd),
+    ):
+        a, b = (
+            torch.randn(rows, k, device=device, dtype=train_gpt.DTYPES[cfg.dtype])
+            for rows in (m, n)
+        )
+        seconds = timed(
+            lambda a=a, b=b: [train_gpt.product(a, b) for _ in range(repeats)], PRODUCTS, device
+        )
         figures[f"product_{m}x{k}x{n}"] = figure("TFLOP/s", 2e-12 * m * k * n * repeats / seconds)
-    return figures | {"peak": figure("TFLOP/s", [max(product["max"] for product in figures.values())])}
+    return figures | {
+        "peak": figure("TFLOP/s", [max(product["max"] for product in figures.values())])
+    }
 
 
 def bench_loader(file, state, cfg, ranks, kind):
@@ -128,18 +187,34 @@ def bench_loader(file, state, cfg, ranks, kind):
         with open(file, "rb") as shard:
             os.fsync(shard.fileno())  # what has yet to be written stays in the cache
             os.posix_fadvise(shard.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    loader, blocks = train_gpt.ShardLoader(file, cfg, cfg.shuffle), resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+    loader, blocks = (
+        train_gpt.ShardLoader(file, cfg, cfg.shuffle),
+        resource.getrusage(resource.RUSAGE_SELF).ru_inblock,
+    )
     waits, count = [], cfg.batch_size // ranks.world_size
-    for inputs, targets, waited in loader.prefetch([(i * count, count) for i in range(WAITS)], ranks.device(cfg)):
+    for inputs, targets, waited in loader.prefetch(
+        [(i * count, count) for i in range(WAITS)], ranks.device(cfg)
+    ):
         waits.append(1000 * waited)
-        train_gpt.train_step(state, cfg, inputs, targets)[0].item()  # late is late for the device, not for Python
+        train_gpt.train_step(state, cfg, inputs, targets)[
+            0
+        ].item()  # late is late for the device, not for Python
     starts, batch = iter(range(WAITS * count, 2**62, count)), count * cfg.sequence_length
-    seconds = timed(lambda: loader.read(next(starts), count), max(1, min(READS, loader.samples // count - WAITS - 1)))
+    seconds = timed(
+        lambda: loader.read(next(starts), count),
+        max(1, min(READS, loader.samples // count - WAITS - 1)),
+    )
     from_disk = 512 * (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - blocks)
-    known = kind == "warm" or from_disk > batch * (WAITS + len(seconds))  # more than half of the bytes
-    waits, speeds = (waits[1:], batch / seconds) if known else ([], [])  # the first batch cannot be read ahead
-    return {f"data_wait_{kind}": figure("ms, 99th percentile", waits, np.percentile(waits or [0], 99)),
-            f"read_{kind}": figure("tokens/s", speeds, batch * len(seconds) / seconds.sum())}
+    known = kind == "warm" or from_disk > batch * (
+        WAITS + len(seconds)
+    )  # more than half of the bytes
+    waits, speeds = (
+        (waits[1:], batch / seconds) if known else ([], [])
+    )  # the first batch cannot be read ahead
+    return {
+        f"data_wait_{kind}": figure("ms, 99th percentile", waits, np.percentile(waits or [0], 99)),
+        f"read_{kind}": figure("tokens/s", speeds, batch * len(seconds) / seconds.sum()),
+    }
 
 
 def bench_checkpoint(folder, state, cfg, ranks):
@@ -155,9 +230,15 @@ def bench_checkpoint(folder, state, cfg, ranks):
             stalls.append(time.perf_counter() - began)
             checkpoints.wait(last=True)
             totals.append(time.perf_counter() - began)
-    size = sum(path.stat().st_size for path in max(step_folders(records.folder).items())[1].iterdir())
-    return {"checkpoint_size": figure("MB", [size / 1e6]), "checkpoint_stall_first": figure("s", stalls[:1]),
-            "checkpoint_stall": figure("s", stalls[1:]), "checkpoint_written": figure("s", totals[1:])}
+    size = sum(
+        path.stat().st_size for path in max(step_folders(records.folder).items())[1].iterdir()
+    )
+    return {
+        "checkpoint_size": figure("MB", [size / 1e6]),
+        "checkpoint_stall_first": figure("s", stalls[:1]),
+        "checkpoint_stall": figure("s", stalls[1:]),
+        "checkpoint_written": figure("s", totals[1:]),
+    }
 
 
 def bench_start(env):
@@ -168,7 +249,10 @@ def bench_start(env):
             seen.setdefault(line.partition("/")[0], time.perf_counter() - began)
     if run.returncode:
         sys.exit(run.returncode)  # it has said why
-    return {"start_to_validation": figure("s", [seen["step:0"]]), "start_to_step": figure("s", [seen["step:1"]])}
+    return {
+        "start_to_validation": figure("s", [seen["step:0"]]),
+        "start_to_step": figure("s", [seen["step:1"]]),
+    }
 
 
 def bench(args, env, ranks, folder):
@@ -178,14 +262,23 @@ def bench(args, env, ranks, folder):
     other_cfg = train_gpt.resolve(train_gpt.Config.from_env(env | dict(args.against)))
     train_gpt.check_batch(other_cfg, ranks)
     file, device, figures = f"{folder}/random.bin", ranks.device(cfg), {}
-    header = [train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, TOKENS] + [0] * (train_gpt.HEADER_INTS - 3)
+    header = [train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, TOKENS] + [0] * (
+        train_gpt.HEADER_INTS - 3
+    )
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=TOKENS, dtype="<u2")
     np.append(np.array(header, dtype="<i4").view("<u2"), tokens).tofile(file)
     os.link(file, f"{folder}/val.bin")
-    one_step = env | {"INPUT_BIN": file, "INPUT_VAL_BIN": f"{folder}/val.bin", "MAX_EPOCHS": "0",
-                      "VAL_TOKENS": str(cfg.device_batch_size * cfg.sequence_length), "VAL_EVERY": "1",
-                      "VOCAB_SIZE": str(cfg.vocab_size), "NUM_ITERATIONS": "1",
-                      "LOG_DIR": f"{folder}/one_step", "RESULTS_CSV": f"{folder}/one_step.csv"}
+    one_step = env | {
+        "INPUT_BIN": file,
+        "INPUT_VAL_BIN": f"{folder}/val.bin",
+        "MAX_EPOCHS": "0",
+        "VAL_TOKENS": str(cfg.device_batch_size * cfg.sequence_length),
+        "VAL_EVERY": "1",
+        "VOCAB_SIZE": str(cfg.vocab_size),
+        "NUM_ITERATIONS": "1",
+        "LOG_DIR": f"{folder}/one_step",
+        "RESULTS_CSV": f"{folder}/one_step.csv",
+    }
     train_gpt.check_batch(cfg, ranks)
     train_gpt.preflight(train_gpt.resolve(train_gpt.Config.from_env(one_step)), ranks)
     if "start" in args.only and "MASTER_ADDR" not in env:  # before this process takes the device
@@ -203,44 +296,75 @@ def bench(args, env, ranks, folder):
     if "peak" in args.only:
         figures |= bench_peak(cfg, device)
     if {"step", "peak"} <= args.only:
-        figures["share_of_peak"] = figure("%", [100 * figures["flops"]["value"] / figures["peak"]["value"]])
+        figures["share_of_peak"] = figure(
+            "%", [100 * figures["flops"]["value"] / figures["peak"]["value"]]
+        )
     if "loader" in args.only:
-        figures |= bench_loader(file, state, cfg, ranks, "warm") | bench_loader(file, state, cfg, ranks, "cold")
+        figures |= bench_loader(file, state, cfg, ranks, "warm") | bench_loader(
+            file, state, cfg, ranks, "cold"
+        )
     if "checkpoint" in args.only:
         figures |= bench_checkpoint(agree(lambda: folder), state, cfg, ranks)
     torch.distributed.destroy_process_group()
-    return {"command": f"python {' '.join(sys.argv)}", "changes": asked.changes(), "finished": utc_now(),
-            **dict(zip(("git", "dirty"), git_state())), "versions": machine_text().splitlines()[0],
-            "device": device_name(device), "dtype": cfg.dtype, "ranks": ranks.world_size, "figures": figures}
+    return {
+        "command": f"python {' '.join(sys.argv)}",
+        "changes": asked.changes(),
+        "finished": utc_now(),
+        **dict(zip(("git", "dirty"), git_state())),
+        "versions": machine_text().splitlines()[0],
+        "device": device_name(device),
+        "dtype": cfg.dtype,
+        "ranks": ranks.world_size,
+        "figures": figures,
+    }
 
 
 def main(argv, env):
     """Measures, prints the table and writes the report; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20, help="timed training steps")
     parser.add_argument("--warmup", type=int, default=3, help="training steps before them")
-    parser.add_argument("--only", type=lambda text: set(text.split(",")), default=SECTIONS, help="like step,peak")
-    parser.add_argument("--against", nargs="+", metavar="NAME=VALUE", default=[], type=lambda text: text.split("=", 1),
-                        help="settings of another model to time in turn with this one; nothing else is measured then")
+    parser.add_argument(
+        "--only", type=lambda text: set(text.split(",")), default=SECTIONS, help="like step,peak"
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="NAME=VALUE",
+        default=[],
+        type=lambda text: text.split("=", 1),
+        help="settings of another model to time in turn with this one; nothing else is measured then",
+    )
     parser.add_argument("--json", help="file for the report; without it the table is all")
     args, ranks = parser.parse_args(argv), Ranks.from_env(env)
     if any(len(pair) < 2 for pair in args.against):
         parser.error("--against takes settings like FFN=gelu D_FF=3072")
     args.only = set() if args.against else args.only
     if not args.only <= SECTIONS or min(args.steps, args.warmup) < 1:
-        parser.error(f"--only takes some of {','.join(sorted(SECTIONS))}; --steps and --warmup are at least 1")
+        parser.error(
+            f"--only takes some of {','.join(sorted(SECTIONS))}; --steps and --warmup are at least 1"
+        )
     try:
         with tempfile.TemporaryDirectory() as folder:
             report = bench(args, env | {"DRY_RUN": ""}, ranks, folder)
     except (ConfigError, DataError) as error:
         if ranks.local_rank == 0:
             print(f"{error.status}: {error}", file=sys.stderr)
-        time.sleep(ranks.rank > 0)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
+        time.sleep(
+            ranks.rank > 0
+        )  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
         return EXIT_CODES[error.status]
     if ranks.rank == 0:
-        print(f"{report['device']}, {report['dtype']}".ljust(28) + f"{'value':>12}{'min':>12}{'max':>12}  unit")
+        print(
+            f"{report['device']}, {report['dtype']}".ljust(28)
+            + f"{'value':>12}{'min':>12}{'max':>12}  unit"
+        )
         for name, row in report["figures"].items():
-            cells = ["" if row[key] is None else f"{row[key]:,.4g}" for key in ("value", "min", "max")]
+            cells = [
+                "" if row[key] is None else f"{row[key]:,.4g}" for key in ("value", "min", "max")
+            ]
             print(f"{name:28}{cells[0]:>12}{cells[1]:>12}{cells[2]:>12}  {row['unit']}")
         if args.json:
             write_whole(args.json, json.dumps(report, indent=1) + "\n")

@@ -64,26 +64,40 @@ def run_killed(command, env, waits):
 
 def main(argv, env):
     """The run without kills, then with them; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--every", type=float, default=30, help="seconds from a start to the kill")
-    parser.add_argument("--spread", type=float, default=0, help="by which part of it, up or down, that varies: 0 to 1")
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0,
+        help="by which part of it, up or down, that varies: 0 to 1",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the spread")
     parser.add_argument("--nproc", type=int, default=1, help="ranks")
     args = parser.parse_args(argv)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] * (args.nproc > 1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] * (
+        args.nproc > 1
+    )
     command, rng = [sys.executable, *launcher, train_gpt.__file__], random.Random(args.seed)
     env = {"LOG_DIR": "logs"} | env | {"RESUME": "auto"}
     told = {}
-    for name, waits in (("undisturbed", iter([None])), ("killed", iter(
-            lambda: args.every * (1 + args.spread * rng.uniform(-1, 1)), None))):
+    for name, waits in (
+        ("undisturbed", iter([None])),
+        ("killed", iter(lambda: args.every * (1 + args.spread * rng.uniform(-1, 1)), None)),
+    ):
         run_id = new_run_id(f"chaos-{name}")
         code, kills, lost, seconds = run_killed(command, env | {"RUN_ID": run_id}, waits)
         if code:
             return code
         summary = json.loads((Path(env["LOG_DIR"]) / f"{run_id}.json").read_text())
         trained, told[name] = summary["train_time"], summary["final_loss"]
-        print(f"{name}: kills:{kills} steps_lost:{lost} seconds:{seconds:.1f} train_time:{trained:.1f} "
-              f"goodput:{trained / seconds:.3f} final_loss:{told[name]!r}", flush=True)
+        print(
+            f"{name}: kills:{kills} steps_lost:{lost} seconds:{seconds:.1f} train_time:{trained:.1f} "
+            f"goodput:{trained / seconds:.3f} final_loss:{told[name]!r}",
+            flush=True,
+        )
     return int(told["undisturbed"] != told["killed"])
 
 

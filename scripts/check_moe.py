@@ -29,7 +29,10 @@ MIN_ENTROPY, MIN_WORST = 0.9, 0.5  # of the load, over ln E: at the first visit,
 def ffn_counts(cfg, kind):
     """(parameters, those that no token uses at a time) of an FFN."""
     expert = cfg.expert if kind == "moe" else kind
-    share, reads = cfg.top_k + cfg.shared_expert if kind == "moe" else 1, 2 if expert == "swiglu" else 1
+    share, reads = (
+        cfg.top_k + cfg.shared_expert if kind == "moe" else 1,
+        2 if expert == "swiglu" else 1,
+    )
     width = cfg.d_ff or (8 / 3 if reads == 2 else 4) * cfg.n_embd / share
     if not cfg.d_ff and reads * share > 1:
         width = 64 * math.ceil(width / 64)
@@ -43,22 +46,28 @@ def ffn_counts(cfg, kind):
 def budget(cfg):
     """(parameters, those that a token uses) by arithmetic alone. Raises ConfigError for what it does not know."""
     if cfg.attngate != "none" or cfg.mixer != "attention":
-        raise ConfigError(f"ATTNGATE={cfg.attngate} MIXER={cfg.mixer}: this script counts plain attention "
-                                    "only; set ATTNGATE=none MIXER=attention")
+        raise ConfigError(
+            f"ATTNGATE={cfg.attngate} MIXER={cfg.mixer}: this script counts plain attention "
+            "only; set ATTNGATE=none MIXER=attention"
+        )
     C, kinds, own, ends = cfg.n_embd, cfg.ffn.split(","), cfg.per_step.split(","), cfg.unshared_ends
     visits = dict.fromkeys(range(cfg.n_layer), 1)  # of a block, by the layer whose kind it has
     if cfg.recurrence == "shared":
         between = range(cfg.n_layer - 2 * ends)
         visits = {i: 1 for i in visits if not ends <= i < cfg.n_layer - ends}
-        visits |= {ends + i: len(between[i::cfg.n_unique]) for i in range(cfg.n_unique)}
+        visits |= {ends + i: len(between[i :: cfg.n_unique]) for i in range(cfg.n_unique)}
     norm = {"rms": 0, "rms_gain": C, "layer": C + cfg.bias * C}[cfg.norm]
-    embeddings = cfg.vocab_size * C * (2 - cfg.tie_embeddings) + cfg.sequence_length * C * (cfg.pos == "learned")
+    embeddings = cfg.vocab_size * C * (2 - cfg.tie_embeddings) + cfg.sequence_length * C * (
+        cfg.pos == "learned"
+    )
     total, idle = embeddings + norm, 0
     for layer, count in visits.items():
         kind = kinds[layer % len(kinds)]
         ffn, unused = ffn_counts(cfg, kind)
         total += 4 * C * C + cfg.bias * 4 * C + 2 * norm + ffn
-        more = 2 * norm * ("norm" in own) + cfg.num_experts * C * ("router" in own and kind == "moe")
+        more = 2 * norm * ("norm" in own) + cfg.num_experts * C * (
+            "router" in own and kind == "moe"
+        )
         total, idle = total + (count - 1) * more + 2 * count * ("scale" in own), idle + unused
     return total, total - idle
 
@@ -66,8 +75,10 @@ def budget(cfg):
 def check_budget(cfg):
     """(name, found, wanted, whether that is well) of each count."""
     plan, wanted = train_gpt.make_plan(cfg, Ranks()), budget(cfg)
-    return [(name, f"{plan[name]:,}", f"{count:,}", plan[name] == count)
-            for name, count in zip(("params_total", "params_active"), wanted)]
+    return [
+        (name, f"{plan[name]:,}", f"{count:,}", plan[name] == count)
+        for name, count in zip(("params_total", "params_active"), wanted)
+    ]
 
 
 def check_init(cfg, model, batch):
@@ -77,28 +88,68 @@ def check_init(cfg, model, batch):
     load, chance, E = routing[:, 0], math.log(cfg.vocab_size), cfg.num_experts
     entropy = 1 - (load * (E * load).clamp(min=1e-30).log()).sum(-1) / math.log(max(2, E))
     aux, least, most = train_gpt.aux_loss(load, routing[:, 1])[0], load[0].min(), load[0].max()
-    return [("loss", f"{loss:.4f}", f"within {NEAR_LOSS} of ln V = {chance:.4f}", abs(loss - chance) < NEAR_LOSS),
-            ("load_entropy", f"{entropy[0]:.4f}", f"above {MIN_ENTROPY}, 1 is even", entropy[0] > MIN_ENTROPY),
-            ("load_entropy_worst", f"{entropy.min():.4f}", f"above {MIN_WORST}", entropy.min() > MIN_WORST),
-            ("load_min", f"{least:.4f}", f"above 0, {1 / E:g} is even", least > 0),
-            ("load_max", f"{most:.4f}", f"at most {1 / cfg.top_k:g}", most <= 1.0001 / cfg.top_k),
-            ("aux", f"{aux:.4f}", f"within {NEAR_AUX} of 1", abs(aux - 1) < NEAR_AUX)]
+    return [
+        (
+            "loss",
+            f"{loss:.4f}",
+            f"within {NEAR_LOSS} of ln V = {chance:.4f}",
+            abs(loss - chance) < NEAR_LOSS,
+        ),
+        (
+            "load_entropy",
+            f"{entropy[0]:.4f}",
+            f"above {MIN_ENTROPY}, 1 is even",
+            entropy[0] > MIN_ENTROPY,
+        ),
+        (
+            "load_entropy_worst",
+            f"{entropy.min():.4f}",
+            f"above {MIN_WORST}",
+            entropy.min() > MIN_WORST,
+        ),
+        ("load_min", f"{least:.4f}", f"above 0, {1 / E:g} is even", least > 0),
+        ("load_max", f"{most:.4f}", f"at most {1 / cfg.top_k:g}", most <= 1.0001 / cfg.top_k),
+        ("aux", f"{aux:.4f}", f"within {NEAR_AUX} of 1", abs(aux - 1) < NEAR_AUX),
+    ]
 
 
 def check_gradients(model, batch):
     """Likewise of the gradients: all there and finite, none of them zero, and one on every expert."""
     for name, p in model.named_parameters():
-        if not p.any() and not name.endswith("bias"):  # random biases would send all tokens to the same experts
+        if not p.any() and not name.endswith(
+            "bias"
+        ):  # random biases would send all tokens to the same experts
             torch.nn.init.normal_(p, std=0.02)
     loss, routing = model(*batch)
     (loss + train_gpt.aux_loss(routing[:, 0], routing[:, 1]).mean()).backward()
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    experts = {f"{name}[{i}]": grad for name, bank in grads.items() if ".experts." in name
-               for i, grad in enumerate(bank.flatten(0, 1) if name.split(".", 2)[2] in model.banked else bank)}
-    return [(name, f"{len(bad)} {' '.join(bad[:1])}".strip(), f"0 of {of}", not bad) for name, bad, of in (
-        ("grads_not_finite", [name for name, grad in grads.items() if not grad.isfinite().all()], len(grads)),
-        ("grads_zero", [name for name, grad in grads.items() if not grad.any()], len(grads)),
-        ("experts_without_grad", [name for name, grad in experts.items() if not grad.any()], len(experts)))]
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+    experts = {
+        f"{name}[{i}]": grad
+        for name, bank in grads.items()
+        if ".experts." in name
+        for i, grad in enumerate(
+            bank.flatten(0, 1) if name.split(".", 2)[2] in model.banked else bank
+        )
+    }
+    return [
+        (name, f"{len(bad)} {' '.join(bad[:1])}".strip(), f"0 of {of}", not bad)
+        for name, bad, of in (
+            (
+                "grads_not_finite",
+                [name for name, grad in grads.items() if not grad.isfinite().all()],
+                len(grads),
+            ),
+            ("grads_zero", [name for name, grad in grads.items() if not grad.any()], len(grads)),
+            (
+                "experts_without_grad",
+                [name for name, grad in experts.items() if not grad.any()],
+                len(experts),
+            ),
+        )
+    ]
 
 
 def check_model(cfg):
@@ -106,7 +157,9 @@ def check_model(cfg):
     device = Ranks().device(cfg)
     torch.manual_seed(cfg.seed)
     model = train_gpt.GPT(cfg).to(device)
-    tokens = torch.randint(cfg.vocab_size, (cfg.device_batch_size, cfg.sequence_length + 1), device=device)
+    tokens = torch.randint(
+        cfg.vocab_size, (cfg.device_batch_size, cfg.sequence_length + 1), device=device
+    )
     batch = tokens[:, :-1], tokens[:, 1:]
     return check_init(cfg, model, batch) + check_gradients(model, batch)
 
@@ -121,7 +174,9 @@ def config(settings):
 
 def main(argv, env):
     """Checks, prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args(argv)
     ours = [field.name.upper() for field in fields(train_gpt.Config) if env.get(field.name.upper())]
     try:
@@ -129,9 +184,13 @@ def main(argv, env):
             cfg = config(env)
             checks = {cfg.preset: lambda: check_budget(cfg) + check_model(cfg)}
         else:
-            whole, small = (config(env | {"PRESET": name}) for name in (DEFAULT, f"{DEFAULT}_smoke"))
-            checks = {whole.preset: lambda: check_budget(whole),
-                      small.preset: lambda: check_budget(small) + check_model(small)}
+            whole, small = (
+                config(env | {"PRESET": name}) for name in (DEFAULT, f"{DEFAULT}_smoke")
+            )
+            checks = {
+                whole.preset: lambda: check_budget(whole),
+                small.preset: lambda: check_budget(small) + check_model(small),
+            }
         tables = {label: check() for label, check in checks.items()}
     except (ConfigError, DataError) as error:
         print(f"{error.status}: {error}", file=sys.stderr)

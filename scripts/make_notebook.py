@@ -6,6 +6,7 @@
 A notebook has four parts: the question, the data, plots, the answer; the last is for you to write, and stays. It reads
 nothing but experiments/.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -40,19 +41,37 @@ PLOTS = """for name, figure in plot_ablation.figures(stage.name).items():
 
 def new(stage) -> nbformat.NotebookNode:
     """The notebook of a stage, not yet run, its answer not yet written."""
-    cells = [f"# {stage.name}\n\n{stage.question}", (OPENING, f"stage = load_stage({stage.name!r})"),
-             "## Data", (DATA,), "The gate compares at the same step, and takes the noise of seeds into account:",
-             (VERDICT,), "## Plots", (PLOTS,), "## Answer\n\nNot yet written."]
+    cells = [
+        f"# {stage.name}\n\n{stage.question}",
+        (OPENING, f"stage = load_stage({stage.name!r})"),
+        "## Data",
+        (DATA,),
+        "The gate compares at the same step, and takes the noise of seeds into account:",
+        (VERDICT,),
+        "## Plots",
+        (PLOTS,),
+        "## Answer\n\nNot yet written.",
+    ]
     return new_notebook(
-        cells=[new_markdown_cell(cell) if isinstance(cell, str) else new_code_cell("\n".join(cell)) for cell in cells],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+        cells=[
+            new_markdown_cell(cell) if isinstance(cell, str) else new_code_cell("\n".join(cell))
+            for cell in cells
+        ],
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        },
+    )
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
     """The notebook with the output of all its cells, run where it lies. Raises CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}},
-                   extra_arguments=["--log-level=40"]).execute()  # errors only
+    NotebookClient(
+        notebook,
+        timeout=300,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--log-level=40"],
+    ).execute()  # errors only
     for number, cell in enumerate(notebook.cells):  # nothing that differs from run to run
         cell["id"] = f"cell{number}"
         cell.metadata.pop("execution", None)
@@ -70,7 +89,9 @@ def main(argv=None) -> int:
             if not (path := FOLDER / f"{name}.ipynb").exists():
                 write_whole(path, nbformat.writes(new(load_stage(name))) + "\n")
                 made.add(path)
-        for path in [FOLDER / f"{name}.ipynb" for name in args.stage] or sorted(FOLDER.glob("*.ipynb")):
+        for path in [FOLDER / f"{name}.ipynb" for name in args.stage] or sorted(
+            FOLDER.glob("*.ipynb")
+        ):
             write_whole(path, nbformat.writes(execute(path)) + "\n")
             print(path)
     except ValueError as error:

@@ -8,6 +8,7 @@ trainer source and one dataset, one a seed; what did not finish is counted in a 
 (two-sided) of the difference are those of Welch's t-test, which takes no equal variances for granted; p is not
 corrected for the number of variants.
 """
+
 import argparse
 import re
 import sys
@@ -19,12 +20,26 @@ from scipy import stats
 from split_results import RESULTS, comparable, read_results, write
 from stages import Stage, load_stage, stage_names
 
-NAMES = {"attngate": "attn_gate", "gateact": "gate_act", "gatepos": "gate_pos", "lr": "learning_rate"}  # as published
+NAMES = {
+    "attngate": "attn_gate",
+    "gateact": "gate_act",
+    "gatepos": "gate_pos",
+    "lr": "learning_rate",
+}  # as published
 MEANS = ("bits_per_byte", "train_time", "tokens_per_sec", "moe_entropy", "moe_max_vio")
 TEST = ("difference", "low", "high", "p")
 SIZES = ("params_total", "params_active")
-FORMATS = {"final_loss": ".4f", "sd": ".4f", "difference": "+.4f", "p": ".3f", "tokens_per_sec": ",.0f",
-           "moe_entropy": ".3f", "moe_max_vio": ".2f", "params_total": ",.0f", "params_active": ",.0f"}
+FORMATS = {
+    "final_loss": ".4f",
+    "sd": ".4f",
+    "difference": "+.4f",
+    "p": ".3f",
+    "tokens_per_sec": ",.0f",
+    "moe_entropy": ".3f",
+    "moe_max_vio": ".2f",
+    "params_total": ",.0f",
+    "params_active": ",.0f",
+}
 README = Path("README.md")
 BLOCK = re.compile(r"(<!-- table (\w+): .*?-->\n).*?(<!-- /table -->)", re.S)
 
@@ -32,7 +47,9 @@ BLOCK = re.compile(r"(<!-- table (\w+): .*?-->\n).*?(<!-- /table -->)", re.S)
 def rows_of(stage_name: str) -> pd.DataFrame:
     """All rows of a stage. Raises ValueError."""
     if not RESULTS.with_name(f"results_{stage_name}.csv").is_file():
-        raise ValueError(f"stage {stage_name} has no results; python scripts/run_stage.py {stage_name} makes them")
+        raise ValueError(
+            f"stage {stage_name} has no results; python scripts/run_stage.py {stage_name} makes them"
+        )
     return read_results(RESULTS.with_name(f"results_{stage_name}.csv"))
 
 
@@ -42,7 +59,9 @@ def welch(losses: pd.Series, reference: pd.Series) -> dict[str, float]:
         return {"difference": losses.mean() - reference.mean()}
     test = stats.ttest_ind(losses, reference, equal_var=False)
     interval = test.confidence_interval(0.95)
-    return dict(zip(TEST, (losses.mean() - reference.mean(), interval.low, interval.high, test.pvalue)))
+    return dict(
+        zip(TEST, (losses.mean() - reference.mean(), interval.low, interval.high, test.pvalue))
+    )
 
 
 def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) -> dict:
@@ -51,7 +70,9 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
     all_of_it = rows[rows.variant == variant]
     described = (own if len(own) else all_of_it).tail(1)
     line = {"variant": variant}
-    line |= {NAMES.get(axis, axis): value for axis in stage.axes for value in described.get(axis, [])}
+    line |= {
+        NAMES.get(axis, axis): value for axis in stage.axes for value in described.get(axis, [])
+    }
     line |= {"seeds": len(own), "final_loss": own.final_loss.mean(), "sd": own.final_loss.std()}
     line |= dict.fromkeys(TEST)
     line |= welch(own.final_loss, reference.final_loss) if variant != stage.reference else {}
@@ -86,13 +107,21 @@ def markdown(stage: Stage, lines: pd.DataFrame, runs: pd.DataFrame) -> str:
     """The table in Markdown, with what was compared, on what device, below it."""
     shown = lines.drop(columns=[name for name in ("low", "high", "bits_per_byte") if name in lines])
     if "low" in lines:
-        interval = [f"{low:+.4f} to {high:+.4f}" * (low == low) for low, high in zip(lines.low, lines.high)]
+        interval = [
+            f"{low:+.4f} to {high:+.4f}" * (low == low) for low, high in zip(lines.low, lines.high)
+        ]
         shown.insert(shown.columns.get_loc("difference") + 1, "95 % interval", interval)
-    text = [[cell(name, value) for name, value in line.items()] for line in shown.to_dict("records")]
+    text = [
+        [cell(name, value) for name, value in line.items()] for line in shown.to_dict("records")
+    ]
     if "difference" in shown:
-        text[list(lines.variant).index(stage.reference)][shown.columns.get_loc("difference")] = "reference"
+        text[list(lines.variant).index(stage.reference)][shown.columns.get_loc("difference")] = (
+            "reference"
+        )
     text = ["| " + " | ".join(line) + " |" for line in [list(shown.columns), *text]]
-    where = " / ".join(sorted({f"{run.device_name}, torch {run.torch}" for run in runs.itertuples()}))
+    where = " / ".join(
+        sorted({f"{run.device_name}, torch {run.torch}" for run in runs.itertuples()})
+    )
     note = f"Measured on {where or 'nothing yet'}; difference, interval and p by Welch's test, over seeds."
     if lines.seeds.nunique() > 1:
         note += " Where numbers of seeds differ, some were added because of the losses: p does not know of that."
@@ -112,9 +141,15 @@ def write_tables(stage_name: str) -> str:
 def with_tables(readme: str) -> str:
     """The text of a README with the tables in it as experiments/tables has them. Raises ValueError."""
     folder = RESULTS.with_name("tables")
-    if missing := [name for _, name, _ in BLOCK.findall(readme) if not (folder / f"{name}.md").is_file()]:
-        raise ValueError(f"{README} has a table of {missing[0]}, which is not in {folder}; run that stage")
-    return BLOCK.sub(lambda found: found[1] + (folder / f"{found[2]}.md").read_text() + found[3], readme)
+    if missing := [
+        name for _, name, _ in BLOCK.findall(readme) if not (folder / f"{name}.md").is_file()
+    ]:
+        raise ValueError(
+            f"{README} has a table of {missing[0]}, which is not in {folder}; run that stage"
+        )
+    return BLOCK.sub(
+        lambda found: found[1] + (folder / f"{found[2]}.md").read_text() + found[3], readme
+    )
 
 
 def main(argv=None) -> int:
@@ -123,7 +158,9 @@ def main(argv=None) -> int:
     parser.add_argument("stage", nargs="*", help="only these")
     args = parser.parse_args(argv)
     try:
-        there = [name for name in stage_names() if RESULTS.with_name(f"results_{name}.csv").is_file()]
+        there = [
+            name for name in stage_names() if RESULTS.with_name(f"results_{name}.csv").is_file()
+        ]
         for name in args.stage or there:
             print(f"{name}\n{write_tables(name)}")
         if README.is_file():

@@ -5,6 +5,7 @@
 
 Dots and lines are means over seeds, bars and bands their 95 % t-intervals, small dots the seeds.
 """
+
 import argparse
 import sys
 import textwrap
@@ -19,18 +20,31 @@ from plot_runs import GREY, SPEED, dress, frame, name_of, save, styles
 from split_results import RESULTS, comparable, read_curves, read_results
 from stages import load_stage
 
-SHAPE, RATE = {"batch_size", "sequence_length"}, "muon_lr"  # stages with these axes ask what should fill the memory
-FILLS = {"large batch": "#C1272D", "long sequence": "#2AB7A9", "balanced": "#1F4FD8"}  # red, teal, blue, as the source
+SHAPE, RATE = (
+    {"batch_size", "sequence_length"},
+    "muon_lr",
+)  # stages with these axes ask what should fill the memory
+FILLS = {
+    "large batch": "#C1272D",
+    "long sequence": "#2AB7A9",
+    "balanced": "#1F4FD8",
+}  # red, teal, blue, as the source
 
 
 def load(stage_name):
     """(Stage, its comparable runs by the order of its variants, their curves). Raises ValueError where it has none."""
     stage, path = load_stage(stage_name), RESULTS.with_name(f"results_{stage_name}.csv")
-    rows = comparable(read_results(path), stage) if path.is_file() else pd.DataFrame({"variant": []})
+    rows = (
+        comparable(read_results(path), stage) if path.is_file() else pd.DataFrame({"variant": []})
+    )
     order = {label: i for i, label in enumerate(stage.variants)}
-    rows = rows[rows["variant"].isin(order)].sort_values("variant", key=lambda labels: labels.map(order), kind="stable")
+    rows = rows[rows["variant"].isin(order)].sort_values(
+        "variant", key=lambda labels: labels.map(order), kind="stable"
+    )
     if rows.empty:
-        raise ValueError(f"{path} has no finished run; python scripts/run_stage.py {stage_name} makes them")
+        raise ValueError(
+            f"{path} has no finished run; python scripts/run_stage.py {stage_name} makes them"
+        )
     curves = read_curves(stage_name)
     return stage, rows, curves[curves["run_id"].isin(rows["run_id"])]
 
@@ -51,7 +65,15 @@ def draw_dots(ax, groups, looks, y, reference=None):
     for i, (label, rows) in enumerate(groups.items()):
         mean, half = interval(rows[y])
         color = looks[label]["color"]
-        ax.plot(rows[y], [i + 0.25] * len(rows), "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
+        ax.plot(
+            rows[y],
+            [i + 0.25] * len(rows),
+            "o",
+            color=color,
+            alpha=0.4,
+            markersize=4,
+            markeredgewidth=0,
+        )
         ax.errorbar(mean, i, xerr=half, fmt="o", color=color, capsize=4, markersize=7)
         if label == reference:
             ax.axvline(mean, color=GREY, linewidth=0.8, linestyle="--")
@@ -64,9 +86,19 @@ def draw_over(ax, groups, looks, x, y):
     """For each of {label: rows} a line over the numeric setting x: means, intervals and seeds of column y."""
     for i, (label, rows) in enumerate(groups.items()):
         means, halves = interval(rows.groupby(x)[y])
-        beside = ax.transData + ScaledTranslation((8 + 6 * i) / 72, 0, ax.figure.dpi_scale_trans)  # the bars
-        ax.plot(rows[x], rows[y], "o", color=looks[label]["color"], alpha=0.4, markersize=4, markeredgewidth=0,
-                transform=beside)
+        beside = ax.transData + ScaledTranslation(
+            (8 + 6 * i) / 72, 0, ax.figure.dpi_scale_trans
+        )  # the bars
+        ax.plot(
+            rows[x],
+            rows[y],
+            "o",
+            color=looks[label]["color"],
+            alpha=0.4,
+            markersize=4,
+            markeredgewidth=0,
+            transform=beside,
+        )
         ax.errorbar(means.index, means, yerr=halves, capsize=4, marker="o", **looks[label])
     values = sorted({value for rows in groups.values() for value in rows[x]})
     if 0 < 3 * values[0] < values[-1]:
@@ -82,8 +114,15 @@ def draw_curves(ax, groups, looks, points, y, title):
     for label, rows in groups.items():
         own = points[points["run_id"].isin(rows["run_id"])].dropna(subset=y)
         means, halves = interval(own.groupby("tokens")[y])
-        line, = ax.plot(means.index, means, **looks[label])
-        ax.fill_between(means.index, means - halves, means + halves, color=line.get_color(), alpha=0.15, linewidth=0)
+        (line,) = ax.plot(means.index, means, **looks[label])
+        ax.fill_between(
+            means.index,
+            means - halves,
+            means + halves,
+            color=line.get_color(),
+            alpha=0.15,
+            linewidth=0,
+        )
     dress(ax, "tokens", y, title, log=True)
 
 
@@ -99,42 +138,72 @@ def caption(stage, rows):
     seeds = rows.groupby("variant", sort=False).size()
     each = ", ".join(f"{n} {label}" for label, n in seeds.items())
     missing = ", ".join(label for label in stage.variants if label not in seeds)
-    return (f"Measured on {' / '.join(sorted(rows['device_name'].unique()))}. "
-            f"Seeds: n = {each if seeds.nunique() > 1 else f'{seeds.iloc[0]} a variant'}. "
-            "Dots and lines: means; bars and bands: 95 % t-intervals; small dots: seeds."
-            + f" No finished run of {missing}." * bool(missing))
+    return (
+        f"Measured on {' / '.join(sorted(rows['device_name'].unique()))}. "
+        f"Seeds: n = {each if seeds.nunique() > 1 else f'{seeds.iloc[0]} a variant'}. "
+        "Dots and lines: means; bars and bands: 95 % t-intervals; small dots: seeds."
+        + f" No finished run of {missing}."
+        * bool(missing)
+    )
 
 
 def variants_figure(stage, rows, curves):
     """Final loss and train time of every variant, in the order of the stage file, and their validation curves."""
     groups = grouped(rows, "variant")
-    looks = styles([stage.reference, *(label for label in stage.variants if label != stage.reference)])
+    looks = styles(
+        [stage.reference, *(label for label in stage.variants if label != stage.reference)]
+    )
     fig = Figure(figsize=(10, 5.5 + 0.35 * len(groups)), layout="constrained")
-    axes = [part.subplots(1, 2) for part in fig.subfigures(2)]  # apart, for the labels of the upper ones are wide
+    axes = [
+        part.subplots(1, 2) for part in fig.subfigures(2)
+    ]  # apart, for the labels of the upper ones are wide
     for ax, y in zip(axes[0], ("final_loss", "train_time")):
         draw_dots(ax, groups, looks, y, stage.reference)
     draw_halves(axes[1], groups, looks, curves)
-    frame(fig, f"{stage.name}: {stage.question}", f"{caption(stage, rows)} Dashed: the mean of {stage.reference}.",
-          {label: looks[label] for label in groups})
+    frame(
+        fig,
+        f"{stage.name}: {stage.question}",
+        f"{caption(stage, rows)} Dashed: the mean of {stage.reference}.",
+        {label: looks[label] for label in groups},
+    )
     return fig
 
 
 def grid_figure(stage, rows, curves, number):
     """Final loss and train time over the numeric axis, a line for each value of the other; curves at its best value."""
-    other, = {*stage.axes} - {number}
-    groups = grouped(rows.assign(group=[f"{other.upper()}={value}" for value in rows[other]]), "group")
+    (other,) = {*stage.axes} - {number}
+    groups = grouped(
+        rows.assign(group=[f"{other.upper()}={value}" for value in rows[other]]), "group"
+    )
     looks = styles(groups)
     fig = Figure(figsize=(10, 7.2), layout="constrained")
     axes = fig.subplots(2, 2)
     for ax, y in zip(axes[0], ("final_loss", "train_time")):
         draw_over(ax, groups, looks, number, y)
-        ax.axhline(rows.loc[rows["variant"] == stage.reference, y].mean(), color=GREY, linewidth=0.8, linestyle="--")
-    best = {value: cells.groupby(number)["final_loss"].mean().idxmin() for value, cells in groups.items()}
-    draw_halves(axes[1], {value: cells[cells[number] == best[value]] for value, cells in groups.items()}, looks, curves)
+        ax.axhline(
+            rows.loc[rows["variant"] == stage.reference, y].mean(),
+            color=GREY,
+            linewidth=0.8,
+            linestyle="--",
+        )
+    best = {
+        value: cells.groupby(number)["final_loss"].mean().idxmin()
+        for value, cells in groups.items()
+    }
+    draw_halves(
+        axes[1],
+        {value: cells[cells[number] == best[value]] for value, cells in groups.items()},
+        looks,
+        curves,
+    )
     shown = ", ".join(f"{value} at {least:g}" for value, least in best.items())
-    frame(fig, f"{stage.name}: {stage.question}",
-          f"{caption(stage, rows)} Dashed: the mean of {stage.reference}. Curves: each at the {name_of(number)} of its "
-          f"least mean loss ({shown}).", looks)
+    frame(
+        fig,
+        f"{stage.name}: {stage.question}",
+        f"{caption(stage, rows)} Dashed: the mean of {stage.reference}. Curves: each at the {name_of(number)} of its "
+        f"least mean loss ({shown}).",
+        looks,
+    )
     return fig
 
 
@@ -143,7 +212,9 @@ def fill_figures(stage, rows, curves):
     rows = rows.assign(fill=[label.partition(f" {RATE.upper()}=")[0] for label in rows["variant"]])
     looks = styles(rows["fill"].unique())
     for fill in looks:
-        looks[fill]["color"] = next((FILLS[name] for name in FILLS if fill.startswith(name)), looks[fill]["color"])
+        looks[fill]["color"] = next(
+            (FILLS[name] for name in FILLS if fill.startswith(name)), looks[fill]["color"]
+        )
     whole = Figure(figsize=(10, 4.8), layout="constrained")
     for ax, y in zip(whole.subplots(1, 2), ("final_loss", SPEED)):
         draw_over(ax, grouped(rows, "fill"), looks, RATE, y)
@@ -151,14 +222,21 @@ def fill_figures(stage, rows, curves):
     for rate, cells in rows.groupby(RATE):
         fig = Figure(figsize=(10, 5.4), layout="constrained")
         axes = fig.subplot_mosaic([["curve", "final_loss"], ["curve", SPEED]], width_ratios=[3, 2])
-        draw_curves(axes["curve"], grouped(cells, "fill"), looks, curves, "train_loss", "training loss")
+        draw_curves(
+            axes["curve"], grouped(cells, "fill"), looks, curves, "train_loss", "training loss"
+        )
         for y in ("final_loss", SPEED):
             draw_dots(axes[y], grouped(cells, "fill"), looks, y)
         name = f"{stage.name}_lr{f'{rate:g}'.replace('.', '')}"
         made[name] = fig, f"{stage.name} at {name_of(RATE)} {rate:g}: {stage.question}"
     for fig, title in made.values():
-        frame(fig, title, f"{caption(stage, rows)} Losses at different sequence lengths are not the same measurement: "
-              "with a longer one the model sees more.", looks)
+        frame(
+            fig,
+            title,
+            f"{caption(stage, rows)} Losses at different sequence lengths are not the same measurement: "
+            "with a longer one the model sees more.",
+            looks,
+        )
     return {name: fig for name, (fig, _) in made.items()}
 
 
@@ -170,8 +248,11 @@ def figures(stage_name):
     stage, rows, curves = load(stage_name)
     if SHAPE | {RATE} <= {*stage.axes}:
         return fill_figures(stage, rows, curves)
-    numbers = [axis for axis in stage.axes  # three values or more: two make no line, and a switch has no more
-               if axis in rows and pd.api.types.is_numeric_dtype(rows[axis]) and rows[axis].nunique() > 2]
+    numbers = [
+        axis
+        for axis in stage.axes  # three values or more: two make no line, and a switch has no more
+        if axis in rows and pd.api.types.is_numeric_dtype(rows[axis]) and rows[axis].nunique() > 2
+    ]
     if len(stage.axes) == 2 and len(numbers) == 1:
         return {stage_name: grid_figure(stage, rows, curves, *numbers)}
     return {stage_name: variants_figure(stage, rows, curves)}
@@ -184,7 +265,10 @@ def figure(stage_name):
 
 def write_figures(stage_name):
     """Writes experiments/figures/<name>.png for each figure; returns the paths. Raises ValueError."""
-    made = {RESULTS.with_name("figures") / f"{name}.png": fig for name, fig in figures(stage_name).items()}
+    made = {
+        RESULTS.with_name("figures") / f"{name}.png": fig
+        for name, fig in figures(stage_name).items()
+    }
     for path, fig in made.items():
         save(fig, path)
     return list(made)

@@ -5,6 +5,7 @@
 writes sympy_val_000000.bin, sympy_train_000001.bin, ..., tokenizer.json and index.json (recipe, SHA-256 of shards) to
 data/sympy. The same input gives the same bytes on every machine. All text is held in memory.
 """
+
 import argparse
 import glob
 import hashlib
@@ -28,7 +29,9 @@ SYMPY_VERSION = "1.14.0"  # the version with published losses
 MAX_VOCAB = 1 << 16  # shards store uint16
 PIECE_CHARS = 1 << 20
 FILE_SPLIT = "contiguous: the first floor((1 - val_fraction) * n) of the n bytes (chars, gpt2: characters) are train"
-CORPUS_SPLIT = "by file: val if the first 8 bytes (big-endian) of SHA-256(relative path) / 2^64 < val_fraction"
+CORPUS_SPLIT = (
+    "by file: val if the first 8 bytes (big-endian) of SHA-256(relative path) / 2^64 < val_fraction"
+)
 
 
 def find_package(source: str) -> tuple[dict[str, Path], str | None]:
@@ -37,16 +40,25 @@ def find_package(source: str) -> tuple[dict[str, Path], str | None]:
     # find_spec would import the parent of a dotted name, and fails for __main__
     spec = util.find_spec(name) if name.isidentifier() and name != "__main__" else None
     roots = (spec and spec.submodule_search_locations) or []
-    files = {path.relative_to(root).as_posix(): path for root in roots for path in Path(root).rglob("*.py")
-             if "tests" not in path.relative_to(root).parts}
+    files = {
+        path.relative_to(root).as_posix(): path
+        for root in roots
+        for path in Path(root).rglob("*.py")
+        if "tests" not in path.relative_to(root).parts
+    }
     if not files:
-        raise DataError(f"--source {source}: expected an installed top-level package with *.py files, "
-                        f"found {'no such files' if spec else 'no package'}: install it, or name another source")
+        raise DataError(
+            f"--source {source}: expected an installed top-level package with *.py files, "
+            f"found {'no such files' if spec else 'no package'}: install it, or name another source"
+        )
     distributions = metadata.packages_distributions().get(name)
     version = metadata.version(distributions[0]) if distributions else None
     if name == "sympy" and version != SYMPY_VERSION:
-        print(f"warning: sympy {version} is installed, not {SYMPY_VERSION}: losses on this data cannot be compared "
-              f"with those of others; run pip install sympy=={SYMPY_VERSION}", file=sys.stderr)
+        print(
+            f"warning: sympy {version} is installed, not {SYMPY_VERSION}: losses on this data cannot be compared "
+            f"with those of others; run pip install sympy=={SYMPY_VERSION}",
+            file=sys.stderr,
+        )
     return files, version
 
 
@@ -60,8 +72,10 @@ def find_files(source: str) -> dict[str, Path]:
     names = glob.glob("/".join(parts[fixed:]), root_dir=root, recursive=True)
     files = {Path(name).as_posix(): root / name for name in names if (root / name).is_file()}
     if not files:
-        raise DataError(f"--source {source}: expected package:NAME, a file, or a quoted glob like 'texts/**/*.txt', "
-                        f"found {'a folder' if Path(source).is_dir() else 'no such file'}: correct the path")
+        raise DataError(
+            f"--source {source}: expected package:NAME, a file, or a quoted glob like 'texts/**/*.txt', "
+            f"found {'a folder' if Path(source).is_dir() else 'no such file'}: correct the path"
+        )
     return files
 
 
@@ -70,23 +84,31 @@ def decode(raw: bytes, path: Path) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found an invalid byte at offset {error.start}: "
-                        "convert the file, or use --tokenizer bytes") from None
+        raise DataError(
+            f"{path}: expected UTF-8 text, found an invalid byte at offset {error.start}: "
+            "convert the file, or use --tokenizer bytes"
+        ) from None
 
 
-def split_texts(texts: dict[str, bytes | str], is_corpus: bool, val_fraction: float) -> dict[str, list[bytes | str]]:
+def split_texts(
+    texts: dict[str, bytes | str], is_corpus: bool, val_fraction: float
+) -> dict[str, list[bytes | str]]:
     """Texts per split: those of a corpus by the hash of their names, one file by a cut. Raises DataError."""
     if not is_corpus:
         [text] = texts.values()
-        cut = int(len(text) * (1 - Fraction(str(val_fraction))))  # exact: in floats 1 - 0.9 is less than 0.1
+        cut = int(
+            len(text) * (1 - Fraction(str(val_fraction)))
+        )  # exact: in floats 1 - 0.9 is less than 0.1
         return {"val": [text[cut:]], "train": [text[:cut]]}
     splits = {"val": [], "train": []}
     for name, text in texts.items():
         value = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
         splits["val" if value / 2**64 < val_fraction else "train"].append(text)
     if not all(splits.values()):
-        raise DataError(f"--val-fraction {val_fraction}: expected files in train and in val, found all {len(texts)} in "
-                        f"{'val' if splits['val'] else 'train'}: give more files, another fraction, or just one FILE")
+        raise DataError(
+            f"--val-fraction {val_fraction}: expected files in train and in val, found all {len(texts)} in "
+            f"{'val' if splits['val'] else 'train'}: give more files, another fraction, or just one FILE"
+        )
     return splits
 
 
@@ -101,27 +123,44 @@ def pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def make_tokenizer(kind: str, texts: Iterable[bytes | str], is_corpus: bool) -> tuple[dict, Callable]:
+def make_tokenizer(
+    kind: str, texts: Iterable[bytes | str], is_corpus: bool
+) -> tuple[dict, Callable]:
     """Contents of tokenizer.json, and the function from a text to its tokens, (n,) integers. Raises DataError."""
     if kind == "bytes":
-        return {"kind": kind, "vocab_size": 257, "eot_id": 256}, lambda raw: np.frombuffer(raw, np.uint8)
+        return {"kind": kind, "vocab_size": 257, "eot_id": 256}, lambda raw: np.frombuffer(
+            raw, np.uint8
+        )
     if kind == "gpt2":
         try:
             import tiktoken
+
             encode = tiktoken.get_encoding(kind).encode_ordinary
         except (ImportError, OSError, ValueError) as error:
-            raise DataError(f"--tokenizer gpt2: tiktoken could not get its vocabulary ({type(error).__name__}): run "
-                            "once online with TIKTOKEN_CACHE_DIR=FOLDER set, or use --tokenizer bytes") from None
-        return ({"kind": kind, "vocab_size": 50257, "eot_id": 50256},
-                lambda text: np.fromiter(chain.from_iterable(map(encode, pieces(text))), np.uint16))
+            raise DataError(
+                f"--tokenizer gpt2: tiktoken could not get its vocabulary ({type(error).__name__}): run "
+                "once online with TIKTOKEN_CACHE_DIR=FOLDER set, or use --tokenizer bytes"
+            ) from None
+        return (
+            {"kind": kind, "vocab_size": 50257, "eot_id": 50256},
+            lambda text: np.fromiter(chain.from_iterable(map(encode, pieces(text))), np.uint16),
+        )
     chars = sorted(set().union(*texts))
     if len(chars) + is_corpus > MAX_VOCAB:
-        raise DataError(f"--tokenizer chars: expected a vocabulary of at most {MAX_VOCAB}, found "
-                        f"{len(chars) + is_corpus}: use --tokenizer bytes")
+        raise DataError(
+            f"--tokenizer chars: expected a vocabulary of at most {MAX_VOCAB}, found "
+            f"{len(chars) + is_corpus}: use --tokenizer bytes"
+        )
     ids = np.zeros(ord(chars[-1]) + 1, np.uint16)
     ids[[ord(char) for char in chars]] = np.arange(len(chars))
-    about = {"kind": kind, "vocab_size": len(chars) + is_corpus, "eot_id": len(chars) if is_corpus else None}
-    return about | {"chars": chars}, lambda text: ids[np.frombuffer(text.encode("utf-32-le"), "<u4")]
+    about = {
+        "kind": kind,
+        "vocab_size": len(chars) + is_corpus,
+        "eot_id": len(chars) if is_corpus else None,
+    }
+    return about | {"chars": chars}, lambda text: ids[
+        np.frombuffer(text.encode("utf-32-le"), "<u4")
+    ]
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
@@ -140,7 +179,9 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write tokens, (n,) integers below 65536 with n >= 1, as one shard, atomically. Raises DataError."""
     if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= MAX_VOCAB:
-        raise DataError(f"{path}: expected tokens (n,) in 0..{MAX_VOCAB - 1}, found {tokens.dtype} {tokens.shape}")
+        raise DataError(
+            f"{path}: expected tokens (n,) in 0..{MAX_VOCAB - 1}, found {tokens.dtype} {tokens.shape}"
+        )
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     write_file(Path(path), header.data, np.ascontiguousarray(tokens, "<u2").data)
@@ -160,65 +201,101 @@ def find_index(out: Path, recipe: dict) -> dict | None:
         index = {}
     same = recipe.items() <= index.items()
     if not same and (index or old_shards(out)):
-        raise DataError(f"--out {out}: expected no data or that of this recipe, found another "
-                        f"{', '.join(key for key in recipe if recipe[key] != index.get(key))}: "
-                        "give another folder, or --force to replace its data")
+        raise DataError(
+            f"--out {out}: expected no data or that of this recipe, found another "
+            f"{', '.join(key for key in recipe if recipe[key] != index.get(key))}: "
+            "give another folder, or --force to replace its data"
+        )
     try:
-        whole = same and all(shard_tokens(out / shard["name"]) == shard["tokens"] for shard in index["shards"])
+        whole = same and all(
+            shard_tokens(out / shard["name"]) == shard["tokens"] for shard in index["shards"]
+        )
     except DataError:
         whole = False
     return index if whole and (out / "tokenizer.json").is_file() else None
 
 
-def write_dataset(out: Path, tokens: dict[str, np.ndarray], per_shard: int, about: dict, index: dict) -> dict:
+def write_dataset(
+    out: Path, tokens: dict[str, np.ndarray], per_shard: int, about: dict, index: dict
+) -> dict:
     """Replace the data of out by shards of tokens["val"] and tokens["train"], (n,) each; returns the whole index."""
     out.mkdir(parents=True, exist_ok=True)
     shards = []
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as staging:  # old data stays until the new is whole
+    with tempfile.TemporaryDirectory(
+        prefix=".partial-", dir=out
+    ) as staging:  # old data stays until the new is whole
         for split in ("val", "train"):
             for start in range(0, len(tokens[split]), per_shard):
                 path = Path(staging, f"{out.absolute().name}_{split}_{len(shards):06d}.bin")
-                write_shard(path, tokens[split][start:start + per_shard])
-                shards.append({"name": path.name, "split": split, "tokens": shard_tokens(path),
-                               "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+                write_shard(path, tokens[split][start : start + per_shard])
+                shards.append(
+                    {
+                        "name": path.name,
+                        "split": split,
+                        "tokens": shard_tokens(path),
+                        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                    }
+                )
         write_file(Path(staging, "tokenizer.json"), json.dumps(about, indent=2).encode(), b"\n")
         for path in [out / "index.json", out / "tokenizer.json", *old_shards(out)]:
             path.unlink(missing_ok=True)
         for path in sorted(Path(staging).iterdir()):
             os.replace(path, out / path.name)
     index = index | {"shards": shards}
-    write_file(out / "index.json", json.dumps(index, indent=2).encode(), b"\n")  # last: with it, all is there
+    write_file(
+        out / "index.json", json.dumps(index, indent=2).encode(), b"\n"
+    )  # last: with it, all is there
     return index
 
 
 def prepare(args: argparse.Namespace) -> dict:
     """Write the data that args ask for unless it is there, and return its index. Raises DataError."""
     is_package, is_corpus = args.source.startswith("package:"), not Path(args.source).is_file()
-    files, version = find_package(args.source) if is_package and is_corpus else (find_files(args.source), None)
+    files, version = (
+        find_package(args.source) if is_package and is_corpus else (find_files(args.source), None)
+    )
     raws = {name: path.read_bytes() for name, path in sorted(files.items())}
     listing = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in raws.items())
-    recipe = {"source": args.source, "source_version": version,
-              "source_sha256": hashlib.sha256(listing.encode()).hexdigest(), "tokenizer": args.tokenizer,
-              "split": CORPUS_SPLIT if is_corpus else FILE_SPLIT, "val_fraction": args.val_fraction,
-              "shard_tokens": args.shard_tokens}
+    recipe = {
+        "source": args.source,
+        "source_version": version,
+        "source_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+        "tokenizer": args.tokenizer,
+        "split": CORPUS_SPLIT if is_corpus else FILE_SPLIT,
+        "val_fraction": args.val_fraction,
+        "shard_tokens": args.shard_tokens,
+    }
     if not args.force and (index := find_index(args.out, recipe)):
         print(f"already there: {args.out}")
         return index
     if not any(raws.values()):
-        raise DataError(f"--source {args.source}: expected text, found {len(raws)} file(s) without any: name another")
-    texts = raws if args.tokenizer == "bytes" else {name: decode(raw, files[name]) for name, raw in raws.items()}
+        raise DataError(
+            f"--source {args.source}: expected text, found {len(raws)} file(s) without any: name another"
+        )
+    texts = (
+        raws
+        if args.tokenizer == "bytes"
+        else {name: decode(raw, files[name]) for name, raw in raws.items()}
+    )
     splits = split_texts(texts, is_corpus, args.val_fraction)
     about, encode = make_tokenizer(args.tokenizer, texts.values(), is_corpus)
     eot = [np.array([about["eot_id"]], np.uint16)] if is_corpus else []
-    tokens = {split: np.concatenate([part for text in splits[split] for part in (*eot, encode(text))])
-              for split in splits}
+    tokens = {
+        split: np.concatenate([part for text in splits[split] for part in (*eot, encode(text))])
+        for split in splits
+    }
     for split, ids in tokens.items():
         if len(ids) < 2:  # one input and its target
-            raise DataError(f"--source {args.source}: expected at least 2 tokens in {split}, found {len(ids)}: "
-                            f"give more text, or change --val-fraction {args.val_fraction}")
-    index = recipe | {"vocab_size": about["vocab_size"], "eot_id": about["eot_id"],
-                      "documents": {split: len(splits[split]) for split in ("train", "val")},
-                      "bytes_per_token": sum(map(len, raws.values())) / sum(map(len, tokens.values()))}
+            raise DataError(
+                f"--source {args.source}: expected at least 2 tokens in {split}, found {len(ids)}: "
+                f"give more text, or change --val-fraction {args.val_fraction}"
+            )
+    index = recipe | {
+        "vocab_size": about["vocab_size"],
+        "eot_id": about["eot_id"],
+        "documents": {split: len(splits[split]) for split in ("train", "val")},
+        "bytes_per_token": sum(map(len, raws.values())) / sum(map(len, tokens.values())),
+    }
     return write_dataset(args.out, tokens, args.shard_tokens, about, index)
 
 
@@ -226,16 +303,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; exits with code 2 and one sentence if it cannot be run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--source", required=True, help="package:NAME, a file, or a quoted glob")
-    parser.add_argument("--out", required=True, type=Path, help="folder, which also names the shards")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder, which also names the shards"
+    )
     parser.add_argument("--tokenizer", choices=("bytes", "chars", "gpt2"), default="bytes")
-    parser.add_argument("--val-fraction", type=float, default=0.1, help="part of the files, or of the one file's end")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="most tokens of one shard")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        help="part of the files, or of the one file's end",
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, default=100_000_000, help="most tokens of one shard"
+    )
     parser.add_argument("--force", action="store_true", help="replace whatever data --out holds")
     args = parser.parse_args(argv)
     if not 0 < args.val_fraction < 1:
-        parser.error(f"argument --val-fraction: expected 0 < number < 1, such as 0.1, found {args.val_fraction}")
+        parser.error(
+            f"argument --val-fraction: expected 0 < number < 1, such as 0.1, found {args.val_fraction}"
+        )
     if not 2 <= args.shard_tokens < 2**31:
-        parser.error(f"argument --shard-tokens: expected 2 to {2**31 - 1}, found {args.shard_tokens}")
+        parser.error(
+            f"argument --shard-tokens: expected 2 to {2**31 - 1}, found {args.shard_tokens}"
+        )
     return args
 
 
@@ -252,8 +342,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{split}: {tokens:,} tokens of {count:,} document(s)")
     print(f"vocabulary: {index['vocab_size']:,}   bytes per token: {index['bytes_per_token']:.4f}")
     stem = args.out / index["shards"][0]["name"].rsplit("_", 2)[0]
-    print(f"next: PRESET=quickstart INPUT_BIN='{stem}_train_*.bin' INPUT_VAL_BIN='{stem}_val_*.bin' VOCAB_SIZE=0 "
-          "python train_gpt.py")
+    print(
+        f"next: PRESET=quickstart INPUT_BIN='{stem}_train_*.bin' INPUT_VAL_BIN='{stem}_val_*.bin' VOCAB_SIZE=0 "
+        "python train_gpt.py"
+    )
     return 0
 
 

@@ -4,6 +4,7 @@
 
 A row whose summary is gone is kept. New rows come in the order in which their runs started.
 """
+
 import argparse
 import json
 import sys
@@ -16,7 +17,9 @@ from train_gpt import Config
 def main(argv=None) -> int:
     """Merge all summaries and say how many; exit code 0, or 3 with one sentence where there is none."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--log-dir", type=Path, default=Config.log_dir, help="folder of the summaries")
+    parser.add_argument(
+        "--log-dir", type=Path, default=Config.log_dir, help="folder of the summaries"
+    )
     parser.add_argument("--results", default=Config.results_csv, help="the table")
     args, rows = parser.parse_args(argv), []
     files = sorted(Path(args.log_dir).glob("[!.]*.json"))
@@ -24,11 +27,16 @@ def main(argv=None) -> int:
         try:
             row = json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            print(f"rebuild_results.py: {file} is skipped, it holds no JSON: {error}", file=sys.stderr)
+            print(
+                f"rebuild_results.py: {file} is skipped, it holds no JSON: {error}", file=sys.stderr
+            )
             continue
         rows += [row] if isinstance(row, dict) and row.get("run_id") else []
     if not rows:
-        print(f"rebuild_results.py: error: no summary of a run in {args.log_dir}; name its --log-dir", file=sys.stderr)
+        print(
+            f"rebuild_results.py: error: no summary of a run in {args.log_dir}; name its --log-dir",
+            file=sys.stderr,
+        )
         return 3
     update_results(args.results, sorted(rows, key=lambda row: str(row.get("started"))))
     print(f"{args.results}: {len(rows)} runs of {len(files)} files")

@@ -12,6 +12,7 @@ shell exports reach no run; --set NAME=VALUE gives one to all, and --as names th
 after any end, kill -9 too, it goes on: runs that are still live are waited for, those that were cut short go on from
 their last checkpoint.
 """
+
 import argparse
 import contextlib
 import csv
@@ -48,16 +49,29 @@ from stages import FOLDER, RESERVED, load_stage, text_of
 from track import is_live
 from train_gpt import Config
 
-ENDED = ("ok", "diverged")  # results; with --gate also "stopped". Anything else is tried again by the next start
+ENDED = (
+    "ok",
+    "diverged",
+)  # results; with --gate also "stopped". Anything else is tried again by the next start
 SETTINGS = [field.name.upper() for field in fields(Config)]
-OTHERS = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_",  # of a torchrun around this
-          "WANDB_RUN_ID", "WANDB_NAME")  # of one run, not of all
+OTHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "TORCHELASTIC_",  # of a torchrun around this
+    "WANDB_RUN_ID",
+    "WANDB_NAME",
+)  # of one run, not of all
 POLL = 0.5  # seconds
 
 
 @dataclass
 class Run:
     """One run of a stage: what is to be run, and the process that runs it."""
+
     settings: dict[str, str]  # all of them, labels included
     cfg: Config
     plan: dict
@@ -94,15 +108,31 @@ def make_embedded_data(pattern: str):
     """The embedded dataset, where a run wants it and it is not there yet."""
     if os.path.dirname(pattern) == "data/sympy" and not Path("data/sympy/index.json").exists():
         print("making the embedded dataset in data/sympy")
-        subprocess.run([sys.executable, ROOT / "scripts" / "prepare_data.py", "--source", "package:sympy",
-                        "--tokenizer", "bytes", "--out", "data/sympy"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "scripts" / "prepare_data.py",
+                "--source",
+                "package:sympy",
+                "--tokenizer",
+                "bytes",
+                "--out",
+                "data/sympy",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
 
 
 def refuse_unknown(settings: dict):
     """Raises ConfigError for a name that is no setting, which the trainer would only warn of."""
     for name in set(settings) - set(SETTINGS):
-        near = "".join(f"did you mean {close}?" for close in difflib.get_close_matches(name, SETTINGS, 1))
-        raise ConfigError(f"{name} is no setting; {near or 'python train_gpt.py --help lists them'}")
+        near = "".join(
+            f"did you mean {close}?" for close in difflib.get_close_matches(name, SETTINGS, 1)
+        )
+        raise ConfigError(
+            f"{name} is no setting; {near or 'python train_gpt.py --help lists them'}"
+        )
 
 
 @functools.cache
@@ -145,20 +175,34 @@ def make_run(stage, variant: str, seed: int, world_size: int, mode: str) -> Run:
 def plan_runs(stage, seeds: dict[str, tuple], world_size: int, mode: str) -> list[Run]:
     """All runs of a stage: the reference's first, then seed by seed, so that what is there can be compared."""
     order = [(stage.reference, seed) for seed in seeds[stage.reference]]
-    others = [(seeds[variant].index(seed), variant, seed) for variant in seeds for seed in seeds[variant]]
-    order += [run[1:] for run in sorted(others, key=lambda run: run[0]) if run[1] != stage.reference]
+    others = [
+        (seeds[variant].index(seed), variant, seed) for variant in seeds for seed in seeds[variant]
+    ]
+    order += [
+        run[1:] for run in sorted(others, key=lambda run: run[0]) if run[1] != stage.reference
+    ]
     runs, hashes = [make_run(stage, variant, seed, world_size, mode) for variant, seed in order], {}
     for run in runs:
-        if (other := hashes.setdefault(run.cfg.hash(), run.settings["VARIANT"])) != run.settings["VARIANT"]:
-            raise ConfigError(f"variants {other} and {run.settings['VARIANT']} of {stage.name} have the same settings")
+        if (other := hashes.setdefault(run.cfg.hash(), run.settings["VARIANT"])) != run.settings[
+            "VARIANT"
+        ]:
+            raise ConfigError(
+                f"variants {other} and {run.settings['VARIANT']} of {stage.name} have the same settings"
+            )
     return runs
 
 
 def status_of(run: Run, rows: dict) -> str:
     """The status of the run's row; "" where there is none of the same settings, seed, source and data."""
-    same = [row for row in rows.values() if tuple(row.get(name) or "" for name in IDENTITY) == run.identity]
-    return next((status for status in (*ENDED, "stopped") if status in [row["status"] for row in same]),
-                same[-1]["status"] if same else "")
+    same = [
+        row
+        for row in rows.values()
+        if tuple(row.get(name) or "" for name in IDENTITY) == run.identity
+    ]
+    return next(
+        (status for status in (*ENDED, "stopped") if status in [row["status"] for row in same]),
+        same[-1]["status"] if same else "",
+    )
 
 
 def estimate(run: Run, rows: dict, gpu: str) -> tuple[float | None, float | None]:
@@ -167,9 +211,18 @@ def estimate(run: Run, rows: dict, gpu: str) -> tuple[float | None, float | None
     here = device_name(Ranks().device(run.cfg)) if here else ""
     flops, world = run.plan["flops_per_token"] * run.plan["tokens_needed"], run.plan["world_size"]
     if not gpu or gpu == gpu_of(here):
-        alike = [row for row in rows.values() if row["status"] == "ok" and row.get("device_name") == here
-                 and row["ffn"] == run.cfg.ffn and int(row["world_size"]) == world]
-        rates = [float(row["flops_per_token"]) * float(row["tokens"]) / float(row["train_time"]) for row in alike]
+        alike = [
+            row
+            for row in rows.values()
+            if row["status"] == "ok"
+            and row.get("device_name") == here
+            and row["ffn"] == run.cfg.ffn
+            and int(row["world_size"]) == world
+        ]
+        rates = [
+            float(row["flops_per_token"]) * float(row["tokens"]) / float(row["train_time"])
+            for row in alike
+        ]
         if rates:
             seconds, gpu = flops / statistics.median(rates[-20:]), gpu_of(here)
             return seconds, seconds / 3600 * world * GPUS[gpu].price if gpu else None
@@ -189,8 +242,14 @@ def told(seconds: float | None) -> str:
 
 def command(world_size: int) -> list[str]:
     """What starts a run, whose settings are the environment."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}",
-            str(ROOT / "train_gpt.py")]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={world_size}",
+        str(ROOT / "train_gpt.py"),
+    ]
 
 
 def devices() -> list[str]:
@@ -199,15 +258,24 @@ def devices() -> list[str]:
     return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", all_of_them).split(",") if name]
 
 
-def environment(settings: dict, device: str, world_size: int, jobs: int = 1, slot: int = 0) -> dict[str, str]:
+def environment(
+    settings: dict, device: str, world_size: int, jobs: int = 1, slot: int = 0
+) -> dict[str, str]:
     """This process' environment without any setting of the trainer, with these, and a share of this machine."""
     ours = {name.replace("_", "") for name in (*SETTINGS, *train_gpt.SYNONYMS)}
-    env = {name: value for name, value in os.environ.items()
-           if name.replace("_", "") not in ours and not name.startswith(OTHERS)}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name.replace("_", "") not in ours and not name.startswith(OTHERS)
+    }
     if device == "cpu":
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (jobs * world_size))))
+        env.setdefault(
+            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (jobs * world_size)))
+        )
     elif jobs > 1:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(devices()[slot * world_size:(slot + 1) * world_size])
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(
+            devices()[slot * world_size : (slot + 1) * world_size]
+        )
     return env | settings
 
 
@@ -220,16 +288,30 @@ def dry_run(runs: list[Run], args, rows: dict):
         cost = f", ${dollars:.2f}" if dollars else ""
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in run.settings.items())
         flops = run.plan["flops_per_token"] * run.plan["tokens_needed"]
-        note = f"has a result: {status}" if status in ENDED else f"{flops:.2g} FLOPs, {told(seconds)}{cost}"
+        note = (
+            f"has a result: {status}"
+            if status in ENDED
+            else f"{flops:.2g} FLOPs, {told(seconds)}{cost}"
+        )
         mark = "# " * (status in ENDED)
-        print(f"{mark}{settings} torchrun --standalone --nproc_per_node={args.nproc} train_gpt.py  # {note}")
+        print(
+            f"{mark}{settings} torchrun --standalone --nproc_per_node={args.nproc} train_gpt.py  # {note}"
+        )
         if not mark:
             left += 1
-            total = [had if more is None else had + more for had, more in zip(total, (seconds, dollars))]
+            total = [
+                had if more is None else had + more for had, more in zip(total, (seconds, dollars))
+            ]
     cost = f", ${total[1]:.2f}" * bool(total[1])
-    print(f"# {left} of {len(runs)} runs to do" + (
-        f", {told(total[0] and total[0] / args.jobs)} of training with --jobs {args.jobs}{cost}; start, compilation, "
-        "validation and checkpoints come on top" if left else ""))
+    print(
+        f"# {left} of {len(runs)} runs to do"
+        + (
+            f", {told(total[0] and total[0] / args.jobs)} of training with --jobs {args.jobs}{cost}; start, compilation, "
+            "validation and checkpoints come on top"
+            if left
+            else ""
+        )
+    )
 
 
 class Pool:
@@ -250,10 +332,16 @@ class Pool:
         with tqdm(total=len(runs), initial=done, bar_format="{desc} |{bar}|", disable=None) as bar:
             while waiting or going:
                 if self.asked_to_end and not ending:
-                    ending, waiting, going = True, [], [run for run in going if run.process]  # ours alone are to end
+                    ending, waiting, going = (
+                        True,
+                        [],
+                        [run for run in going if run.process],
+                    )  # ours alone are to end
                     for run in going:
                         with contextlib.suppress(ProcessLookupError):  # it may have ended
-                            os.killpg(run.process.pid, signal.SIGTERM)  # torchrun, and the ranks: they save and end
+                            os.killpg(
+                                run.process.pid, signal.SIGTERM
+                            )  # torchrun, and the ranks: they save and end
                     tqdm.write(f"interrupted: {len(going)} runs save and end")
                 while waiting and len(going) < self.jobs:
                     going.append(self.start(waiting.pop(0), going))
@@ -268,7 +356,9 @@ class Pool:
                 so_far = todo - len(waiting) - len(going) + part
                 end = began + spent * todo / so_far if so_far > 0.05 else None
                 clock = time.strftime("%H:%M", time.localtime(end)) if end else "…"
-                bar.set_description_str(f"{done}/{len(runs)} done, {len(going)} running, ends about {clock}")
+                bar.set_description_str(
+                    f"{done}/{len(runs)} done, {len(going)} running, ends about {clock}"
+                )
                 time.sleep(POLL if going else 0)
         return failed
 
@@ -277,10 +367,18 @@ class Pool:
         run.slot = min(set(range(self.jobs)) - {other.slot for other in going})
         if not is_live(run.folder) and status_of(run, results()) not in self.ended:
             run.folder.mkdir(parents=True, exist_ok=True)
-            env = environment(run.settings, run.cfg.device, run.plan["world_size"], self.jobs, run.slot)
+            env = environment(
+                run.settings, run.cfg.device, run.plan["world_size"], self.jobs, run.slot
+            )
             with open(run.folder / "output.txt", "a") as out:
-                run.process = subprocess.Popen(command(run.plan["world_size"]), env=env, stdin=subprocess.DEVNULL,
-                                               stdout=out, stderr=out, start_new_session=True)
+                run.process = subprocess.Popen(
+                    command(run.plan["world_size"]),
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
         return run
 
     def over(self, run: Run) -> bool:
@@ -295,16 +393,37 @@ class Pool:
         """The status that the run's row ends with; one that could not say why it ended gets a row all the same."""
         if (status := status_of(run, results())) in self.ended:
             return status
-        path, code = run.folder.with_name(f"{run.run_id}.json"), run.process.returncode if run.process else None
-        known = json.loads(path.read_text()) if path.exists() else {
-            name.lower(): run.settings[name] for name in ("RUN_ID", "STAGE", "VARIANT", "SEED")}
+        path, code = (
+            run.folder.with_name(f"{run.run_id}.json"),
+            run.process.returncode if run.process else None,
+        )
+        known = (
+            json.loads(path.read_text())
+            if path.exists()
+            else {
+                name.lower(): run.settings[name] for name in ("RUN_ID", "STAGE", "VARIANT", "SEED")
+            }
+        )
         if self.asked_to_end:
             known |= {"status": known.get("status", "running").replace("running", "preempted")}
-        elif known.get("status", "running") == "running" or code and known["status"] in ("preempted", "stopped"):
-            out = (run.folder / "output.txt").read_text() if (run.folder / "output.txt").exists() else ""
-            said = re.findall(r"^(?:config|data|crash|oom|diverged): .*", out, re.M) or ["it ended without a word"]
-            known |= {"status": "crash", "started": known.get("started", utc_now()),
-                      "error": f"{said[-1]} (exit code {code}; {run.folder}/output.txt)"}
+        elif (
+            known.get("status", "running") == "running"
+            or code
+            and known["status"] in ("preempted", "stopped")
+        ):
+            out = (
+                (run.folder / "output.txt").read_text()
+                if (run.folder / "output.txt").exists()
+                else ""
+            )
+            said = re.findall(r"^(?:config|data|crash|oom|diverged): .*", out, re.M) or [
+                "it ended without a word"
+            ]
+            known |= {
+                "status": "crash",
+                "started": known.get("started", utc_now()),
+                "error": f"{said[-1]} (exit code {code}; {run.folder}/output.txt)",
+            }
         write_whole(path, json.dumps(known, indent=1) + "\n")
         update_results(Config.results_csv, [known])  # which the trainer may have failed to do
         if known["status"] not in self.ended and not self.asked_to_end:
@@ -316,16 +435,23 @@ class Task:
     """A run as an element of a Slurm array; preempted or out of time, it saves, ends, and is queued again."""
 
     def __call__(self, settings: dict[str, str], device: str, world_size: int) -> int:
-        self.process = subprocess.Popen(  # Slurm tells the whole step by USR2, of which torchrun would die
-            command(world_size), env=environment(settings, device, world_size),
-            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
-        while self.process.poll() is None:  # inside wait(), `checkpoint`, a signal's handler, could not wait
+        self.process = (
+            subprocess.Popen(  # Slurm tells the whole step by USR2, of which torchrun would die
+                command(world_size),
+                env=environment(settings, device, world_size),
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+            )
+        )
+        while (
+            self.process.poll() is None
+        ):  # inside wait(), `checkpoint`, a signal's handler, could not wait
             time.sleep(POLL)
         return self.process.returncode
 
     def checkpoint(self, *arguments):
         """What submitit calls before the job is taken away."""
         from submitit.helpers import DelayedSubmission
+
         self.process.terminate()
         self.process.wait()
         return DelayedSubmission(Task(), *arguments)
@@ -334,11 +460,14 @@ class Task:
 def submit(stage, args) -> int:
     """Submits what has no result as one array, --jobs at a time, with options of sbatch. Raises ConfigError."""
     import submitit
+
     options = pairs("--slurm", args.slurm, r"\w+")
     cluster = options.pop("cluster", "slurm")
     if args.gate or cluster == "slurm" and "time" not in options:
-        raise ConfigError("--slurm needs time=MINUTES and cannot have --gate, which watches runs; run_stage.py "
-                          f"{stage.name} --no-run judges them when they have ended")
+        raise ConfigError(
+            "--slurm needs time=MINUTES and cannot have --gate, which watches runs; run_stage.py "
+            f"{stage.name} --no-run judges them when they have ended"
+        )
     rows = results()
     runs = plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, "slurm")
     runs = [run for run in runs if status_of(run, rows) not in ENDED and not is_live(run.folder)]
@@ -346,13 +475,24 @@ def submit(stage, args) -> int:
         executor = submitit.AutoExecutor(folder="logs/slurm", cluster=cluster)
     except RuntimeError as error:
         raise ConfigError(f"--slurm: {error}; cluster=local tries it on this machine") from None
-    executor.update_parameters(name=stage.name, slurm_array_parallelism=args.jobs, tasks_per_node=1, **{
-        f"slurm_{name}": int(value) if value.isdigit() else value for name, value in options.items()})
+    executor.update_parameters(
+        name=stage.name,
+        slurm_array_parallelism=args.jobs,
+        tasks_per_node=1,
+        **{
+            f"slurm_{name}": int(value) if value.isdigit() else value
+            for name, value in options.items()
+        },
+    )
     if runs and runs[0].cfg.device == "cuda":
         executor.update_parameters(gpus_per_node=args.nproc)
     if runs:
-        executor.map_array(Task(), *zip(*((run.settings, run.cfg.device, args.nproc) for run in runs)))
-    print(f"submitted {len(runs)} runs; when they have ended: python scripts/run_stage.py {stage.name} --no-run")
+        executor.map_array(
+            Task(), *zip(*((run.settings, run.cfg.device, args.nproc) for run in runs))
+        )
+    print(
+        f"submitted {len(runs)} runs; when they have ended: python scripts/run_stage.py {stage.name} --no-run"
+    )
     return 0
 
 
@@ -374,27 +514,52 @@ def finish(stage):
 def build_next(stage, promoted: list[str]) -> str:
     """Writes the file of the stage that follows, of the reference and the promoted variants; says what came of it."""
     if not stage.next or not promoted:
-        return "no next stage: " + ("no variant is promoted" if stage.next else f"{stage.name} names none")
+        return "no next stage: " + (
+            "no variant is promoted" if stage.next else f"{stage.name} names none"
+        )
     first, *later = stage.next
     changes = {name: text_of(value) for name, value in first.items() if name != "name"}
-    kept = {label: stage.variants[label] | changes for label in dict.fromkeys((stage.reference, *promoted))}
-    base = {name: value for name, value in kept[stage.reference].items()
-            if all(settings.get(name) == value for settings in kept.values())}
-    tables = {"": {"question": stage.question, "reference": stage.reference, "seeds": stage.seeds,
-                   "max_seeds": stage.max_seeds, "axes": [name.upper() for name in stage.axes]}, "[base]": base}
+    kept = {
+        label: stage.variants[label] | changes
+        for label in dict.fromkeys((stage.reference, *promoted))
+    }
+    base = {
+        name: value
+        for name, value in kept[stage.reference].items()
+        if all(settings.get(name) == value for settings in kept.values())
+    }
+    tables = {
+        "": {
+            "question": stage.question,
+            "reference": stage.reference,
+            "seeds": stage.seeds,
+            "max_seeds": stage.max_seeds,
+            "axes": [name.upper() for name in stage.axes],
+        },
+        "[base]": base,
+    }
     for label, settings in kept.items():
         own = {name: value for name, value in settings.items() if name not in base}
         tables[f"[variants.{json.dumps(label)}]"] = own
     tables["[gate]"] = stage.gate
     parts = [*tables.items(), *(("[[next]]", step) for step in later)]
-    text = "\n\n".join("\n".join([head, *(f"{name} = {json.dumps(value)}" for name, value in table.items())]).strip()
-                       for head, table in parts) + "\n"
+    text = (
+        "\n\n".join(
+            "\n".join(
+                [head, *(f"{name} = {json.dumps(value)}" for name, value in table.items())]
+            ).strip()
+            for head, table in parts
+        )
+        + "\n"
+    )
     path = FOLDER / f"{first['name']}.toml"
     if path.exists() and path.read_text() != text:
         return f"{path} is there and says something else; it is left as it is"
     write_whole(path, text)
-    return (f"next stage: {path} with {', '.join(promoted)} beside {stage.reference}; "
-            f"python scripts/run_stage.py {first['name']}")
+    return (
+        f"next stage: {path} with {', '.join(promoted)} beside {stage.reference}; "
+        f"python scripts/run_stage.py {first['name']}"
+    )
 
 
 def overridden(stage, changes: list[str], name: str):
@@ -407,16 +572,25 @@ def overridden(stage, changes: list[str], name: str):
     Config.from_env(stage.variants[stage.reference] | given)
     if trained := sorted(set(given) - {setting.upper() for setting in train_gpt.UNTRAINED}):
         if not name:
-            raise ConfigError(f"--set {trained[0]} makes another stage of {stage.name}; give it a name by --as")
+            raise ConfigError(
+                f"--set {trained[0]} makes another stage of {stage.name}; give it a name by --as"
+            )
         if varied := [setting for setting in trained if setting.lower() in stage.axes]:
-            raise ConfigError(f"--set {varied[0]}: in that the variants of {stage.name} differ; write a stage for it")
+            raise ConfigError(
+                f"--set {varied[0]}: in that the variants of {stage.name} differ; write a stage for it"
+            )
         text = f'extends = "{stage.name}"\n\n[base]\n' + "".join(
-            f"{setting} = {json.dumps(value)}\n" for setting, value in given.items())
+            f"{setting} = {json.dumps(value)}\n" for setting, value in given.items()
+        )
         if (path := FOLDER / f"{name}.toml").exists() and path.read_text() != text:
-            raise ConfigError(f"--as {name}: {path} is there and says something else; choose another name")
+            raise ConfigError(
+                f"--as {name}: {path} is there and says something else; choose another name"
+            )
         write_whole(path, text)
         return load_stage(name)
-    return replace(stage, variants={label: settings | given for label, settings in stage.variants.items()})
+    return replace(
+        stage, variants={label: settings | given for label, settings in stage.variants.items()}
+    )
 
 
 def pairs(option: str, words: list[str], name: str = "[A-Z0-9_]+") -> dict[str, str]:
@@ -433,19 +607,29 @@ def stopper(stage):
     def look(run: Run):
         curve = split_results.read_curve(run.folder.with_name(f"{run.run_id}.csv"))
         stop, reason, _ = stage_gate.stop_verdict(curve, rules, run.cfg.num_experts)
-        if stop and run.settings["VARIANT"] != stage.reference:  # others are compared with it, at their steps
+        if (
+            stop and run.settings["VARIANT"] != stage.reference
+        ):  # others are compared with it, at their steps
             (run.folder / "stop").touch()
             tqdm.write(f"{run.run_id}: stopped by the gate: {reason}")
+
     return look
 
 
 def ask(stage, seeds: dict[str, list], verdicts) -> list[tuple[str, int]]:
     """(variant, seed) of what the gate wants to see next: the reference has to have as many as any other."""
     asking = set(verdicts[verdicts.verdict == "seed"].seed_for)
-    more = {variant: int(variant in asking and len(known) < stage.max_seeds) for variant, known in seeds.items()}
+    more = {
+        variant: int(variant in asking and len(known) < stage.max_seeds)
+        for variant, known in seeds.items()
+    }
     most = max(len(known) + more[variant] for variant, known in seeds.items())
     more[stage.reference] = most - len(seeds[stage.reference])
-    return [(variant, max(seeds[variant]) + 1 + i) for variant, count in more.items() for i in range(count)]
+    return [
+        (variant, max(seeds[variant]) + 1 + i)
+        for variant, count in more.items()
+        for i in range(count)
+    ]
 
 
 def work_through(stage, args) -> int:
@@ -457,7 +641,9 @@ def work_through(stage, args) -> int:
             seeds.setdefault(variant, []).append(seed)
         runs = plan_runs(stage, seeds, args.nproc, "run")
         if runs[0].cfg.device == "cuda" and args.jobs * args.nproc > len(devices()):
-            raise ConfigError(f"--jobs {args.jobs} x --nproc {args.nproc}: there are {len(devices())} CUDA devices")
+            raise ConfigError(
+                f"--jobs {args.jobs} x --nproc {args.nproc}: there are {len(devices())} CUDA devices"
+            )
         failed = pool.work(runs)
         verdicts = None if pool.asked_to_end else finish(stage)
         if pool.asked_to_end or failed:
@@ -473,18 +659,44 @@ def work_through(stage, args) -> int:
 
 def main(argv=None) -> int:
     """Runs, submits or prints a stage; exit code 0, 1 where runs failed or are left, 2 with a sentence on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", help="a file of experiments/stages; python scripts/stages.py lists them")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "stage", help="a file of experiments/stages; python scripts/stages.py lists them"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--nproc", type=int, default=1, help="processes, and GPUs where there are any, of each run")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for every run")
-    parser.add_argument("--as", dest="name", default="", metavar="STAGE", help="the stage that --set makes of it")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands; needs no data and no GPU")
-    parser.add_argument("--gpu", default="", choices=["", *GPUS], help="estimate for this GPU, not for the one here")
-    parser.add_argument("--gate", action="store_true", help="stop, add seeds and build the next stage by the rules")
-    parser.add_argument("--slurm", nargs="*", metavar="NAME=VALUE", help="submit as an array, with options of sbatch")
-    parser.add_argument("--no-run", action="store_true", help="only make tables, figure and verdicts of what is there")
+    parser.add_argument(
+        "--nproc", type=int, default=1, help="processes, and GPUs where there are any, of each run"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for every run"
+    )
+    parser.add_argument(
+        "--as", dest="name", default="", metavar="STAGE", help="the stage that --set makes of it"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the commands; needs no data and no GPU"
+    )
+    parser.add_argument(
+        "--gpu", default="", choices=["", *GPUS], help="estimate for this GPU, not for the one here"
+    )
+    parser.add_argument(
+        "--gate", action="store_true", help="stop, add seeds and build the next stage by the rules"
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="submit as an array, with options of sbatch",
+    )
+    parser.add_argument(
+        "--no-run",
+        action="store_true",
+        help="only make tables, figure and verdicts of what is there",
+    )
     args = parser.parse_args(argv)
     try:
         if min(args.jobs, args.nproc) < 1:
@@ -492,7 +704,10 @@ def main(argv=None) -> int:
         stage = overridden(load_stage(args.stage), args.set, args.name)
         stage_gate.rules_of(stage)
         if leaks := [name for name in SETTINGS if os.environ.get(name)]:
-            print(f"not passed on to the runs: {', '.join(leaks)}; --set {leaks[0]}=… would be", file=sys.stderr)
+            print(
+                f"not passed on to the runs: {', '.join(leaks)}; --set {leaks[0]}=… would be",
+                file=sys.stderr,
+            )
         if args.dry_run:
             runs = plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, "dry")
             dry_run(runs, args, results())

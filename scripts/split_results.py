@@ -6,6 +6,7 @@
 For each it writes experiments/results_<stage>.csv and experiments/log_curves_<stage>.csv. The curves come from
 LOG_DIR (logs); where a log is gone, what the file of curves already holds of the run is kept.
 """
+
 import argparse
 import hashlib
 import io
@@ -19,29 +20,70 @@ import pandas as pd
 from stages import Stage
 
 RESULTS = Path("experiments/results.csv")
-TEXT = ("run_id", "stage", "variant", "preset", "status", "git", "source_sha", "config_hash", "data_fingerprint",
-        "changes", "note", "error", "per_step", "started", "device_name", "torch")  # never numbers
-NUMBERS = ("seed", "final_loss", "train_time", "tokens_per_sec", "tokens_per_step", "params_total", "params_active",
-           "flops_per_token", "num_experts", "bad_steps")  # of a run that ended early they may be missing
-UNTRAINED = {*"PRESET SEED INPUT_BIN INPUT_VAL_BIN PEAK_TFLOPS LOG_EVERY SAVE_EVERY KEEP_LAST MAX_BAD_STEPS "
-             "HANG_TIMEOUT BALANCE_LOG_INTERVAL".split()}  # settings that make no other run of one, beside labels
+TEXT = (
+    "run_id",
+    "stage",
+    "variant",
+    "preset",
+    "status",
+    "git",
+    "source_sha",
+    "config_hash",
+    "data_fingerprint",
+    "changes",
+    "note",
+    "error",
+    "per_step",
+    "started",
+    "device_name",
+    "torch",
+)  # never numbers
+NUMBERS = (
+    "seed",
+    "final_loss",
+    "train_time",
+    "tokens_per_sec",
+    "tokens_per_step",
+    "params_total",
+    "params_active",
+    "flops_per_token",
+    "num_experts",
+    "bad_steps",
+)  # of a run that ended early they may be missing
+UNTRAINED = {
+    *"PRESET SEED INPUT_BIN INPUT_VAL_BIN PEAK_TFLOPS LOG_EVERY SAVE_EVERY KEEP_LAST MAX_BAD_STEPS "
+    "HANG_TIMEOUT BALANCE_LOG_INTERVAL".split()
+}  # settings that make no other run of one, beside labels
 
 
 def read_results(path=RESULTS) -> pd.DataFrame:
     """A table of results, a row per run. Raises ValueError where there is none."""
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not there; python scripts/run_stage.py makes it, or rebuild_results.py from logs")
-    rows = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""], low_memory=False)
+        raise ValueError(
+            f"{path} is not there; python scripts/run_stage.py makes it, or rebuild_results.py from logs"
+        )
+    rows = pd.read_csv(
+        path,
+        dtype=dict.fromkeys(TEXT, str),
+        keep_default_na=False,
+        na_values=[""],
+        low_memory=False,
+    )
     blanks = dict.fromkeys(TEXT, "") | dict.fromkeys(NUMBERS, float("nan"))
-    rows = rows.fillna({name: blank for name, blank in blanks.items() if name in rows and name in TEXT})
+    rows = rows.fillna(
+        {name: blank for name, blank in blanks.items() if name in rows and name in TEXT}
+    )
     return rows.assign(**{name: blank for name, blank in blanks.items() if name not in rows})
 
 
 def current(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
     """The rows of a stage that go with its newest finished run, of the trainer that is here if there is one: same
     trainer, same data, same settings but for those in which variants differ, and of each variant those it had last."""
-    varied = {name for name in set().union(*stage.variants.values())
-              if len({settings.get(name) for settings in stage.variants.values()}) > 1}
+    varied = {
+        name
+        for name in set().union(*stage.variants.values())
+        if len({settings.get(name) for settings in stage.variants.values()}) > 1
+    }
     given = set().union(*stage.variants.values()) - varied
 
     def base(changes):
@@ -49,7 +91,9 @@ def current(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
         names = (given if "PRESET" in varied else set(found) - varied) - UNTRAINED
         return str(sorted((name, found.get(name)) for name in names))
 
-    rows = rows[rows.variant.isin(stage.variants) & (rows.source_sha != "")]  # a refused run has none
+    rows = rows[
+        rows.variant.isin(stage.variants) & (rows.source_sha != "")
+    ]  # a refused run has none
     rows = rows.assign(base=rows.changes.map(base)).sort_values("started", kind="stable")
     trainer = Path(__file__).parents[1] / "train_gpt.py"
     source = hashlib.sha256(trainer.read_bytes()).hexdigest()[:12] if trainer.exists() else ""
@@ -70,7 +114,7 @@ def comparable(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
 def read_curve(path) -> pd.DataFrame:
     """The curve of one run, a live one too: whole lines only, of a step that was run twice the later line."""
     text = Path(path).read_text()
-    curve = pd.read_csv(io.StringIO(text[:text.rfind("\n") + 1]))
+    curve = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
     return curve.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
 
@@ -121,7 +165,9 @@ def main(argv=None) -> int:
         rows = read_results()
         stages = [name for name in rows.stage.unique() if name]
         if unknown := [name for name in args.stage if name not in stages]:
-            raise ValueError(f"STAGE {unknown[0]} has no run in {RESULTS}; it has {', '.join(stages) or 'none'}")
+            raise ValueError(
+                f"STAGE {unknown[0]} has no run in {RESULTS}; it has {', '.join(stages) or 'none'}"
+            )
         for stage in args.stage or stages:
             runs, curves = split(stage, rows, args.log_dir)
             print(f"{stage}: {runs} runs, {curves} curves")

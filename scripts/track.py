@@ -32,7 +32,10 @@ from filelock import FileLock, Timeout
 
 FIGURES = """tokens train_time tokens_per_sec step_avg peak_mem mfu compile_time data_wait eval_time save_time bad_steps
     final_loss best_loss bits_per_byte ppl status error resumes""".split()  # of the summary, beside moe_*
-TAGS = {"train_loss": "train/loss", "val_loss": "val/loss"}  # what trackers call columns of the curve
+TAGS = {
+    "train_loss": "train/loss",
+    "val_loss": "val/loss",
+}  # what trackers call columns of the curve
 MOE = r"aux_coef|(aux|entropy|load_min|load_max|dead)_\d+"  # columns that tell of experts
 
 
@@ -56,6 +59,7 @@ def is_live(folder):
 
 class Run:
     """The files of a run, which are only read."""
+
     def __init__(self, log_dir, run_id):
         self.id, self.folder = run_id, log_dir / run_id
         self.curve, self.json = log_dir / f"{run_id}.csv", log_dir / f"{run_id}.json"
@@ -70,18 +74,22 @@ class Run:
     def lines(self):
         """Those of the curve, without one that is still being written."""
         text = self.curve.read_text() if self.curve.exists() else ""
-        return text[:text.rfind("\n") + 1].splitlines()
+        return text[: text.rfind("\n") + 1].splitlines()
 
 
 class TensorBoard:
     """Event files in logs/RUN_ID/tb. A point has the time at which the run started plus the train time until then."""
+
     def __init__(self, run, summary):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
         self.event, self.start = Event, datetime.fromisoformat(summary["started"]).timestamp()
         self.writer = EventFileWriter(str(run.folder / "tb"))
-        hparams = hparams_pb(settings_and_figures(summary)[0], trial_id=run.id, start_time_secs=self.start)
+        hparams = hparams_pb(
+            settings_and_figures(summary)[0], trial_id=run.id, start_time_secs=self.start
+        )
         self.writer.add_event(Event(wall_time=self.start, summary=hparams))
 
     def log(self, points):
@@ -93,23 +101,44 @@ class TensorBoard:
         self.writer.flush()
 
     def finish(self, point, figures, failed):
-        numbers = {f"final/{name}": value for name, value in figures.items() if not isinstance(value, str)}
+        numbers = {
+            f"final/{name}": value for name, value in figures.items() if not isinstance(value, str)
+        }
         self.log([(*point[:3], numbers)])
         self.writer.close()
 
 
 class WandB:
     """A run of Weights & Biases whose charts are over the step, with its files in logs/RUN_ID/wandb."""
+
     def __init__(self, run, summary):
         import wandb
-        defaults = {"WANDB_PROJECT": ("project", "train_gpt"), "WANDB_NAME": ("name", run.id),
-                    "WANDB_RUN_GROUP": ("group", summary["stage"] or None), "WANDB_DIR": ("dir", str(run.folder)),
-                    "WANDB_RUN_ID": ("id", run.id), "WANDB_RESUME": ("resume", "allow")}
-        private = wandb.Settings(console="off", disable_code=True, disable_git=True, save_code=False,
-                                 x_disable_meta=True, x_disable_stats=True, x_save_requirements=False)
-        self.run = wandb.init(config=settings_and_figures(summary)[0], settings=private,
-                              **dict(pair for name, pair in defaults.items() if not os.environ.get(name)))
-        self.run.define_metric("*", step_metric="step")  # wandb's own step would leave out a point that comes late
+
+        defaults = {
+            "WANDB_PROJECT": ("project", "train_gpt"),
+            "WANDB_NAME": ("name", run.id),
+            "WANDB_RUN_GROUP": ("group", summary["stage"] or None),
+            "WANDB_DIR": ("dir", str(run.folder)),
+            "WANDB_RUN_ID": ("id", run.id),
+            "WANDB_RESUME": ("resume", "allow"),
+        }
+        private = wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        self.run = wandb.init(
+            config=settings_and_figures(summary)[0],
+            settings=private,
+            **dict(pair for name, pair in defaults.items() if not os.environ.get(name)),
+        )
+        self.run.define_metric(
+            "*", step_metric="step"
+        )  # wandb's own step would leave out a point that comes late
 
     def log(self, points):
         for step, _, tokens, values in points:
@@ -125,6 +154,7 @@ TRACKERS = {"tensorboard": (TensorBoard, "tb"), "wandb": (WandB, "wandb")}  # wi
 
 class Journal:
     """The file that lists what a tracker has, a line for a step and the columns of the curve whose values went out."""
+
     def __init__(self, path):
         self.path, listed = path, path.read_text().splitlines() if path.exists() else []
         self.sent = {(int(step), name) for step, *names in csv.reader(listed) for name in names}
@@ -153,13 +183,25 @@ def looks(run, args, pipe):
 def send(name, run, args, pipe):
     """Sends a tracker what it lacks until the run has ended, and tells that."""
     build, folder = TRACKERS[name]
-    journal, tracker, seen, point = Journal(run.folder / folder / "sent.csv"), None, set(), (0, 0, 0, {})
+    journal, tracker, seen, point = (
+        Journal(run.folder / folder / "sent.csv"),
+        None,
+        set(),
+        (0, 0, 0, {}),
+    )
     for summary, lines, end in looks(run, args, pipe):
         points, added = [], []
         for cells in csv.DictReader(lines[:1] + [line for line in lines[1:] if line not in seen]):
-            row = {name: int(cell) if cell.isdigit() else float(cell) for name, cell in cells.items() if cell}
+            row = {
+                name: int(cell) if cell.isdigit() else float(cell)
+                for name, cell in cells.items()
+                if cell
+            }
             names = journal.lacks(row)
-            values = {TAGS.get(name) or "moe/" * bool(re.fullmatch(MOE, name)) + name: row[name] for name in names}
+            values = {
+                TAGS.get(name) or "moe/" * bool(re.fullmatch(MOE, name)) + name: row[name]
+                for name in names
+            }
             point = row["step"], row["train_time"], row["tokens"], values
             if names:
                 points.append(point)
@@ -173,7 +215,9 @@ def send(name, run, args, pipe):
             journal.add(added)
     if tracker:
         figures = settings_and_figures(summary)[1] | {"status": end}
-        tracker.finish(point, figures if final else {}, end not in ("ok", "stopped", "preempted", "running"))
+        tracker.finish(
+            point, figures if final else {}, end not in ("ok", "stopped", "preempted", "running")
+        )
         journal.add([[point[0], "final"]] * final)
     print(f"{run.id} ({end}): {name} has it up to step {point[0]}", flush=True)
 
@@ -181,8 +225,11 @@ def send(name, run, args, pipe):
 def complain(run, name, what, code):
     """One sentence on a tracker; returns the code."""
     command = f"python scripts/track.py {run.id} --to {name} --log-dir {run.folder.parent}"
-    print(f"track.py: error: {name} {what}; once that is mended, {command} sends what it lacks", file=sys.stderr,
-          flush=True)
+    print(
+        f"track.py: error: {name} {what}; once that is mended, {command} sends what it lacks",
+        file=sys.stderr,
+        flush=True,
+    )
     return code
 
 
@@ -192,7 +239,10 @@ def feed(name, run, args, pipe):
         signal.signal(number, signal.SIG_IGN)
     code = 0
     try:  # who feeds it for an earlier attempt of this run may need a while to finish
-        with FileLock(run.folder / TRACKERS[name][1] / "track.lock", timeout=args.patience if args.follow else 0):
+        with FileLock(
+            run.folder / TRACKERS[name][1] / "track.lock",
+            timeout=args.patience if args.follow else 0,
+        ):
             send(name, run, args, pipe)
     except Timeout:
         print(f"{run.id}: another follower feeds {name}", flush=True)
@@ -212,7 +262,10 @@ def watch(run, args, feeders):
     """
     seen, life = None, time.monotonic()
     while any(feeder.is_alive() for feeder in feeders):
-        status, files = run.summary()["status"], [path.stat() for path in (run.json, run.curve) if path.exists()]
+        status, files = (
+            run.summary()["status"],
+            [path.stat() for path in (run.json, run.curve) if path.exists()],
+        )
         if status != "running" or not args.follow:
             return status
         quiet, files = time.monotonic() - life, [(file.st_size, file.st_mtime_ns) for file in files]
@@ -232,7 +285,10 @@ def supervise(run, args):
     with contextlib.suppress(KeyboardInterrupt):
         for name in args.to:
             theirs, ours = context.Pipe(duplex=False)
-            feeders[name] = context.Process(target=feed, args=(name, run, args, theirs), daemon=True), ours
+            feeders[name] = (
+                context.Process(target=feed, args=(name, run, args, theirs), daemon=True),
+                ours,
+            )
             feeders[name][0].start()
         end = watch(run, args, [feeder for feeder, _ in feeders.values()])
     deadline = time.monotonic() + 5 * args.patience
@@ -243,7 +299,12 @@ def supervise(run, args):
         feeder.join(max(0, deadline - time.monotonic()))
         if (code := feeder.exitcode) is None or code < 0:
             feeder.kill()
-            code = complain(run, name, "hung and was ended" if code is None else f"was ended by signal {-code}", 1)
+            code = complain(
+                run,
+                name,
+                "hung and was ended" if code is None else f"was ended by signal {-code}",
+                1,
+            )
         codes.append(code)
     return max(codes)
 
@@ -252,11 +313,22 @@ def parse(argv):
     """The arguments, checked; ends the script with code 2 where they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run_id", help="name of the run")
-    parser.add_argument("--to", required=True, help=f"trackers: {', '.join(TRACKERS)}, or both with a comma")
-    parser.add_argument("--follow", action="store_true", help="wait for the run to begin, and go on until it ends")
-    parser.add_argument("--every", type=float, default=5, help="seconds between two looks at the run's files")
-    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a run to begin; one that is "
-                        "quiet counts as killed after two of them, a tracker hangs that is not done five after its end")
+    parser.add_argument(
+        "--to", required=True, help=f"trackers: {', '.join(TRACKERS)}, or both with a comma"
+    )
+    parser.add_argument(
+        "--follow", action="store_true", help="wait for the run to begin, and go on until it ends"
+    )
+    parser.add_argument(
+        "--every", type=float, default=5, help="seconds between two looks at the run's files"
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60,
+        help="seconds to wait for a run to begin; one that is "
+        "quiet counts as killed after two of them, a tracker hangs that is not done five after its end",
+    )
     parser.add_argument("--log-dir", type=Path, default="logs", help="folder of the run's files")
     args = parser.parse_args(argv)
     args.to = [*dict.fromkeys(args.to.split(","))]
@@ -265,7 +337,9 @@ def parse(argv):
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", args.run_id):
         parser.error(f"RUN_ID {args.run_id!r}: 1 to 100 letters, digits, _, and within . -")
     if not (0 < args.every < 1e6 and 0 < args.patience < 1e6):
-        parser.error(f"--every {args.every:g} --patience {args.patience:g}: both must be more than 0 seconds")
+        parser.error(
+            f"--every {args.every:g} --patience {args.patience:g}: both must be more than 0 seconds"
+        )
     return args
 
 
@@ -278,7 +352,9 @@ def main(argv=None) -> int:
     try:
         if not run.json.exists():
             found = sorted(args.log_dir.glob("[!.]*.json"), key=os.path.getmtime)
-            newest = ", ".join(path.stem for path in found[:-4:-1]) or "none; name another --log-dir"
+            newest = (
+                ", ".join(path.stem for path in found[:-4:-1]) or "none; name another --log-dir"
+            )
             raise ValueError(f"no run {run.id} in {args.log_dir}; the newest there: {newest}")
         run.summary()
     except ValueError as error:

@@ -22,15 +22,30 @@ from harness.settings import ROOT
 import train_gpt
 from train_gpt import Config
 
-TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=12, device_batch_size=2, vocab_size=64,
-            num_iterations=8, warmdown_iters=4, val_tokens=64, val_every=4, device="cpu", dtype="float32", compile="0")
+TINY = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    sequence_length=16,
+    batch_size=12,
+    device_batch_size=2,
+    vocab_size=64,
+    num_iterations=8,
+    warmdown_iters=4,
+    val_tokens=64,
+    val_every=4,
+    device="cpu",
+    dtype="float32",
+    compile="0",
+)
 
 
 def committed(pattern):
     """The files of a glob below the project that git has, or all outside a repository: what users add is theirs."""
     known = output_of("git", "-C", ROOT, "ls-files").splitlines()
-    return sorted(path for path in ROOT.glob(pattern)
-                  if not known or str(path.relative_to(ROOT)) in known)
+    return sorted(
+        path for path in ROOT.glob(pattern) if not known or str(path.relative_to(ROOT)) in known
+    )
 
 
 def tiny(**changes):
@@ -79,11 +94,19 @@ class Job:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        settings, self.folder = {name: str(value) for name, value in env.items()}, tempfile.TemporaryDirectory()
+        settings, self.folder = (
+            {name: str(value) for name, value in env.items()},
+            tempfile.TemporaryDirectory(),
+        )
         self.outputs = [Path(self.folder.name) / f"{rank}.txt" for rank in range(world)]
         self.pids = []
         for rank, output in enumerate(self.outputs):
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            ranks = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+                "LOCAL_WORLD_SIZE": world,
+            }
             ranks = {name: str(value) for name, value in ranks.items()} | group
             self.pids.append(start(settings | (ranks if world > 1 else {}), output))
 
@@ -130,7 +153,9 @@ def start(env, output):
     code = 70
     try:
         torch.set_num_threads(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what it runs behind
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell has it ignored in what it runs behind
         os.environ.clear()
         os.environ.update(env)
         file = os.open(output, os.O_WRONLY | os.O_CREAT)
@@ -157,9 +182,17 @@ def group():
 @pytest.fixture
 def settings(shards, tmp_path):
     """The environment of a tiny run that leaves everything below tmp_path."""
-    return ({name.upper(): int(value) if isinstance(value, bool) else value for name, value in (TINY | shards).items()}
-            | {"LOG_DIR": tmp_path / "logs", "RESULTS_CSV": tmp_path / "results.csv", "RUN_ID": "toy", "LR": 0.01,
-               "MAX_EPOCHS": 0, "LOG_EVERY": 1})
+    return {
+        name.upper(): int(value) if isinstance(value, bool) else value
+        for name, value in (TINY | shards).items()
+    } | {
+        "LOG_DIR": tmp_path / "logs",
+        "RESULTS_CSV": tmp_path / "results.csv",
+        "RUN_ID": "toy",
+        "LR": 0.01,
+        "MAX_EPOCHS": 0,
+        "LOG_EVERY": 1,
+    }
 
 
 @pytest.fixture
@@ -170,4 +203,7 @@ def shards(tmp_path):
     for i, size in enumerate((700, 500, 333)):
         write_shard(tmp_path / f"toy_train_{i + 1:06d}.bin", np.resize(np.roll(pattern, i), size))
     write_shard(tmp_path / "toy_val_000000.bin", np.resize(pattern, 400))
-    return {"input_bin": f"{tmp_path}/toy_train_*.bin", "input_val_bin": f"{tmp_path}/toy_val_*.bin"}
+    return {
+        "input_bin": f"{tmp_path}/toy_train_*.bin",
+        "input_val_bin": f"{tmp_path}/toy_val_*.bin",
+    }

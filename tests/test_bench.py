@@ -10,11 +10,29 @@ import pytest
 from harness.settings import ROOT
 from scripts import bench
 
-SETTINGS = {"RUN_ID": "of-test-bench", "DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "0", "N_LAYER": "1",
-            "N_HEAD": "2", "N_EMBD": "32", "VOCAB_SIZE": "64", "SEQUENCE_LENGTH": "16", "BATCH_SIZE": "4",
-            "DEVICE_BATCH_SIZE": "2"}
-STEP = {"step_time", "tokens_per_sec", "flops", "mfu", "forward_backward", "reduce_and_optimizer", "records",
-        "records_share"}
+SETTINGS = {
+    "RUN_ID": "of-test-bench",
+    "DEVICE": "cpu",
+    "DTYPE": "float32",
+    "COMPILE": "0",
+    "N_LAYER": "1",
+    "N_HEAD": "2",
+    "N_EMBD": "32",
+    "VOCAB_SIZE": "64",
+    "SEQUENCE_LENGTH": "16",
+    "BATCH_SIZE": "4",
+    "DEVICE_BATCH_SIZE": "2",
+}
+STEP = {
+    "step_time",
+    "tokens_per_sec",
+    "flops",
+    "mfu",
+    "forward_backward",
+    "reduce_and_optimizer",
+    "records",
+    "records_share",
+}
 PEAK = {"product_2048x2048x2048", "product_32x32x128", "product_32x128x32", "peak", "share_of_peak"}
 LOADER = {"data_wait_warm", "read_warm", "data_wait_cold", "read_cold"}
 CHECKPOINT = {"checkpoint_size", "checkpoint_stall_first", "checkpoint_stall", "checkpoint_written"}
@@ -25,9 +43,19 @@ START = {"start_to_validation", "start_to_step"}
 def measured(tmp_path_factory):
     """(report, table, folder the command ran in, folder of its temporary files) of one run of everything."""
     folder, temporary = tmp_path_factory.mktemp("cwd"), tmp_path_factory.mktemp("temporary")
-    env = os.environ | SETTINGS | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    env = (
+        os.environ
+        | SETTINGS
+        | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    )
     command = [sys.executable, ROOT / "scripts" / "bench.py", "--steps", "2", "--warmup", "1"]
-    run = subprocess.run([*command, "--json", "made/report.json"], cwd=folder, env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, "--json", "made/report.json"],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert (run.returncode, run.stderr) == (0, "")
     return json.loads((folder / "made" / "report.json").read_text()), run.stdout, folder, temporary
 
@@ -38,15 +66,26 @@ def test_every_promised_figure_is_measured(measured):
     assert figures.keys() == STEP | PEAK | LOADER | CHECKPOINT | START
     assert all(figures[name]["value"] > 0 for name in figures.keys() - LOADER - {"mfu"})
     assert figures["read_warm"]["value"] > 0 and figures["data_wait_warm"]["value"] >= 0
-    assert all(row["min"] <= row["value"] <= row["max"] for row in figures.values() if row["value"] is not None)
+    assert all(
+        row["min"] <= row["value"] <= row["max"]
+        for row in figures.values()
+        if row["value"] is not None
+    )
     assert [line.split()[0] for line in table.splitlines()[1:]] == list(figures)
 
 
 def test_what_is_not_known_is_blank(measured):
     figures = measured[0]["figures"]
-    assert figures["mfu"] == {"value": None, "min": None, "max": None, "unit": "%"}  # no peak is published for this CPU
+    assert figures["mfu"] == {
+        "value": None,
+        "min": None,
+        "max": None,
+        "unit": "%",
+    }  # no peak is published for this CPU
     cold = {figures[name]["value"] is None for name in ("data_wait_cold", "read_cold")}
-    assert len(cold) == 1  # both or neither: some file systems cannot drop a file from the page cache
+    assert (
+        len(cold) == 1
+    )  # both or neither: some file systems cannot drop a file from the page cache
 
 
 def test_figures_agree(measured):
@@ -56,7 +95,10 @@ def test_figures_agree(measured):
     assert value["flops"] * 1e12 == pytest.approx(value["tokens_per_sec"] * flops_per_token)
     assert value["forward_backward"] + value["reduce_and_optimizer"] == pytest.approx(100)
     assert value["share_of_peak"] == pytest.approx(100 * value["flops"] / value["peak"])
-    assert all(0 < value[name] < 100 for name in ("forward_backward", "reduce_and_optimizer", "share_of_peak"))
+    assert all(
+        0 < value[name] < 100
+        for name in ("forward_backward", "reduce_and_optimizer", "share_of_peak")
+    )
     assert value["records_share"] == pytest.approx(value["records"] / value["step_time"] / 10)
     assert value["checkpoint_stall"] <= value["checkpoint_written"]
     assert value["start_to_validation"] < value["start_to_step"]
@@ -74,16 +116,30 @@ def test_report_says_what_ran_where(measured):
 def test_nothing_is_left_behind(measured):
     _, _, folder, temporary = measured
     assert [path.name for path in folder.rglob("*")] == ["made", "report.json"]
-    assert [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []  # torch's cache
+    assert [
+        path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")
+    ] == []  # torch's cache
     records = [path for place in ("logs", "experiments") for path in (ROOT / place).rglob("*")]
     assert not [path for path in records if SETTINGS["RUN_ID"] in path.name]
-    assert all(SETTINGS["RUN_ID"] not in path.read_text() for path in records if path.name == "results.csv")
+    assert all(
+        SETTINGS["RUN_ID"] not in path.read_text() for path in records if path.name == "results.csv"
+    )
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"N_EMBD": "33"}, "config: N_EMBD=33 needs a multiple of 4, for N_HEAD=2 and POS=rotary: 32 or 36"),
-    ({"BATCH_SIZE": "3"}, "config: BATCH_SIZE=3: must be a multiple of DEVICE_BATCH_SIZE=2 x 1 ranks"),
-    ({"LEARNING_RATE": "1"}, "config: LEARNING_RATE is no setting; the name here is LR")])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            {"N_EMBD": "33"},
+            "config: N_EMBD=33 needs a multiple of 4, for N_HEAD=2 and POS=rotary: 32 or 36",
+        ),
+        (
+            {"BATCH_SIZE": "3"},
+            "config: BATCH_SIZE=3: must be a multiple of DEVICE_BATCH_SIZE=2 x 1 ranks",
+        ),
+        ({"LEARNING_RATE": "1"}, "config: LEARNING_RATE is no setting; the name here is LR"),
+    ],
+)
 def test_bad_settings_are_refused(capsys, change, sentence):
     assert bench.main([], SETTINGS | change) == 2
     captured = capsys.readouterr()
@@ -104,7 +160,9 @@ def test_two_models_are_timed_in_turn(capsys):
     assert bench.main(["--steps", "5", *twice], SETTINGS | {"N_LAYER": "6", "D_FF": "512"}) == 0
     table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
     kinds = "ours", "other", "ratio"
-    parts = [f"{part}_{kind}" for part in ("step", "forward_backward", "optimizer") for kind in kinds]
+    parts = [
+        f"{part}_{kind}" for part in ("step", "forward_backward", "optimizer") for kind in kinds
+    ]
     assert list(table) == parts
     assert float(table["forward_backward_ratio"][1]) > 1
     with pytest.raises(SystemExit):

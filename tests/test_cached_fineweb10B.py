@@ -1,4 +1,5 @@
 """cached_fineweb10B.py with the real client of the hub, against a small hub and its CDN on the loopback."""
+
 import collections
 import hashlib
 import http.server
@@ -51,7 +52,10 @@ def shard(seed, tokens=1000, magic=20240520):
     """Bytes of a shard with random tokens."""
     header = np.zeros(256, "<i4")
     header[:3] = magic, 1, tokens
-    return header.tobytes() + np.random.default_rng(seed).integers(0, 50257, tokens).astype("<u2").tobytes()
+    return (
+        header.tobytes()
+        + np.random.default_rng(seed).integers(0, 50257, tokens).astype("<u2").tobytes()
+    )
 
 
 def sha256(data):
@@ -63,13 +67,17 @@ class Hub:
 
     def __init__(self):
         self.servers = [self.serve(answer) for answer in (self.answer_hub, self.answer_cdn)]
-        self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        self.endpoint, self.cdn = (
+            f"http://127.0.0.1:{server.server_port}" for server in self.servers
+        )
         self.reset()
 
     def reset(self):
         self.files = {VAL: shard(0), TRAIN: shard(1), "fineweb_train_000002.bin": shard(2)}
         self.revisions = {"main": COMMIT, COMMIT: COMMIT, NEWER: NEWER}
-        self.faults = collections.defaultdict(list)  # (method, file name or "api"): statuses, "cut", "drop", ...
+        self.faults = collections.defaultdict(
+            list
+        )  # (method, file name or "api"): statuses, "cut", "drop", ...
         self.log = []  # (method, "api" or "hub" or "cdn", path, headers)
         self.stalled, self.resume = threading.Event(), threading.Event()
 
@@ -90,7 +98,9 @@ class Hub:
 
     def requests(self, *kinds):
         """Paths' last parts, in order, of the requests of some kinds, such as "GET cdn"."""
-        return [path.split("/")[-1] for method, host, path, _ in self.log if f"{method} {host}" in kinds]
+        return [
+            path.split("/")[-1] for method, host, path, _ in self.log if f"{method} {host}" in kinds
+        ]
 
     def reply(self, request, status, body=b"", **headers):
         request.send_response(status)
@@ -122,18 +132,33 @@ class Hub:
             self.reply(request, 404, X_Error_Code="RevisionNotFound")
         elif is_api:
             assert path == f"/api/datasets/{REPO}/revision/{revision}", path
-            siblings = [{"rfilename": name, "size": len(data), "blobId": "0", "lfs": {
-                "size": len(data), "sha256": sha256(data), "pointerSize": 1}}
-                for name, data in self.files.items()]
+            siblings = [
+                {
+                    "rfilename": name,
+                    "size": len(data),
+                    "blobId": "0",
+                    "lfs": {"size": len(data), "sha256": sha256(data), "pointerSize": 1},
+                }
+                for name, data in self.files.items()
+            ]
             info = {"id": REPO, "sha": self.revisions[revision], "siblings": siblings}
             self.reply(request, 200, json.dumps(info).encode(), Content_Type="application/json")
         elif name not in self.files:
-            self.reply(request, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.revisions[revision])
+            self.reply(
+                request, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.revisions[revision]
+            )
         else:
             assert path == f"/datasets/{REPO}/resolve/{revision}/{name}", path
             etag = f'"{sha256(self.files[name])}"'
-            self.reply(request, 302, Location=f"{self.cdn}/cdn/{name}", X_Repo_Commit=self.revisions[revision],
-                       X_Linked_Size=len(self.files[name]), X_Linked_ETag=etag, ETag=etag)
+            self.reply(
+                request,
+                302,
+                Location=f"{self.cdn}/cdn/{name}",
+                X_Repo_Commit=self.revisions[revision],
+                X_Linked_Size=len(self.files[name]),
+                X_Linked_ETag=etag,
+                ETag=etag,
+            )
 
     def answer_cdn(self, request):
         name = request.path.split("/")[-1]
@@ -148,7 +173,7 @@ class Hub:
         headers = {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
         if fault in ("cut", "stall"):
             headers["Content_Length"] = len(data) - start
-            self.reply(request, 206 if start else 200, data[start:len(data) // 2], **headers)
+            self.reply(request, 206 if start else 200, data[start : len(data) // 2], **headers)
             request.wfile.flush()
             if fault == "stall":
                 self.stalled.set()
@@ -162,13 +187,34 @@ class Worker:
     """A process that runs the script's main once per job, with an environment of its own."""
 
     def __init__(self, endpoint, home, **env):
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("HF_", "HUGGING_FACE"))
+        }
         kept.pop("DATA_DIR", None), kept.pop("REVISION", None)
-        self.env = {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-                    "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", **env}
-        self.process = subprocess.Popen([sys.executable, "-c", WORKER], cwd=home, env=self.env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.loaded = json.loads(self.process.stdout.readline())  # heavy modules that importing the script loaded
+        self.env = {
+            **kept,
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(ROOT),
+            "NO_PROXY": "127.0.0.1",
+            **env,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            cwd=home,
+            env=self.env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self.loaded = json.loads(
+            self.process.stdout.readline()
+        )  # heavy modules that importing the script loaded
 
     def start(self, folder, *argv, job=None, **env):
         job = {"argv": list(argv), "env": {"DATA_DIR": str(folder), **env}, **(job or {})}
@@ -245,11 +291,30 @@ def test_fresh_fetch_gives_the_bytes_and_an_index(hub, worker, tmp_path):
     assert hub.requests("GET cdn") == [VAL, TRAIN] and not hub.requests("GET hub")
     stats = {name: (folder / name).stat() for name in (VAL, TRAIN)}
     assert index_of(folder) == {
-        "source": REPO, "commit": COMMIT, "tokenizer": "gpt2", "vocab_size": 50257, "eot_id": 50256,
-        "split": "by shard, as published", "bytes_per_token": None, "shards": [
-            {"name": name, "split": split, "tokens": 1000, "bytes": 3024, "mtime_ns": stats[name].st_mtime_ns,
-             "sha256": sha256(hub.files[name])} for name, split in ((TRAIN, "train"), (VAL, "val"))]}
-    assert json.loads((folder / "tokenizer.json").read_text()) == {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}
+        "source": REPO,
+        "commit": COMMIT,
+        "tokenizer": "gpt2",
+        "vocab_size": 50257,
+        "eot_id": 50256,
+        "split": "by shard, as published",
+        "bytes_per_token": None,
+        "shards": [
+            {
+                "name": name,
+                "split": split,
+                "tokens": 1000,
+                "bytes": 3024,
+                "mtime_ns": stats[name].st_mtime_ns,
+                "sha256": sha256(hub.files[name]),
+            }
+            for name, split in ((TRAIN, "train"), (VAL, "val"))
+        ],
+    }
+    assert json.loads((folder / "tokenizer.json").read_text()) == {
+        "kind": "gpt2",
+        "vocab_size": 50257,
+        "eot_id": 50256,
+    }
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.incomplete"))
     assert f"1/2 {VAL}\n2/2 {TRAIN}\n" in output
     assert f"2 shards fetched, 0 skipped: 0.00 GB in {folder}, commit {COMMIT}\n" in output
@@ -270,31 +335,54 @@ def test_second_run_uses_no_network_and_hashes_nothing_again(hub, worker, tmp_pa
     assert index_of(tmp_path)["shards"][0]["sha256"] == sha256(hub.files[TRAIN])
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: shard(1, magic=1), lambda data: b"",
-                                    lambda data: shard(7)], ids=["truncated", "wrong magic", "empty", "other tokens"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-2],
+        lambda data: shard(1, magic=1),
+        lambda data: b"",
+        lambda data: shard(7),
+    ],
+    ids=["truncated", "wrong magic", "empty", "other tokens"],
+)
 def test_damaged_local_file_is_fetched_again(hub, worker, tmp_path, damage):
     worker.run(tmp_path, "1")
     (tmp_path / TRAIN).write_bytes(damage(hub.files[TRAIN]))
     hub.log.clear()
-    code, output = worker.run(tmp_path, "2")  # the second shard is new, so that the hub is asked in any case
+    code, output = worker.run(
+        tmp_path, "2"
+    )  # the second shard is new, so that the hub is asked in any case
     assert code == 0, output
     assert hub.requests("GET cdn") == [TRAIN, "fineweb_train_000002.bin"]
     assert (tmp_path / TRAIN).read_bytes() == hub.files[TRAIN]
     assert [entry["sha256"] for entry in index_of(tmp_path)["shards"]] == [
-        sha256(hub.files[entry["name"]]) for entry in index_of(tmp_path)["shards"]]
+        sha256(hub.files[entry["name"]]) for entry in index_of(tmp_path)["shards"]
+    ]
 
 
 def test_connection_cut_in_the_middle(hub, worker, tmp_path):
-    hub.files[VAL] = shard(0, tokens=12_000_000)  # the first half is more than the client's unit of 10 MiB
+    hub.files[VAL] = shard(
+        0, tokens=12_000_000
+    )  # the first half is more than the client's unit of 10 MiB
     hub.faults["GET", "cdn " + VAL] = ["cut"]
     code, output = worker.run(tmp_path, "1")
     assert code == 0, output
     assert (tmp_path / VAL).read_bytes() == hub.files[VAL]
-    ranges = [headers.get("Range") for method, host, _, headers in hub.log if (method, host) == ("GET", "cdn")]
-    assert hub.requests("GET cdn") == [VAL, VAL, TRAIN] and ranges == [None, "bytes=10485760-", None]
+    ranges = [
+        headers.get("Range")
+        for method, host, _, headers in hub.log
+        if (method, host) == ("GET", "cdn")
+    ]
+    assert hub.requests("GET cdn") == [VAL, VAL, TRAIN] and ranges == [
+        None,
+        "bytes=10485760-",
+        None,
+    ]
 
 
-@pytest.mark.parametrize("request_kind", [("GET", "api"), ("HEAD", VAL), ("GET", "cdn " + VAL)], ids=" ".join)
+@pytest.mark.parametrize(
+    "request_kind", [("GET", "api"), ("HEAD", VAL), ("GET", "cdn " + VAL)], ids=" ".join
+)
 def test_server_errors_are_survived(hub, worker, tmp_path, request_kind):
     hub.faults[request_kind] = [503, 503]
     code, output = worker.run(tmp_path, "1")
@@ -309,7 +397,9 @@ def test_server_errors_end_after_five_attempts(hub, worker, tmp_path):
     assert_sentence(output, VAL, "HTTP 500", "later")
 
 
-@pytest.mark.parametrize("status, advice", [(404, "REVISION"), (401, "HF_TOKEN"), (403, "HF_TOKEN")])
+@pytest.mark.parametrize(
+    "status, advice", [(404, "REVISION"), (401, "HF_TOKEN"), (403, "HF_TOKEN")]
+)
 def test_refusals_are_not_retried(hub, worker, tmp_path, status, advice):
     hub.faults["HEAD", VAL] = [status] * 9
     code, output = worker.run(tmp_path, "1")
@@ -380,7 +470,9 @@ def test_all_shards_without_argument(hub, worker, tmp_path):
 
 def test_disk_too_small(hub, worker, tmp_path):
     put(tmp_path, hub, VAL)
-    code, output = worker.run(tmp_path, "2", job={"free": 19_999})  # of 10,000 bytes a shard, as the worker sets it
+    code, output = worker.run(
+        tmp_path, "2", job={"free": 19_999}
+    )  # of 10,000 bytes a shard, as the worker sets it
     assert code == 1 and hub.log == [] and not (tmp_path / TRAIN).exists()
     assert_sentence(output, "2 shards", str(tmp_path), "DATA_DIR")
     code, output = worker.run(tmp_path, "2", job={"free": 20_000})
@@ -424,7 +516,9 @@ def test_revision_pins_and_a_folder_keeps_its_commit(hub, worker, tmp_path):
     assert code == 1 and index_of(tmp_path)["commit"] == COMMIT
     assert_sentence(output, COMMIT, NEWER, "REVISION")
     hub.log.clear()
-    code, output = worker.run(tmp_path, "2", REVISION=NEWER)  # nothing is missing, so the hub is not asked
+    code, output = worker.run(
+        tmp_path, "2", REVISION=NEWER
+    )  # nothing is missing, so the hub is not asked
     assert code == 1 and hub.log == []
     assert_sentence(output, COMMIT, NEWER, "REVISION")
     code, output = worker.run(tmp_path / "other", "1", REVISION="main")
@@ -447,7 +541,9 @@ def test_interrupt(hub, worker, tmp_path):
     worker.process.send_signal(signal.SIGINT)
     code, output = worker.result()
     assert code == 130 and "start it again" in output and "Traceback" not in output
-    assert [path.name for path in tmp_path.glob("*.bin")] == [VAL] and not list(tmp_path.rglob("*.incomplete"))
+    assert [path.name for path in tmp_path.glob("*.bin")] == [VAL] and not list(
+        tmp_path.rglob("*.incomplete")
+    )
     hub.resume.set()
     assert worker.run(tmp_path, "1")[0] == 0 and (tmp_path / TRAIN).read_bytes() == hub.files[TRAIN]
 
@@ -464,13 +560,23 @@ def test_waits_for_another_fetch_into_the_folder(hub, worker, tmp_path):
 
 def test_token_goes_to_the_hub_alone(hub, worker, tmp_path):
     setting = "import sys, cached_fineweb10B as c; c.SHARD_BYTES = 10_000; sys.exit(c.main(['1']))"
-    done = subprocess.run([sys.executable, "-c", setting], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                          env={**worker.env, "DATA_DIR": str(tmp_path), "HF_TOKEN": TOKEN})
+    done = subprocess.run(
+        [sys.executable, "-c", setting],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**worker.env, "DATA_DIR": str(tmp_path), "HF_TOKEN": TOKEN},
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
-    sent = {host: {headers.get("authorization") for _, kind, _, headers in hub.log if kind == host}
-            for host in ("api", "hub", "cdn")}
+    sent = {
+        host: {headers.get("authorization") for _, kind, _, headers in hub.log if kind == host}
+        for host in ("api", "hub", "cdn")
+    }
     assert sent == {"api": {f"Bearer {TOKEN}"}, "hub": {f"Bearer {TOKEN}"}, "cdn": {None}}
     assert TOKEN not in output
-    assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not any(
+        TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    )
     assert "%|" not in output  # no progress bar into a pipe

@@ -9,42 +9,81 @@ import train_gpt
 from scripts import check_moe
 from train_gpt import Linear, MoE, make_plan
 
-TINY = {"DEVICE": "cpu", "FFN": "moe", "N_LAYER": "2", "N_HEAD": "2", "N_EMBD": "32", "VOCAB_SIZE": "64",
-        "SEQUENCE_LENGTH": "32", "DEVICE_BATCH_SIZE": "16"}
+TINY = {
+    "DEVICE": "cpu",
+    "FFN": "moe",
+    "N_LAYER": "2",
+    "N_HEAD": "2",
+    "N_EMBD": "32",
+    "VOCAB_SIZE": "64",
+    "SEQUENCE_LENGTH": "32",
+    "DEVICE_BATCH_SIZE": "16",
+}
 
 
 def test_the_preset_keeps_its_budget_and_its_sibling_is_sound(capsys):
     assert check_moe.main([], {"DEVICE": "cpu"}) == 0
     captured = capsys.readouterr()
     lines = [line.split() for line in captured.out.splitlines()]
-    assert lines[:3] == [["recurrent_shared_moe"], ["params_total", "276,115,456", "ok", "276,115,456"],
-                         ["params_active", "116,615,168", "ok", "116,615,168"]]
+    assert lines[:3] == [
+        ["recurrent_shared_moe"],
+        ["params_total", "276,115,456", "ok", "276,115,456"],
+        ["params_active", "116,615,168", "ok", "116,615,168"],
+    ]
     assert [line[0] for line in lines[3:]] == [
-        "recurrent_shared_moe_smoke", "params_total", "params_active", "loss", "load_entropy", "load_entropy_worst",
-        "load_min", "load_max", "aux", "grads_not_finite", "grads_zero", "experts_without_grad"]
+        "recurrent_shared_moe_smoke",
+        "params_total",
+        "params_active",
+        "loss",
+        "load_entropy",
+        "load_entropy_worst",
+        "load_min",
+        "load_max",
+        "aux",
+        "grads_not_finite",
+        "grads_zero",
+        "experts_without_grad",
+    ]
     assert captured.err == "" and "FAIL" not in captured.out
 
 
-@pytest.mark.parametrize("change", [{}, {"INIT": "gpt2", "TIE_EMBEDDINGS": "0", "BIAS": "1", "RECURRENCE": "indexed"},
-                                    {"TIE_EMBEDDINGS": "0", "FFN": "relu2,moe", "BALANCE": "quantile"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"INIT": "gpt2", "TIE_EMBEDDINGS": "0", "BIAS": "1", "RECURRENCE": "indexed"},
+        {"TIE_EMBEDDINGS": "0", "FFN": "relu2,moe", "BALANCE": "quantile"},
+    ],
+    ids=str,
+)
 def test_settings_are_checked_whatever_starts_at_zero(capsys, change):
     assert check_moe.main([], TINY | change) == 0, capsys.readouterr().err
 
 
 def collapsed(monkeypatch):
     forward, skew = Linear.forward, 9.0 * torch.arange(8).clamp(max=4)
-    monkeypatch.setattr(Linear, "forward", lambda self, x: forward(self, x) - (skew if len(self.weight) == 8 else 0))
+    monkeypatch.setattr(
+        Linear, "forward", lambda self, x: forward(self, x) - (skew if len(self.weight) == 8 else 0)
+    )
 
 
 def an_expert_is_not_trained(monkeypatch):
     grouped = train_gpt.grouped
-    monkeypatch.setattr(train_gpt, "grouped", lambda a, b, ends: (
-        grouped(a, b, ends).index_fill(0, torch.tensor([5]), 0.0) if b.ndim == 2 and ends is not None else
-        grouped(a, b, ends)))
+    monkeypatch.setattr(
+        train_gpt,
+        "grouped",
+        lambda a, b, ends: (
+            grouped(a, b, ends).index_fill(0, torch.tensor([5]), 0.0)
+            if b.ndim == 2 and ends is not None
+            else grouped(a, b, ends)
+        ),
+    )
 
 
 def no_number(monkeypatch):
-    monkeypatch.setattr(train_gpt, "aux_loss", lambda load, importance: float("nan") * importance.sum(-1))
+    monkeypatch.setattr(
+        train_gpt, "aux_loss", lambda load, importance: float("nan") * importance.sum(-1)
+    )
 
 
 def a_branch_is_cut(monkeypatch):
@@ -55,19 +94,36 @@ def a_branch_is_cut(monkeypatch):
 
 def a_parameter_too_many(monkeypatch):
     init = MoE.__init__
-    monkeypatch.setattr(MoE, "__init__", lambda self, cfg: (
-        init(self, cfg), setattr(self, "gain", torch.nn.Parameter(torch.ones(3))))[0])
+    monkeypatch.setattr(
+        MoE,
+        "__init__",
+        lambda self, cfg: (
+            init(self, cfg),
+            setattr(self, "gain", torch.nn.Parameter(torch.ones(3))),
+        )[0],
+    )
 
 
 def a_loud_start(monkeypatch):
-    monkeypatch.setitem(train_gpt.INITS, "zero_proj", lambda cfg, w, ends: w.is_meta or torch.nn.init.normal_(w))
+    monkeypatch.setitem(
+        train_gpt.INITS, "zero_proj", lambda cfg, w, ends: w.is_meta or torch.nn.init.normal_(w)
+    )
 
 
-@pytest.mark.parametrize("defect, names", [
-    (collapsed, ["load_entropy", "load_entropy_worst", "load_min", "aux", "experts_without_grad"]),
-    (an_expert_is_not_trained, ["experts_without_grad"]), (no_number, ["aux", "grads_not_finite"]),
-    (a_branch_is_cut, ["grads_zero"]), (a_parameter_too_many, ["params_total", "params_active", "grads_zero"]),
-    (a_loud_start, ["loss"])])
+@pytest.mark.parametrize(
+    "defect, names",
+    [
+        (
+            collapsed,
+            ["load_entropy", "load_entropy_worst", "load_min", "aux", "experts_without_grad"],
+        ),
+        (an_expert_is_not_trained, ["experts_without_grad"]),
+        (no_number, ["aux", "grads_not_finite"]),
+        (a_branch_is_cut, ["grads_zero"]),
+        (a_parameter_too_many, ["params_total", "params_active", "grads_zero"]),
+        (a_loud_start, ["loss"]),
+    ],
+)
 def test_a_defect_is_named(capsys, monkeypatch, defect, names):
     defect(monkeypatch)
     assert check_moe.main([], TINY) == 1
@@ -76,23 +132,51 @@ def test_a_defect_is_named(capsys, monkeypatch, defect, names):
     assert captured.out.count("FAIL") == len(names)
 
 
-@pytest.mark.parametrize("kind", [
-    {}, {"bias": True, "norm": "layer", "expert": "swiglu"}, {"d_ff": 24, "pos": "learned", "tie_embeddings": False},
-    {"expert": "swiglu", "shared_expert": True, "norm": "rms_gain", "top_k": 1}, {"ffn": "gelu,moe,swiglu"},
-    {"ffn": "swiglu,moe", "recurrence": "indexed", "n_layer": 5, "bias": True},
-    {"recurrence": "shared", "n_layer": 7, "n_unique": 2, "unshared_ends": 1, "ffn": "moe,gelu", "norm": "layer"},
-    {"recurrence": "shared", "n_layer": 7, "n_unique": 3, "unshared_ends": 1, "norm": "rms_gain",
-     "per_step": "norm,router,scale"}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"bias": True, "norm": "layer", "expert": "swiglu"},
+        {"d_ff": 24, "pos": "learned", "tie_embeddings": False},
+        {"expert": "swiglu", "shared_expert": True, "norm": "rms_gain", "top_k": 1},
+        {"ffn": "gelu,moe,swiglu"},
+        {"ffn": "swiglu,moe", "recurrence": "indexed", "n_layer": 5, "bias": True},
+        {
+            "recurrence": "shared",
+            "n_layer": 7,
+            "n_unique": 2,
+            "unshared_ends": 1,
+            "ffn": "moe,gelu",
+            "norm": "layer",
+        },
+        {
+            "recurrence": "shared",
+            "n_layer": 7,
+            "n_unique": 3,
+            "unshared_ends": 1,
+            "norm": "rms_gain",
+            "per_step": "norm,router,scale",
+        },
+    ],
+    ids=str,
+)
 def test_the_arithmetic_is_that_of_the_model(kind):
     cfg = tiny(**{"ffn": "moe", "n_layer": 4} | kind)
     plan = make_plan(cfg, Ranks())
     assert check_moe.budget(cfg) == (plan["params_total"], plan["params_active"])
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"FFN": "relu2"}, "config: FFN=relu2: has no mixture of experts to check; set FFN=moe"),
-    ({"ATTNGATE": "const"}, "config: ATTNGATE=const MIXER=attention: this script counts plain attention only"),
-    ({"TOP_K": "9"}, "config: TOP_K=9 needs at most NUM_EXPERTS=8")])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"FFN": "relu2"}, "config: FFN=relu2: has no mixture of experts to check; set FFN=moe"),
+        (
+            {"ATTNGATE": "const"},
+            "config: ATTNGATE=const MIXER=attention: this script counts plain attention only",
+        ),
+        ({"TOP_K": "9"}, "config: TOP_K=9 needs at most NUM_EXPERTS=8"),
+    ],
+)
 def test_wrong_settings_are_refused(capsys, change, sentence):
     assert check_moe.main([], TINY | change) == 2
     captured = capsys.readouterr()

@@ -10,8 +10,16 @@ import train_gpt
 from scripts import check_recurrence
 from train_gpt import GPT
 
-TINY = {"COMPILE": "0", "DEVICE": "cpu", "N_LAYER": "3", "N_HEAD": "2", "N_EMBD": "32", "VOCAB_SIZE": "64",
-        "SEQUENCE_LENGTH": "16", "DEVICE_BATCH_SIZE": "2"}
+TINY = {
+    "COMPILE": "0",
+    "DEVICE": "cpu",
+    "N_LAYER": "3",
+    "N_HEAD": "2",
+    "N_EMBD": "32",
+    "VOCAB_SIZE": "64",
+    "SEQUENCE_LENGTH": "16",
+    "DEVICE_BATCH_SIZE": "2",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,40 +34,85 @@ def test_a_dense_and_a_sparse_model_pass(capsys):
     captured = capsys.readouterr()
     head, *rows = captured.out.splitlines()
     assert [row.split(",")[0] for row in rows] == ["dense", "moe"] and captured.err == ""
-    assert head.split() == ["init_diff", "max_abs_diff_logits", "grad_cosine", "grad_rel_diff", "diff_after_10"]
+    assert head.split() == [
+        "init_diff",
+        "max_abs_diff_logits",
+        "grad_cosine",
+        "grad_rel_diff",
+        "diff_after_10",
+    ]
     for row in rows:
         init, logits, cosine, grad, later = map(float, row.split()[2:])
-        assert init == 0 and logits < 1e-6 and cosine == pytest.approx(1) and grad < 1e-5 and later < 1e-5
+        assert (
+            init == 0
+            and logits < 1e-6
+            and cosine == pytest.approx(1)
+            and grad < 1e-5
+            and later < 1e-5
+        )
 
 
 def test_both_ways_of_running_have_a_row(capsys, monkeypatch):
     compiled = []
-    monkeypatch.setattr(train_gpt, "compile_model", lambda model, cfg, device: compiled.append(len(model.blocks)))
-    assert check_recurrence.main([], TINY | {"COMPILE": "", "FFN": "relu2,moe", "N_LAYER": "4", "DROPOUT": "0.5"}) == 0
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["COMPILE=0", "COMPILE=1"]
+    monkeypatch.setattr(
+        train_gpt, "compile_model", lambda model, cfg, device: compiled.append(len(model.blocks))
+    )
+    assert (
+        check_recurrence.main(
+            [], TINY | {"COMPILE": "", "FFN": "relu2,moe", "N_LAYER": "4", "DROPOUT": "0.5"}
+        )
+        == 0
+    )
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "COMPILE=0",
+        "COMPILE=1",
+    ]
     assert compiled == [4, 2]
 
 
 def slices(change):
     """GPT.visits with banks whose slices are those that change(unbound) gives."""
+
     def visits(model):
         seen = dict.fromkeys(model.order, -1)
         for i in model.order:
             seen[i] += 1
-            own = {name: change(tensor.unbind(0))[seen[i]] for name, tensor in
-                   model.blocks[i].state_dict(keep_vars=True).items() if name in model.banked}
-            yield functools.partial(torch.func.functional_call, model.blocks[i], own) if own else model.blocks[i]
+            own = {
+                name: change(tensor.unbind(0))[seen[i]]
+                for name, tensor in model.blocks[i].state_dict(keep_vars=True).items()
+                if name in model.banked
+            }
+            yield (
+                functools.partial(torch.func.functional_call, model.blocks[i], own)
+                if own
+                else model.blocks[i]
+            )
+
     return visits
 
 
-@pytest.mark.parametrize("change, figures", [
-    (lambda parts: parts, []),
-    (lambda parts: [parts[0]] * len(parts), ["max_abs_diff_logits", "grad_cosine"]),
-    (lambda parts: parts[::-1], ["max_abs_diff_logits", "grad_cosine"]),
-    (lambda parts: [*parts[:-1], parts[-1].detach()], ["grad_cosine"]),
-    (lambda parts: [part * (1 + 1e-3) for part in parts], ["max_abs_diff_logits"]),
-    (lambda parts: [part * float("nan") for part in parts], ["max_abs_diff_logits", "grad_cosine"])],
-    ids=["none", "the first for all", "reversed", "one without gradient", "a little larger", "no numbers"])
+@pytest.mark.parametrize(
+    "change, figures",
+    [
+        (lambda parts: parts, []),
+        (lambda parts: [parts[0]] * len(parts), ["max_abs_diff_logits", "grad_cosine"]),
+        (lambda parts: parts[::-1], ["max_abs_diff_logits", "grad_cosine"]),
+        (lambda parts: [*parts[:-1], parts[-1].detach()], ["grad_cosine"]),
+        (lambda parts: [part * (1 + 1e-3) for part in parts], ["max_abs_diff_logits"]),
+        (
+            lambda parts: [part * float("nan") for part in parts],
+            ["max_abs_diff_logits", "grad_cosine"],
+        ),
+    ],
+    ids=[
+        "none",
+        "the first for all",
+        "reversed",
+        "one without gradient",
+        "a little larger",
+        "no numbers",
+    ],
+)
 def test_a_defect_of_the_banks_is_named(capsys, monkeypatch, change, figures):
     monkeypatch.setattr(GPT, "visits", slices(change))
     assert check_recurrence.main([], TINY) == bool(figures)
@@ -68,17 +121,32 @@ def test_a_defect_of_the_banks_is_named(capsys, monkeypatch, change, figures):
 
 def test_another_initialisation_is_named(capsys, monkeypatch):
     init = train_gpt.LearnedPosition.__init__
-    monkeypatch.setattr(train_gpt.LearnedPosition, "__init__", lambda self, cfg: (
-        init(self, cfg), self.weight.data.add_(1e-6 * (cfg.recurrence == "indexed")))[0])
+    monkeypatch.setattr(
+        train_gpt.LearnedPosition,
+        "__init__",
+        lambda self, cfg: (
+            init(self, cfg),
+            self.weight.data.add_(1e-6 * (cfg.recurrence == "indexed")),
+        )[0],
+    )
     assert check_recurrence.main([], TINY | {"POS": "learned"}) == 1
     error = capsys.readouterr().err
-    assert error.startswith("settings, COMPILE=0: init_diff is ") and error.endswith(", must be 0\n")
+    assert error.startswith("settings, COMPILE=0: init_diff is ") and error.endswith(
+        ", must be 0\n"
+    )
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"RECURRENCE": "shared"}, "config: RECURRENCE=shared: has fewer weights than a stack; set stacked or indexed"),
-    ({"N_EMBD": "33"}, "config: N_EMBD=33 needs a multiple of 4"),
-    ({"LEARNING_RATE": "1"}, "config: LEARNING_RATE is no setting")])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            {"RECURRENCE": "shared"},
+            "config: RECURRENCE=shared: has fewer weights than a stack; set stacked or indexed",
+        ),
+        ({"N_EMBD": "33"}, "config: N_EMBD=33 needs a multiple of 4"),
+        ({"LEARNING_RATE": "1"}, "config: LEARNING_RATE is no setting"),
+    ],
+)
 def test_wrong_settings_are_refused(capsys, change, sentence):
     assert check_recurrence.main([], TINY | change) == 2
     captured = capsys.readouterr()

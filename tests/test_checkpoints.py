@@ -25,7 +25,12 @@ from harness.records import Records
 import train_gpt
 from train_gpt import Config, State
 
-WIDE = {"VOCAB_SIZE": 2305, "DROPOUT": 0.1, "SHUFFLE": 1, "SAVE_EVERY": 4}  # 2 ranks slice the embedding, 3 cannot
+WIDE = {
+    "VOCAB_SIZE": 2305,
+    "DROPOUT": 0.1,
+    "SHUFFLE": 1,
+    "SAVE_EVERY": 4,
+}  # 2 ranks slice the embedding, 3 cannot
 
 
 def checkpoints(settings, run_id="toy"):
@@ -57,7 +62,10 @@ def assert_same(a, b):
 def curve(settings, run_id="toy", columns=("step", "train_loss", "val_loss", "lr", "grad_norm")):
     """What was measured in every logged step, floats as hexadecimals."""
     with open(settings["LOG_DIR"] / f"{run_id}.csv", newline="") as file:
-        return [tuple(float(row[name]).hex() if row[name] else "" for name in columns) for row in csv.DictReader(file)]
+        return [
+            tuple(float(row[name]).hex() if row[name] else "" for name in columns)
+            for row in csv.DictReader(file)
+        ]
 
 
 def row(settings, run_id="toy"):
@@ -75,6 +83,7 @@ def dies_at(monkeypatch, step, number=signal.SIGKILL, rank=None):
         if state.step == step and rank in (None, torch.distributed.get_rank()):
             os.kill(os.getpid(), number)
         return original(state, *args)
+
     monkeypatch.setattr(train_gpt, "train_step", fatal)
 
 
@@ -92,19 +101,32 @@ def interrupted(settings, monkeypatch, step, world=1):
 # Resuming
 
 
-@pytest.mark.parametrize("world, step, every", [
-    (1, 1, 1),  # the first step
-    (2, 3, 2),  # in the middle of a shard; 36 samples of 43
-    (1, 4, 4),  # beyond the end of the first shard, 43 of 94 samples
-    (2, 9, 4),  # in the second epoch: 94 samples
-    (1, 15, 5),  # before the last step
-    (2, 16, 8)])  # after it, before the row
-def test_a_killed_run_that_goes_on_is_the_run_that_was_never_stopped(settings, monkeypatch, world, step, every):
-    settings |= WIDE | {"NUM_ITERATIONS": 16, "SAVE_EVERY": every, "VAL_EVERY": 3, "OPTIMIZER": "muon"}
+@pytest.mark.parametrize(
+    "world, step, every",
+    [
+        (1, 1, 1),  # the first step
+        (2, 3, 2),  # in the middle of a shard; 36 samples of 43
+        (1, 4, 4),  # beyond the end of the first shard, 43 of 94 samples
+        (2, 9, 4),  # in the second epoch: 94 samples
+        (1, 15, 5),  # before the last step
+        (2, 16, 8),
+    ],
+)  # after it, before the row
+def test_a_killed_run_that_goes_on_is_the_run_that_was_never_stopped(
+    settings, monkeypatch, world, step, every
+):
+    settings |= WIDE | {
+        "NUM_ITERATIONS": 16,
+        "SAVE_EVERY": every,
+        "VAL_EVERY": 3,
+        "OPTIMIZER": "muon",
+    }
     assert launch(settings | {"RUN_ID": "whole"}, world)[0] == [0] * world
     if step == 16:
         with monkeypatch.context() as patch:
-            patch.setattr(train_gpt, "export_weights", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+            patch.setattr(
+                train_gpt, "export_weights", lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+            )
             assert -9 in launch(settings, world)[0]
         out = launch(settings | {"RESUME": "auto"}, world)[1]
     else:
@@ -114,14 +136,24 @@ def test_a_killed_run_that_goes_on_is_the_run_that_was_never_stopped(settings, m
     assert_same(folder(settings, 16), folder(settings, 16, "whole"))
     told, whole = row(settings), row(settings, "whole")
     assert told["status"] == "ok" and told["resumes"] == "1" and whole["resumes"] == "0"
-    assert all(told[name] == whole[name] for name in ("final_loss", "best_loss", "tokens", "ppl", "bad_steps"))
+    assert all(
+        told[name] == whole[name]
+        for name in ("final_loss", "best_loss", "tokens", "ppl", "bad_steps")
+    )
     log = (settings["LOG_DIR"] / "toy.txt").read_text()
     assert log.count(train_gpt.SOURCE) == 1
     assert [log.count(f"\nstep:{n}/16 train_loss") for n in range(1, 17)] == [1] * 16
 
 
-@pytest.mark.parametrize("changes", [{"OPTIMIZER": "adamw", "TIE_EMBEDDINGS": 0, "LR": 0.003}, {"DTYPE": "float16"},
-                                     {"DTYPE": "bfloat16", "NORM": "layer", "BIAS": 1, "WEIGHT_DECAY": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"OPTIMIZER": "adamw", "TIE_EMBEDDINGS": 0, "LR": 0.003},
+        {"DTYPE": "float16"},
+        {"DTYPE": "bfloat16", "NORM": "layer", "BIAS": 1, "WEIGHT_DECAY": 0.1},
+    ],
+    ids=str,
+)
 def test_other_parts_resume_too(settings, monkeypatch, changes):
     settings |= WIDE | changes
     assert launch(settings | {"RUN_ID": "whole"}, 2)[0] == [0, 0]
@@ -133,7 +165,12 @@ def test_other_parts_resume_too(settings, monkeypatch, changes):
 def test_killed_at_random_moments_a_run_loses_at_most_save_every_steps_and_no_row(settings):
     """A kill comes up to nine steps after a start, or already while it starts. KILLS=50 makes it the long test."""
     kills, rng = int(os.environ.get("KILLS", 10)), random.Random(0)
-    settings |= WIDE | {"NUM_ITERATIONS": 10 * kills, "SAVE_EVERY": 5, "VAL_EVERY": 50, "RESUME": "auto"}
+    settings |= WIDE | {
+        "NUM_ITERATIONS": 10 * kills,
+        "SAVE_EVERY": 5,
+        "VAL_EVERY": 50,
+        "RESUME": "auto",
+    }
     assert launch(settings | {"RUN_ID": "whole"}, 2)[0] == [0, 0]
     reached, lost = 0, []
     for _ in range(kills):
@@ -161,7 +198,8 @@ CRASH_POINTS = {
     "before the disk has it": (harness.checkpoints, "sync", ".tmp_step_000012"),
     "before it has its name": (os, "replace", ".tmp_step_000012"),
     "before its name is on the disk": (harness.checkpoints, "sync", "toy"),
-    "while an old one goes": (shutil, "rmtree", ".tmp_step_000004")}
+    "while an old one goes": (shutil, "rmtree", ".tmp_step_000004"),
+}
 
 
 @pytest.mark.parametrize("point", CRASH_POINTS)
@@ -181,15 +219,22 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_one_is_used(settings, mo
         def arm(self, copies, tensors, facts):
             Checkpoints.fatal = facts["step"] == 12
             return write(self, copies, tensors, facts)
+
         patch.setattr(Checkpoints, "fatal", False, raising=False)
         patch.setattr(Checkpoints, "write", arm)
         patch.setattr(owner, name, fatal)
         assert launch(settings)[0] == [-9]
     newest = 12 if suffix in (["toy"], [".tmp_step_000004"]) else 8
-    assert name == "write_data" or suffix == ["toy"] or list((settings["LOG_DIR"] / "toy").glob(".tmp_*"))
+    assert (
+        name == "write_data"
+        or suffix == ["toy"]
+        or list((settings["LOG_DIR"] / "toy").glob(".tmp_*"))
+    )
     codes, out = launch(settings | {"RESUME": "auto"})
     assert codes == [0] and f"resumed:{folder(settings, newest)}" in out, out
-    assert checkpoints(settings) == [12, 16] and not list((settings["LOG_DIR"] / "toy").glob(".tmp_*"))
+    assert checkpoints(settings) == [12, 16] and not list(
+        (settings["LOG_DIR"] / "toy").glob(".tmp_*")
+    )
     assert curve(settings) == curve(settings, "whole")
     assert_same(folder(settings, 16), folder(settings, 16, "whole"))
 
@@ -197,7 +242,9 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_one_is_used(settings, mo
 def test_no_sample_is_missed_or_read_twice(settings, tmp_path, monkeypatch):
     """Every token is the number of its sample; the run dies on 2 ranks in step 13 and goes on, from 12, on 3."""
     for i, (first, last) in enumerate(((0, 40), (40, 70), (70, 94))):
-        write_shard(tmp_path / f"toy_train_{i + 1:06d}.bin", [*np.repeat(np.arange(first, last), 16), 0])
+        write_shard(
+            tmp_path / f"toy_train_{i + 1:06d}.bin", [*np.repeat(np.arange(first, last), 16), 0]
+        )
     original = train_gpt.train_step
 
     def recording(state, cfg, inputs, targets):
@@ -208,15 +255,21 @@ def test_no_sample_is_missed_or_read_twice(settings, tmp_path, monkeypatch):
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return original(state, cfg, inputs, targets)
+
     monkeypatch.setattr(train_gpt, "train_step", recording)
     settings |= {"VOCAB_SIZE": 128, "NUM_ITERATIONS": 23, "SAVE_EVERY": 3, "VAL_EVERY": 0}
-    assert launch(settings, 2)[0] == [1, -9] and launch(settings | {"RESUME": "auto"}, 3)[0] == [0] * 3
+    assert (
+        launch(settings, 2)[0] == [1, -9] and launch(settings | {"RESUME": "auto"}, 3)[0] == [0] * 3
+    )
     seen = {}
     for file in sorted(tmp_path.glob("seen_*.txt")):
         for line in file.read_text().splitlines():
             attempt, step, *samples = map(int, line.split())
             seen.setdefault((attempt, step), []).extend(samples)
-    assert seen.keys() == {*((0, step) for step in range(14)), *((1, step) for step in range(12, 23))}
+    assert seen.keys() == {
+        *((0, step) for step in range(14)),
+        *((1, step) for step in range(12, 23)),
+    }
     for (attempt, step), samples in seen.items():
         assert samples == [i % 94 for i in range(12 * step, 12 * step + 12)], (attempt, step)
 
@@ -234,22 +287,33 @@ def test_saved_on_two_ranks_and_resumed_on_others(settings, monkeypatch, world):
         cfg = tiny(log_dir=str(settings["LOG_DIR"]), vocab_size=2305)
         state = State.build(cfg, ranks)
         Checkpoints(cfg, ranks, Records(cfg, "toy", ranks.rank)).load(state, folder(settings, 4))
-        return state.step, {key: (kind, tensor.clone()) for key, (tensor, kind) in state.tensors().items()}
+        return state.step, {
+            key: (kind, tensor.clone()) for key, (tensor, kind) in state.tensors().items()
+        }
+
     loaded = run_ranks(world, load)
     assert [step for step, _ in loaded] == [4] * world
     for key, wanted in saved.items():
         held = [found[key] for _, found in loaded if key in found]
         kinds = {kind for kind, _ in held}
         assert len(held) == (1 if kinds == {"own"} else world) and len(kinds) == 1
-        parts = [torch.cat([part for _, part in held])] if kinds == {"slice"} else [part for _, part in held]
+        parts = (
+            [torch.cat([part for _, part in held])]
+            if kinds == {"slice"}
+            else [part for _, part in held]
+        )
         assert all(torch.equal(part, wanted) for part in parts), key
     assert {kind for _, found in loaded for kind, _ in found.values()} >= {"copy", "own"}
 
     codes, out = launch(settings | {"RESUME": "auto"}, world)
     assert codes == [0] * world, out
     assert f"WORLD_SIZE 2 -> {world}" in out
-    ours, whole = (np.array([[float.fromhex(x or "nan") for x in point[:3]] for point in curve(settings, run_id)])
-                   for run_id in ("toy", "whole"))
+    ours, whole = (
+        np.array(
+            [[float.fromhex(x or "nan") for x in point[:3]] for point in curve(settings, run_id)]
+        )
+        for run_id in ("toy", "whole")
+    )
     assert np.allclose(ours, whole, atol=1e-4, equal_nan=True)
 
 
@@ -273,12 +337,15 @@ def flips(path):
     """Copies of a file with one byte changed: first, middle, last."""
     content = path.read_bytes()
     for i in (0, len(content) // 2, len(content) - 1):
-        yield content[:i] + bytes([content[i] ^ 7]) + content[i + 1:]
+        yield content[:i] + bytes([content[i] ^ 7]) + content[i + 1 :]
 
 
 def test_a_flipped_byte_in_any_file_sets_the_checkpoint_aside(two):
     run, newest = two["LOG_DIR"] / "toy", folder(two, 8)
-    cfg, names = tiny(log_dir=str(two["LOG_DIR"]), resume="auto"), sorted(path.name for path in newest.iterdir())
+    cfg, names = (
+        tiny(log_dir=str(two["LOG_DIR"]), resume="auto"),
+        sorted(path.name for path in newest.iterdir()),
+    )
     assert names == [".metadata", "SHA256SUMS", "__0_0.distcp", "run.json"]
     assert find_checkpoint(cfg, run, False, []) == newest
     for path in sorted(newest.iterdir()):
@@ -302,14 +369,18 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(two):
     codes, out = launch(two | {"RESUME": "auto"})
     assert codes == [0] and "is set aside: __0_0.distcp is not what was written" in out
     assert f"resumed:{folder(two, 4)}" in out and checkpoints(two) == [4, 8]
-    assert curve(two) == before[0] and all(torch.equal(x, before[1][key]) for key, x in tensors(folder(two, 8)).items())
+    assert curve(two) == before[0] and all(
+        torch.equal(x, before[1][key]) for key, x in tensors(folder(two, 8)).items()
+    )
 
 
 def test_with_no_valid_checkpoint_a_run_starts_afresh(two):
     before = curve(two)
     for step in 4, 8:
         (folder(two, step) / "run.json").write_text("{}")
-    codes, out = launch(two | {"RESUME": "auto"})  # the weights of a finished run are not to be overwritten
+    codes, out = launch(
+        two | {"RESUME": "auto"}
+    )  # the weights of a finished run are not to be overwritten
     assert codes == [2] and "no valid checkpoint is left" in out and curve(two) == before
     (two["LOG_DIR"] / "toy/model.safetensors").unlink()
     codes, out = launch(two | {"RESUME": "auto"})
@@ -325,6 +396,7 @@ def test_what_does_not_arrive_is_an_error(two, monkeypatch, fault):
             lost = copies.pop("muon.blocks.1.ffn.fc.weight.0")
             original(copies, **kwargs)
             copies["muon.blocks.1.ffn.fc.weight.0"] = lost
+
     monkeypatch.setattr(dcp, "load", faulty)
     codes, out = launch(two | {"RESUME": "auto"})
     assert codes == [1] and "did not come back as it was saved" in out
@@ -338,9 +410,14 @@ def test_ranks_that_have_come_apart_are_found_at_the_next_save(settings, monkeyp
         if (state.step, torch.distributed.get_rank()) == (2, 1):
             state.model.blocks[1].ffn.fc.weight.data[0, 0] += 1e-6
         return original(state, *args)
+
     monkeypatch.setattr(train_gpt, "train_step", drifting)
     codes, out = launch(settings | {"SAVE_EVERY": 3}, 2)
-    assert codes == [1, 1] and "model.blocks.1.ffn.fc.weight of rank 1" in out and checkpoints(settings) == []
+    assert (
+        codes == [1, 1]
+        and "model.blocks.1.ffn.fc.weight of rank 1" in out
+        and checkpoints(settings) == []
+    )
 
 
 # What may change
@@ -349,15 +426,36 @@ FACTS = {"data_fingerprint": "f", "world_size": 1}
 
 
 def test_changed_settings_are_refused_field_by_field(two):
-    before = sorted(path for path in two["LOG_DIR"].rglob("*")), (two["LOG_DIR"] / "toy.csv").read_bytes()
-    codes, out = launch(two | {"RESUME": "auto", "N_LAYER": 3, "LR": 0.02, "MUON_MOMENTUM": 0.9, "BATCH_SIZE": 24,
-                               "NUM_ITERATIONS": 20, "NOTE": "new"})
+    before = (
+        sorted(path for path in two["LOG_DIR"].rglob("*")),
+        (two["LOG_DIR"] / "toy.csv").read_bytes(),
+    )
+    codes, out = launch(
+        two
+        | {
+            "RESUME": "auto",
+            "N_LAYER": 3,
+            "LR": 0.02,
+            "MUON_MOMENTUM": 0.9,
+            "BATCH_SIZE": 24,
+            "NUM_ITERATIONS": 20,
+            "NOTE": "new",
+        }
+    )
     assert codes == [2] and len(out.splitlines()) == 1
-    for text in ("N_LAYER 2 -> 3", "LR 0.01 -> 0.02", "MUON_MOMENTUM 0.95 -> 0.9", "BATCH_SIZE 12 -> 24",
-                 "NUM_ITERATIONS 8 -> 20"):  # its cooldown had begun
+    for text in (
+        "N_LAYER 2 -> 3",
+        "LR 0.01 -> 0.02",
+        "MUON_MOMENTUM 0.95 -> 0.9",
+        "BATCH_SIZE 12 -> 24",
+        "NUM_ITERATIONS 8 -> 20",
+    ):  # its cooldown had begun
         assert text in out, text
     assert "NOTE" not in out and row(two)["status"] == "ok"
-    assert before == (sorted(path for path in two["LOG_DIR"].rglob("*")), (two["LOG_DIR"] / "toy.csv").read_bytes())
+    assert before == (
+        sorted(path for path in two["LOG_DIR"].rglob("*")),
+        (two["LOG_DIR"] / "toy.csv").read_bytes(),
+    )
 
 
 def test_changed_data_is_refused(two, tmp_path):
@@ -372,20 +470,39 @@ def test_a_longer_run_before_its_cooldown_is_the_longer_run(settings, monkeypatc
     with monkeypatch.context() as patch:
         dies_at(patch, 5)
         launch(settings | {"NUM_ITERATIONS": 12})
-    codes, out = launch(settings | {"NUM_ITERATIONS": 16, "RESUME": "auto", "LOG_EVERY": 2, "KEEP_LAST": 3})
+    codes, out = launch(
+        settings | {"NUM_ITERATIONS": 16, "RESUME": "auto", "LOG_EVERY": 2, "KEEP_LAST": 3}
+    )
     assert codes == [0] and "warning: goes on with other settings:" in out
-    assert all(text in out for text in ("NUM_ITERATIONS 12 -> 16", "LOG_EVERY 1 -> 2", "KEEP_LAST 2 -> 3"))
+    assert all(
+        text in out for text in ("NUM_ITERATIONS 12 -> 16", "LOG_EVERY 1 -> 2", "KEEP_LAST 2 -> 3")
+    )
     logged = {0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16}
     kept = [point for point in curve(settings, "whole") if float.fromhex(point[0]) in logged]
     assert curve(settings) == kept
     assert_same(folder(settings, 16), folder(settings, 16, "whole"))
 
 
-@pytest.mark.parametrize("changes, same", [
-    ({"num_iterations": 20}, True), ({"num_iterations": 8}, False), ({"warmdown_iters": 3}, True),
-    ({"warmdown_iters": 8}, False), ({"warmup_iters": 2}, False), ({"lr_schedule": "cosine"}, False),
-    ({"val_every": 1, "log_every": 3, "save_every": 1, "note": "x", "device_batch_size": 4}, True),
-    ({"seed": 1}, False), ({"dtype": "bfloat16"}, False), ({"shuffle": True}, False), ({"beta2": 0.9}, False)], ids=str)
+@pytest.mark.parametrize(
+    "changes, same",
+    [
+        ({"num_iterations": 20}, True),
+        ({"num_iterations": 8}, False),
+        ({"warmdown_iters": 3}, True),
+        ({"warmdown_iters": 8}, False),
+        ({"warmup_iters": 2}, False),
+        ({"lr_schedule": "cosine"}, False),
+        (
+            {"val_every": 1, "log_every": 3, "save_every": 1, "note": "x", "device_batch_size": 4},
+            True,
+        ),
+        ({"seed": 1}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"shuffle": True}, False),
+        ({"beta2": 0.9}, False),
+    ],
+    ids=str,
+)
 def test_what_may_change_at_step_6_of_12(changes, same):
     base = dict(num_iterations=12, warmdown_iters=4)
     saved = {"step": 6, "config": vars(tiny(**base))} | FACTS
@@ -408,7 +525,9 @@ def test_resume_by_path_goes_back_and_sets_later_ones_aside(two):
     assert (two["LOG_DIR"] / "toy/step_000008.superseded").is_dir()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_it(settings, monkeypatch):
+def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_it(
+    settings, monkeypatch
+):
     """What is saved is the state of its step, also where the writing takes longer than the steps after it."""
     settings |= WIDE
     assert launch(settings | {"RUN_ID": "whole"}, 2)[0] == [0, 0]
@@ -421,6 +540,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_i
     def told(state, *args):
         print(f"update:{state.step}", flush=True)
         return step(state, *args)
+
     monkeypatch.setattr(harness.checkpoints, "SAVE_STALL", 0.0)
     monkeypatch.setattr(Checkpoints, "write", slow)
     monkeypatch.setattr(train_gpt, "train_step", told)
@@ -437,20 +557,33 @@ def test_a_fork_killed_before_its_first_save_goes_on_from_where_it_began(two, mo
         assert launch(two | {"RESUME": folder(two, 4), "RUN_ID": "fork"})[0] == [-9]
     assert checkpoints(two, "fork") == [4]
     codes, out = launch(two | {"RESUME": "auto", "RUN_ID": "fork"})
-    assert codes == [0] and f"resumed:{folder(two, 4, 'fork')}" in out and curve(two, "fork") == curve(two)[4:]
+    assert (
+        codes == [0]
+        and f"resumed:{folder(two, 4, 'fork')}" in out
+        and curve(two, "fork") == curve(two)[4:]
+    )
 
 
 def test_resume_by_path_under_another_id_is_another_run(two):
     files = {path: path.read_bytes() for path in two["LOG_DIR"].glob("toy*") if path.is_file()}
     codes, out = launch(two | {"RESUME": folder(two, 4), "RUN_ID": "fork"})
     assert codes == [0] and checkpoints(two, "fork") == [4, 8] and checkpoints(two) == [4, 8]
-    assert curve(two, "fork") == curve(two)[4:] and files == {path: path.read_bytes() for path in files}
+    assert curve(two, "fork") == curve(two)[4:] and files == {
+        path: path.read_bytes() for path in files
+    }
 
 
-@pytest.mark.parametrize("path, words", [
-    ("toy/step_000005", "step_000004"), ("toy", "is no checkpoint"), ("nowhere/step_000004", "is no checkpoint"),
-    ("../logs2/toy/step_000004", "outside LOG_DIR"), ("toy/step_000004.corrupt", "is no checkpoint"),
-    ("../Auto", "choose auto, none")])
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("toy/step_000005", "step_000004"),
+        ("toy", "is no checkpoint"),
+        ("nowhere/step_000004", "is no checkpoint"),
+        ("../logs2/toy/step_000004", "outside LOG_DIR"),
+        ("toy/step_000004.corrupt", "is no checkpoint"),
+        ("../Auto", "choose auto, none"),
+    ],
+)
 def test_a_path_that_cannot_be_resumed_is_refused(two, path, words):
     shutil.copytree(two["LOG_DIR"], two["LOG_DIR"].parent / "logs2")
     before = (two["LOG_DIR"] / "toy.txt").read_bytes()
@@ -465,7 +598,10 @@ def test_resume_auto_without_anything_starts_and_after_the_end_only_validates_ag
     before, told = curve(settings), row(settings)
     assert launch(settings)[0] == [0]
     assert curve(settings) == before
-    assert all(row(settings)[name] == told[name] for name in ("started", "final_loss", "best_loss", "status", "tokens"))
+    assert all(
+        row(settings)[name] == told[name]
+        for name in ("started", "final_loss", "best_loss", "status", "tokens")
+    )
 
 
 def test_two_live_runs_never_share_an_id(settings, monkeypatch):
@@ -506,9 +642,14 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(settings, monkeypatch)
         if self.name == "step_000001":
             raise PermissionError(13, "Permission denied")
         return original(self, target)
+
     monkeypatch.setattr(Path, "rename", stuck)
     codes, out = launch(settings | {"SAVE_EVERY": 1})
-    assert codes == [0] and checkpoints(settings) == [1, 7, 8] and "step_000001 stays: [Errno 13]" in out
+    assert (
+        codes == [0]
+        and checkpoints(settings) == [1, 7, 8]
+        and "step_000001 stays: [Errno 13]" in out
+    )
 
 
 def test_the_state_is_on_the_disk_before_the_last_validation(settings, monkeypatch):
@@ -518,11 +659,14 @@ def test_the_state_is_on_the_disk_before_the_last_validation(settings, monkeypat
         if folder(settings, 8).exists():
             raise RuntimeError("the validation fails")
         return original(model, loader, cfg, ranks, watch)
+
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "evaluate", fails_at_the_end)
         assert launch(settings)[0] == [1] and row(settings)["status"] == "crash"
     assert launch(settings | {"RESUME": "auto"})[0] == [0] and row(settings)["error"] == ""
-    assert launch(settings | {"RUN_ID": "whole"})[0] == [0] and curve(settings) == curve(settings, "whole")
+    assert launch(settings | {"RUN_ID": "whole"})[0] == [0] and curve(settings) == curve(
+        settings, "whole"
+    )
 
 
 # Weights for others
@@ -532,26 +676,38 @@ def test_the_exported_weights_are_the_model_and_start_another_run(settings):
     assert launch(settings)[0] == [0]
     run = settings["LOG_DIR"] / "toy"
     from safetensors.torch import load_file
+
     weights, saved = load_file(run / "model.safetensors"), tensors(folder(settings, 8))
     assert weights and all(torch.equal(x, saved[f"model.{name}"]) for name, x in weights.items())
     model = train_gpt.GPT(Config(**json.loads((run / "config.json").read_text())))
     model.load_state_dict(weights)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        train_gpt.import_weights(train_gpt.GPT(tiny()), run)  # the check before a run says nothing where all is well
+        train_gpt.import_weights(
+            train_gpt.GPT(tiny()), run
+        )  # the check before a run says nothing where all is well
     assert sum(p.numel() for p in model.parameters()) == int(row(settings)["params_total"])
     for i, path in enumerate((run, run / "model.safetensors")):
         assert launch(settings | {"INIT_FROM": path, "RUN_ID": f"tuned{i}"})[0] == [0]
-        assert curve(settings, f"tuned{i}")[0][2] == curve(settings)[-1][2] and len(curve(settings, f"tuned{i}")) == 9
+        assert (
+            curve(settings, f"tuned{i}")[0][2] == curve(settings)[-1][2]
+            and len(curve(settings, f"tuned{i}")) == 9
+        )
     codes, out = launch(settings | {"INIT_FROM": run, "RUN_ID": "wide", "N_EMBD": 64})
     assert codes == [2] and f"INIT_FROM={run}" in out and "size mismatch" in out
     assert len(out.splitlines()) == 1 and row(settings, "wide")["status"] == "config"
-    assert (run / "model.safetensors").stat().st_mode & 0o777 == (run / "config.json").stat().st_mode & 0o777
+    assert (run / "model.safetensors").stat().st_mode & 0o777 == (
+        run / "config.json"
+    ).stat().st_mode & 0o777
 
 
 def test_tally_adds_slices_and_compares_copies():
     a = {"x": ("slice", "f", 2, 5), "y": ("copy", "f", 3, 7)}
-    assert tally([a, a, {"z": ("own", "f", 1, 1)}]) == {"x": ["f", 4, 10], "y": ["f", 3, 7], "z": ["f", 1, 1]}
+    assert tally([a, a, {"z": ("own", "f", 1, 1)}]) == {
+        "x": ["f", 4, 10],
+        "y": ["f", 3, 7],
+        "z": ["f", 1, 1],
+    }
     for other in itertools.product(("f", "g"), (3, 4), (7, 8)):
         if other != ("f", 3, 7):
             with pytest.raises(RuntimeError, match="y of rank 1"):

@@ -54,10 +54,14 @@ ORDINARY = """
 
 
 # What a setting needs beside it to mean something.
-COMPANIONS = {"balance": {"ffn": "moe"}, "n_unique": {"recurrence": "shared"},
-              "unshared_ends": {"recurrence": "shared"},
-              "per_step": {"recurrence": "shared", "ffn": "moe", "norm": "layer"},
-              "aux_loss_coef_start": {"aux_loss_coef_end": 0.1}, "aux_loss_coef_end": {"aux_loss_coef_start": 0.1}}
+COMPANIONS = {
+    "balance": {"ffn": "moe"},
+    "n_unique": {"recurrence": "shared"},
+    "unshared_ends": {"recurrence": "shared"},
+    "per_step": {"recurrence": "shared", "ffn": "moe", "norm": "layer"},
+    "aux_loss_coef_start": {"aux_loss_coef_end": 0.1},
+    "aux_loss_coef_end": {"aux_loss_coef_start": 0.1},
+}
 
 
 def refused(env):
@@ -70,7 +74,9 @@ def another(name):
     """A valid value of a setting that is not its default."""
     default = FIELDS[name].default
     if name in axes():
-        return next((choice for choice in axes()[name] if choice != default), f"{default},{default}")
+        return next(
+            (choice for choice in axes()[name] if choice != default), f"{default},{default}"
+        )
     if isinstance(default, str):
         return f"{default}x"
     if isinstance(default, bool):
@@ -83,10 +89,12 @@ def another(name):
 @pytest.fixture
 def preset(tmp_path, monkeypatch):
     """Writes a preset into an otherwise empty folder of presets."""
+
     def write(text, name="mine"):
         folder = tmp_path / "experiments/presets"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.env").write_text(text)
+
     monkeypatch.setattr(harness.settings, "ROOT", tmp_path)
     write("# nothing but the defaults\n", "gpt2_small")
     return write
@@ -96,7 +104,9 @@ def preset(tmp_path, monkeypatch):
 
 
 def test_the_settings_are_exactly_these():
-    assert [name.upper() for name in FIELDS] == """
+    assert (
+        [name.upper() for name in FIELDS]
+        == """
         PRESET RUN_ID STAGE VARIANT NOTE SEED DRY_RUN INPUT_BIN MAX_TRAIN_TOKENS INPUT_VAL_BIN SHUFFLE BATCH_SIZE
         DEVICE_BATCH_SIZE
         SEQUENCE_LENGTH NUM_ITERATIONS MAX_EPOCHS VAL_EVERY VAL_TOKENS VOCAB_SIZE N_LAYER N_HEAD N_EMBD D_FF MIXER FFN
@@ -108,6 +118,7 @@ def test_the_settings_are_exactly_these():
         MUON_SCALE MUON_MOMENTUM BETA1 BETA2 WEIGHT_DECAY GRAD_CLIP LR_SCHEDULE WARMUP_ITERS WARMDOWN_ITERS MIN_LR_FRAC
         DETERMINISTIC DEVICE DTYPE COMPILE PEAK_TFLOPS RESUME INIT_FROM SAVE_EVERY KEEP_LAST MAX_BAD_STEPS HANG_TIMEOUT
         LOG_DIR RESULTS_CSV LOG_EVERY TRACKERS""".split()
+    )
 
 
 def lines_of(preset):
@@ -128,20 +139,40 @@ def test_every_preset_is_the_same_as_its_lines_in_the_environment(name):
 
 
 def test_the_promised_choices_are_there():
-    promised = {"mixer": "attention", "ffn": "relu2 gelu swiglu moe", "norm": "rms rms_gain layer",
-                "pos": "rotary learned",
-                "init": "zero_proj gpt2", "attngate": "none headwise elementwise const", "gatepos": "sdpa value",
-                "gateact": "sigmoid ns_sigmoid", "optimizer": "muon adamw",
-                "muon_scale": "unit original match_rms_adamw", "lr_schedule": "trapezoid cosine",
-                "expert": "relu2 gelu swiglu", "balance": "aux quantile none", "router_optimizer": "adamw muon",
-                "recurrence": "stacked indexed shared", "per_step": "none norm router scale", "device": "auto cpu cuda",
-                "dtype": "auto float32 bfloat16 float16", "compile": "auto 0 1",
-                "trackers": "none tensorboard wandb"}
-    missing = {(axis, name) for axis, names in promised.items() for name in names.split() if name not in axes()[axis]}
+    promised = {
+        "mixer": "attention",
+        "ffn": "relu2 gelu swiglu moe",
+        "norm": "rms rms_gain layer",
+        "pos": "rotary learned",
+        "init": "zero_proj gpt2",
+        "attngate": "none headwise elementwise const",
+        "gatepos": "sdpa value",
+        "gateact": "sigmoid ns_sigmoid",
+        "optimizer": "muon adamw",
+        "muon_scale": "unit original match_rms_adamw",
+        "lr_schedule": "trapezoid cosine",
+        "expert": "relu2 gelu swiglu",
+        "balance": "aux quantile none",
+        "router_optimizer": "adamw muon",
+        "recurrence": "stacked indexed shared",
+        "per_step": "none norm router scale",
+        "device": "auto cpu cuda",
+        "dtype": "auto float32 bfloat16 float16",
+        "compile": "auto 0 1",
+        "trackers": "none tensorboard wandb",
+    }
+    missing = {
+        (axis, name)
+        for axis, names in promised.items()
+        for name in names.split()
+        if name not in axes()[axis]
+    }
     assert promised.keys() == axes().keys() and not missing
 
 
-@pytest.mark.parametrize("axis, choice", [(axis, choice) for axis, choices in axes().items() for choice in choices])
+@pytest.mark.parametrize(
+    "axis, choice", [(axis, choice) for axis, choices in axes().items() for choice in choices]
+)
 def test_every_named_choice_builds(axis, choice):
     beside = {name.upper(): value for name, value in COMPANIONS.get(axis, {}).items()}
     assert getattr(Config.from_env(beside | {axis.upper(): choice}), axis) == choice
@@ -161,9 +192,12 @@ def test_the_environment_wins_over_the_preset_and_that_over_the_defaults(preset)
 
 
 def test_values_have_the_type_of_their_setting():
-    cfg = Config.from_env({"BIAS": "1", "QK_NORM": "False", "SEED": "7", "LR": "1e-3", "EMBED_LR": "2", "STAGE": "3"})
-    assert [repr(value) for value in (cfg.bias, cfg.qk_norm, cfg.seed, cfg.lr, cfg.embed_lr, cfg.stage)] == [
-        "True", "False", "7", "0.001", "2.0", "'3'"]
+    cfg = Config.from_env(
+        {"BIAS": "1", "QK_NORM": "False", "SEED": "7", "LR": "1e-3", "EMBED_LR": "2", "STAGE": "3"}
+    )
+    assert [
+        repr(value) for value in (cfg.bias, cfg.qk_norm, cfg.seed, cfg.lr, cfg.embed_lr, cfg.stage)
+    ] == ["True", "False", "7", "0.001", "2.0", "'3'"]
 
 
 def test_a_blank_variable_counts_as_not_set(preset):
@@ -180,32 +214,35 @@ def test_a_blank_line_of_a_preset_counts_as_not_set(preset):
 # Refusals
 
 
-@pytest.mark.parametrize("setting, sentence", [
-    ("ATTNGATE=foo", "ATTNGATE=foo: choose one of none, headwise, elementwise, const"),
-    ("FFN=relu2,foo", "FFN=foo: choose one of relu2, gelu, swiglu"),
-    ("FFN=relu2,", "FFN=: choose one of relu2, gelu, swiglu"),
-    ("NORM=rms,layer", "NORM=rms,layer: choose one of rms, layer"),
-    ("PRESET=nope", f"PRESET=nope: choose one of {', '.join(sorted(PRESETS))}"),
-    ("LR=abc", "LR='abc': must be a number"),
-    ("LR=-1", "LR=-1.0: must lie between 1e-12 and "),
-    ("LR=nan", "LR=nan: must lie between 1e-12 and "),
-    ("MUON_LR=inf", "MUON_LR=inf: must lie between 1e-12 and "),
-    ("BIAS=2", "BIAS='2': must be 0 or 1"),
-    ("N_LAYER=0", "N_LAYER=0: must lie between 1 and "),
-    ("N_LAYER=1.5", "N_LAYER='1.5': must be a whole number"),
-    ("DROPOUT=1", "DROPOUT=1.0: must lie between 0 and 0.99"),
-    ("BETA2=1", "BETA2=1.0: must lie between 0 and 0.9999999"),
-    ("RUN_ID=../x", "RUN_ID=../x needs 1 to 100 letters, digits, _, and within . -"),
-    ("RUN_ID=a/b", "RUN_ID=a/b needs 1 to 100 letters"),
-    ("RUN_ID=-x", "RUN_ID=-x needs 1 to 100 letters"),
-    ("RUN_ID=x\n", r"RUN_ID=x\n needs 1 to 100 letters"),
-    (f"RUN_ID={'x' * 101}", f"RUN_ID={'x' * 101} needs 1 to 100 letters"),
-    ("N_EMBD=100", "N_EMBD=100 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 96 or 108"),
-    ("N_EMBD=4", "N_EMBD=4 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
-    ("N_EMBD=18", "N_EMBD=18 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
-    ("N_EMBD=30", "N_EMBD=30 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 24 or 36"),
-    ("VAL_TOKENS=1023", "VAL_TOKENS=1023 needs at least SEQUENCE_LENGTH=1024"),
-])
+@pytest.mark.parametrize(
+    "setting, sentence",
+    [
+        ("ATTNGATE=foo", "ATTNGATE=foo: choose one of none, headwise, elementwise, const"),
+        ("FFN=relu2,foo", "FFN=foo: choose one of relu2, gelu, swiglu"),
+        ("FFN=relu2,", "FFN=: choose one of relu2, gelu, swiglu"),
+        ("NORM=rms,layer", "NORM=rms,layer: choose one of rms, layer"),
+        ("PRESET=nope", f"PRESET=nope: choose one of {', '.join(sorted(PRESETS))}"),
+        ("LR=abc", "LR='abc': must be a number"),
+        ("LR=-1", "LR=-1.0: must lie between 1e-12 and "),
+        ("LR=nan", "LR=nan: must lie between 1e-12 and "),
+        ("MUON_LR=inf", "MUON_LR=inf: must lie between 1e-12 and "),
+        ("BIAS=2", "BIAS='2': must be 0 or 1"),
+        ("N_LAYER=0", "N_LAYER=0: must lie between 1 and "),
+        ("N_LAYER=1.5", "N_LAYER='1.5': must be a whole number"),
+        ("DROPOUT=1", "DROPOUT=1.0: must lie between 0 and 0.99"),
+        ("BETA2=1", "BETA2=1.0: must lie between 0 and 0.9999999"),
+        ("RUN_ID=../x", "RUN_ID=../x needs 1 to 100 letters, digits, _, and within . -"),
+        ("RUN_ID=a/b", "RUN_ID=a/b needs 1 to 100 letters"),
+        ("RUN_ID=-x", "RUN_ID=-x needs 1 to 100 letters"),
+        ("RUN_ID=x\n", r"RUN_ID=x\n needs 1 to 100 letters"),
+        (f"RUN_ID={'x' * 101}", f"RUN_ID={'x' * 101} needs 1 to 100 letters"),
+        ("N_EMBD=100", "N_EMBD=100 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 96 or 108"),
+        ("N_EMBD=4", "N_EMBD=4 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
+        ("N_EMBD=18", "N_EMBD=18 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
+        ("N_EMBD=30", "N_EMBD=30 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 24 or 36"),
+        ("VAL_TOKENS=1023", "VAL_TOKENS=1023 needs at least SEQUENCE_LENGTH=1024"),
+    ],
+)
 def test_a_wrong_value_is_refused_by_name_and_choices(setting, sentence):
     name, _, text = setting.partition("=")
     assert refused({name: text}).startswith(sentence)
@@ -214,24 +251,39 @@ def test_a_wrong_value_is_refused_by_name_and_choices(setting, sentence):
 def test_the_longest_run_id_and_an_odd_head_with_learned_positions_are_taken():
     assert Config.from_env({"RUN_ID": "x" * 100}).run_id == "x" * 100
     assert Config.from_env({"N_EMBD": "30", "POS": "learned"}).n_embd == 30
-    assert "a multiple of 6, for N_HEAD=6 and POS=learned: 30 or 36" in refused({"N_EMBD": "32", "POS": "learned"})
+    assert "a multiple of 6, for N_HEAD=6 and POS=learned: 30 or 36" in refused(
+        {"N_EMBD": "32", "POS": "learned"}
+    )
 
 
-@pytest.mark.parametrize("name, ours", [
-    ("ATTN_GATE", "ATTNGATE"), ("GATE_ACT", "GATEACT"), ("NUMITERATIONS", "NUM_ITERATIONS"), ("NLAYER", "N_LAYER"),
-    *train_gpt.SYNONYMS.items()])
+@pytest.mark.parametrize(
+    "name, ours",
+    [
+        ("ATTN_GATE", "ATTNGATE"),
+        ("GATE_ACT", "GATEACT"),
+        ("NUMITERATIONS", "NUM_ITERATIONS"),
+        ("NLAYER", "N_LAYER"),
+        *train_gpt.SYNONYMS.items(),
+    ],
+)
 def test_another_spelling_is_refused_and_ours_named(name, ours):
     assert refused({name: "1"}) == f"{name} is no setting; the name here is {ours} (unset {name})"
     assert ours.lower() in FIELDS
 
 
-@pytest.mark.parametrize("text, parts", [
-    ("N_LAYER 3\n", ["PRESET=mine", "'N_LAYER 3' in ", "mine.env is no NAME=value"]),
-    ("N_LAYER\n", ["PRESET=mine", "'N_LAYER' in ", "mine.env is no NAME=value"]),
-    ("N_LAYERS=3\n", ["PRESET=mine", "'N_LAYERS=3' in ", "mine.env is no NAME=value"]),
-    ("LEARNING_RATE=3\n", ["PRESET=mine", "'LEARNING_RATE=3' in ", "mine.env is no NAME=value"]),
-    ("LR=fast\n", ["LR='fast': must be a number"]),
-])
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("N_LAYER 3\n", ["PRESET=mine", "'N_LAYER 3' in ", "mine.env is no NAME=value"]),
+        ("N_LAYER\n", ["PRESET=mine", "'N_LAYER' in ", "mine.env is no NAME=value"]),
+        ("N_LAYERS=3\n", ["PRESET=mine", "'N_LAYERS=3' in ", "mine.env is no NAME=value"]),
+        (
+            "LEARNING_RATE=3\n",
+            ["PRESET=mine", "'LEARNING_RATE=3' in ", "mine.env is no NAME=value"],
+        ),
+        ("LR=fast\n", ["LR='fast': must be a number"]),
+    ],
+)
 def test_a_wrong_line_of_a_preset_is_refused_by_name(preset, text, parts):
     preset(text)
     message = refused({"PRESET": "mine"})
@@ -247,9 +299,17 @@ def test_a_wrong_line_of_the_default_preset_is_refused_by_name(preset):
 # Near misses
 
 
-@pytest.mark.parametrize("name, ours", [
-    ("GRAD_CLIPP", "GRAD_CLIP"), ("ATTNGATES", "ATTNGATE"), ("SHUFFLES", "SHUFFLE"), ("BATCH_SIZES", "BATCH_SIZE"),
-    ("DROPUOT", "DROPOUT"), ("WARMDOWN_ITER", "WARMDOWN_ITERS")])
+@pytest.mark.parametrize(
+    "name, ours",
+    [
+        ("GRAD_CLIPP", "GRAD_CLIP"),
+        ("ATTNGATES", "ATTNGATE"),
+        ("SHUFFLES", "SHUFFLE"),
+        ("BATCH_SIZES", "BATCH_SIZE"),
+        ("DROPUOT", "DROPOUT"),
+        ("WARMDOWN_ITER", "WARMDOWN_ITERS"),
+    ],
+)
 def test_a_near_miss_is_a_warning(name, ours):
     sentence = f"{name} is no setting and is ignored; did you mean {ours}?"
     assert cautions({"PATH": "/", name: "1"}, Config()) == [sentence]
@@ -278,33 +338,61 @@ def test_changes_are_exactly_what_differs(name):
 
 
 def test_defaults_have_no_changes():
-    assert Config().changes() == Config.from_env({"LR": "3.6e-3", "N_EMBD": "768", "RUN_ID": ""}).changes() == {}
+    assert (
+        Config().changes()
+        == Config.from_env({"LR": "3.6e-3", "N_EMBD": "768", "RUN_ID": ""}).changes()
+        == {}
+    )
 
 
 def test_hash_ignores_seed_labels_paths_and_logging_and_nothing_else():
     beside = {name: COMPANIONS.get(name, {}) for name in FIELDS}
-    beside |= {"aux_loss_coef_start": {"aux_loss_coef_end": 0.1, "aux_loss_coef_start": 0.1},
-               "aux_loss_coef_end": {"aux_loss_coef_start": 0.1, "aux_loss_coef_end": 0.1}}
-    same = {name for name in FIELDS
-            if Config(**beside[name] | {name: another(name)}).hash() == Config(**beside[name]).hash()}
-    assert same == set("""preset run_id stage variant note seed dry_run input_bin input_val_bin peak_tflops log_dir
+    beside |= {
+        "aux_loss_coef_start": {"aux_loss_coef_end": 0.1, "aux_loss_coef_start": 0.1},
+        "aux_loss_coef_end": {"aux_loss_coef_start": 0.1, "aux_loss_coef_end": 0.1},
+    }
+    same = {
+        name
+        for name in FIELDS
+        if Config(**beside[name] | {name: another(name)}).hash() == Config(**beside[name]).hash()
+    }
+    assert same == set(
+        """preset run_id stage variant note seed dry_run input_bin input_val_bin peak_tflops log_dir
                           results_csv log_every resume save_every keep_last max_bad_steps hang_timeout
-                          balance_log_interval trackers""".split())
+                          balance_log_interval trackers""".split()
+    )
     assert re.fullmatch("[0-9a-f]{8}", Config().hash())
-    hashes = {Config(lr=lr, embed_lr=embed_lr).hash() for lr in (0.1, 0.2) for embed_lr in (None, 0.1, 0.2)}
+    hashes = {
+        Config(lr=lr, embed_lr=embed_lr).hash()
+        for lr in (0.1, 0.2)
+        for embed_lr in (None, 0.1, 0.2)
+    }
     assert len(hashes) == 6
 
 
 def test_help_lists_every_setting_with_default_choices_and_comment():
-    body = next(node for node in ast.parse(train_gpt.SOURCE).body if getattr(node, "name", "") == "Config").body
+    body = next(
+        node for node in ast.parse(train_gpt.SOURCE).body if getattr(node, "name", "") == "Config"
+    ).body
     source = train_gpt.SOURCE.splitlines()
-    comments = {node.target.id: source[node.end_lineno - 1].split("  # ")[1] for node in body
-                if isinstance(node, ast.AnnAssign)}
-    lines = {line.split()[0]: line for line in help_text().splitlines() if re.match("  [A-Z]", line)}
+    comments = {
+        node.target.id: source[node.end_lineno - 1].split("  # ")[1]
+        for node in body
+        if isinstance(node, ast.AnnAssign)
+    }
+    lines = {
+        line.split()[0]: line for line in help_text().splitlines() if re.match("  [A-Z]", line)
+    }
     assert lines.keys() == {name.upper() for name in FIELDS}
     for name, line in lines.items():
         default = FIELDS[name.lower()].default
-        default = int(default) if isinstance(default, bool) else "blank" if default in (None, "") else default
+        default = (
+            int(default)
+            if isinstance(default, bool)
+            else "blank"
+            if default in (None, "")
+            else default
+        )
         assert line.split()[1] == str(default)
         assert line.endswith(f" {comments[name.lower()]}")
         choices = re.findall(r"\[(\S+)\]", line.removesuffix(comments[name.lower()]))

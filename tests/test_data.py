@@ -20,7 +20,12 @@ from harness.provenance import fingerprint, how_to_get
 from train_gpt import ShardLoader, load_shard, shard_tokens
 
 CPU = torch.device("cpu")
-SIZES = [[17], [100, 37, 64], [5, 33, 3, 49, 16], [4, 4, 90, 4]]  # tokens of each shard; some hold no sample
+SIZES = [
+    [17],
+    [100, 37, 64],
+    [5, 33, 3, 49, 16],
+    [4, 4, 90, 4],
+]  # tokens of each shard; some hold no sample
 
 
 def write_shards(folder, sizes, seed=0):
@@ -43,7 +48,7 @@ def samples_of(shards, T):
     for tokens in shards:
         start = 0
         while start + T < len(tokens):
-            samples.append(tokens[start:start + T + 1])
+            samples.append(tokens[start : start + T + 1])
             start += T
     return samples
 
@@ -64,33 +69,43 @@ def header(magic=20240520, version=1, tokens=4):
 def test_a_shard_is_read_as_it_is_specified(tmp_path):
     (tmp_path / "x.bin").write_bytes(header() + bytes([0, 0, 1, 0, 2, 1, 255, 255]))
     tokens = load_shard(tmp_path / "x.bin")
-    assert (shard_tokens(str(tmp_path / "x.bin")), tokens.dtype, tokens.tolist()) == (4, np.uint16, [0, 1, 258, 65535])
+    assert (shard_tokens(str(tmp_path / "x.bin")), tokens.dtype, tokens.tolist()) == (
+        4,
+        np.uint16,
+        [0, 1, 258, 65535],
+    )
 
 
-@pytest.mark.parametrize("raw, sentence", [
-    (header(magic=20240521) + bytes(8), "1032 bytes for 4, found 20240521, 1 and 1032 bytes; "),
-    (header(version=2) + bytes(8), "1032 bytes for 4, found 20240520, 2 and 1032 bytes; "),
-    (header() + bytes(6), "1032 bytes for 4, found 20240520, 1 and 1030 bytes; "),
-    (header() + bytes(10), "1032 bytes for 4, found 20240520, 1 and 1034 bytes; "),
-    (header() + bytes(7), "1032 bytes for 4, found 20240520, 1 and 1031 bytes; "),
-    (header(), "1032 bytes for 4, found 20240520, 1 and 1024 bytes; "),
-    (header(tokens=0), "1024 bytes for 0, found 20240520, 1 and 1024 bytes; "),
-    (header(tokens=-4) + bytes(8), "1016 bytes for -4, found 20240520, 1 and 1032 bytes; "),
-    (header(tokens=-4)[:1016], "1016 bytes for -4, found 20240520, 1 and 1016 bytes; "),
-    (header()[:1023], "1032 bytes for 4, found 20240520, 1 and 1023 bytes; "),
-    (header()[:7], "1024 bytes for 0, found 20240520, 0 and 7 bytes; "),
-    (b"", "1024 bytes for 0, found 0, 0 and 0 bytes; "),
-    ("a folder", "cannot be read (Is a directory)"),
-    (None, "cannot be read (No such file or directory)"),
-], ids="magic version truncated longer odd header-only zero negative fits-negative short-header stub empty directory "
-    "missing".split())
+@pytest.mark.parametrize(
+    "raw, sentence",
+    [
+        (header(magic=20240521) + bytes(8), "1032 bytes for 4, found 20240521, 1 and 1032 bytes; "),
+        (header(version=2) + bytes(8), "1032 bytes for 4, found 20240520, 2 and 1032 bytes; "),
+        (header() + bytes(6), "1032 bytes for 4, found 20240520, 1 and 1030 bytes; "),
+        (header() + bytes(10), "1032 bytes for 4, found 20240520, 1 and 1034 bytes; "),
+        (header() + bytes(7), "1032 bytes for 4, found 20240520, 1 and 1031 bytes; "),
+        (header(), "1032 bytes for 4, found 20240520, 1 and 1024 bytes; "),
+        (header(tokens=0), "1024 bytes for 0, found 20240520, 1 and 1024 bytes; "),
+        (header(tokens=-4) + bytes(8), "1016 bytes for -4, found 20240520, 1 and 1032 bytes; "),
+        (header(tokens=-4)[:1016], "1016 bytes for -4, found 20240520, 1 and 1016 bytes; "),
+        (header()[:1023], "1032 bytes for 4, found 20240520, 1 and 1023 bytes; "),
+        (header()[:7], "1024 bytes for 0, found 20240520, 0 and 7 bytes; "),
+        (b"", "1024 bytes for 0, found 0, 0 and 0 bytes; "),
+        ("a folder", "cannot be read (Is a directory)"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+    ids="magic version truncated longer odd header-only zero negative fits-negative short-header stub empty directory "
+    "missing".split(),
+)
 def test_a_broken_shard_is_refused_with_what_was_expected_and_found(tmp_path, raw, sentence):
     path = tmp_path / "x.bin"
     if raw == "a folder":
         path.mkdir()
     elif raw is not None:
         path.write_bytes(raw)
-    start = f"{path}: " + "expected magic 20240520, version 1, a token or more and " * isinstance(raw, bytes)
+    start = f"{path}: " + "expected magic 20240520, version 1, a token or more and " * isinstance(
+        raw, bytes
+    )
     for call in shard_tokens, load_shard:
         assert message(call, path).startswith(start + sentence)
     if raw is not None:
@@ -101,8 +116,10 @@ def test_a_shard_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     path = write_shard(tmp_path / "x.bin", [1, 2])
     path.chmod(0)
     if os.access(path, os.R_OK):  # nothing is denied to root
+
         def denied(*args, **kwargs):
             raise PermissionError(13, "Permission denied")
+
         monkeypatch.setattr(np, "fromfile", denied)
     assert message(load_shard, path) == f"{path}: cannot be read (Permission denied)"
 
@@ -120,17 +137,25 @@ def test_samples_are_those_of_a_plain_loop(tmp_path, T, sizes):
         for count in (1, 2, 7, 2 * len(samples) + 1):
             batch = loader.read(first, count)
             assert batch.dtype == np.int64
-            assert batch.tolist() == [samples[i % len(samples)] for i in range(first, first + count)]
+            assert batch.tolist() == [
+                samples[i % len(samples)] for i in range(first, first + count)
+            ]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_the_ranks_together_read_what_one_rank_reads(tmp_path, shuffle):
-    pattern, _ = write_shards(tmp_path, [100, 37, 64])  # 23 samples, so steps of 6 straddle shards and epochs
+    pattern, _ = write_shards(
+        tmp_path, [100, 37, 64]
+    )  # 23 samples, so steps of 6 straddle shards and epochs
     whole = make(pattern, shuffle=shuffle).read(0, 60).tolist()
     for world in (1, 2, 3):
         share, loaders = 6 // world, [make(pattern, shuffle=shuffle) for _ in range(world)]
-        read = [sample for step in range(10) for rank in range(world)
-                for sample in loaders[rank].read(6 * step + rank * share, share).tolist()]
+        read = [
+            sample
+            for step in range(10)
+            for rank in range(world)
+            for sample in loaders[rank].read(6 * step + rank * share, share).tolist()
+        ]
         assert read == whole
 
 
@@ -141,7 +166,8 @@ def test_shuffling_is_a_permutation_of_each_epoch_by_seed(tmp_path):
 
     def epochs(seed):
         read = make(pattern, shuffle=True, seed=seed).read(0, 3 * n).tolist()
-        return [read[i:i + n] for i in (0, n, 2 * n)]
+        return [read[i : i + n] for i in (0, n, 2 * n)]
+
     orders = [*epochs(0), *epochs(1)]
     for order in orders:
         assert sorted(order) == sorted(samples) and order != samples
@@ -166,7 +192,10 @@ def test_a_token_outside_the_vocabulary_is_refused_and_the_last_one_inside_is_no
     tokens[1, 21] = 999
     for i in range(2):
         write_shard(tmp_path / f"s_{i}.bin", tokens[i])
-    good, bad = make(tmp_path / "s_*.bin", vocab_size=1000), make(tmp_path / "s_*.bin", vocab_size=999)
+    good, bad = (
+        make(tmp_path / "s_*.bin", vocab_size=1000),
+        make(tmp_path / "s_*.bin", vocab_size=999),
+    )
     good.check_tokens()
     assert good.read(0, 12).max() == 999
     sentence = f"{tmp_path}/s_1.bin: token 999 at offset 21 is not below VOCAB_SIZE=999; set VOCAB_SIZE to "
@@ -198,6 +227,7 @@ def new_threads():
         while (new := set(threading.enumerate()) - before) and time.monotonic() < deadline:
             time.sleep(0.005)
         return len(new)
+
     return count
 
 
@@ -209,7 +239,10 @@ def test_prefetch_yields_what_read_returns_in_order(tmp_path, new_threads, depth
     assert len(batches) == len(SLICES)
     for (inputs, targets, _), piece in zip(batches, SLICES):
         expected = loader.read(*piece)
-        assert inputs.tolist() == expected[:, :-1].tolist() and targets.tolist() == expected[:, 1:].tolist()
+        assert (
+            inputs.tolist() == expected[:, :-1].tolist()
+            and targets.tolist() == expected[:, 1:].tolist()
+        )
     assert new_threads() == 0
 
 
@@ -265,11 +298,15 @@ def test_a_slow_consumer_never_waits_and_a_slow_reader_is_waited_for(tmp_path):
 def test_a_glob_without_files_names_the_command(tmp_path):
     assert message(make, f"{tmp_path}/fineweb10B/fineweb_train_*.bin") == (
         f"no file matches {tmp_path}/fineweb10B/fineweb_train_*.bin (looked from {os.getcwd()}); "
-        f"fetch it: DATA_DIR={tmp_path}/fineweb10B python cached_fineweb10B.py 1")
+        f"fetch it: DATA_DIR={tmp_path}/fineweb10B python cached_fineweb10B.py 1"
+    )
     assert message(make, f"{tmp_path}/toy/toy_train_*.bin") == (
         f"no file matches {tmp_path}/toy/toy_train_*.bin (looked from {os.getcwd()}); make it: "
-        f"python scripts/prepare_data.py --source ... --out {tmp_path}/toy")
-    assert "--source package:sympy --tokenizer bytes --out data/sympy" in how_to_get("data/sympy/sympy_*.bin")
+        f"python scripts/prepare_data.py --source ... --out {tmp_path}/toy"
+    )
+    assert "--source package:sympy --tokenizer bytes --out data/sympy" in how_to_get(
+        "data/sympy/sympy_*.bin"
+    )
     assert "--out ." in how_to_get("toy_*.bin")
 
 
@@ -281,7 +318,10 @@ def test_require_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
     for samples, shards in (21, 3), (30, 3), (31, 4), (10**6, 103):  # there are no more than 103
         sentence = message(loader.require, "NUM_ITERATIONS", 5, samples)
         assert sentence.startswith(f"NUM_ITERATIONS=5 needs {samples:,} samples of 8 tokens; ")
-        assert "have 20; lower NUM_ITERATIONS, set MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS, or get more; fetch" in sentence
+        assert (
+            "have 20; lower NUM_ITERATIONS, set MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS, or get more; fetch"
+            in sentence
+        )
         assert sentence.endswith(f"DATA_DIR={tmp_path} python cached_fineweb10B.py {shards}")
     assert "lower VAL_TOKENS" in message(loader.require, "VAL_TOKENS", 800, 100)
     assert "MAX_EPOCHS" not in message(loader.require, "VAL_TOKENS", 800, 100)
@@ -289,7 +329,9 @@ def test_require_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
 
 def test_require_refuses_data_without_a_single_sample(tmp_path):
     write_shard(tmp_path / "s.bin", [1] * 8)
-    assert "needs 1 samples of 8 tokens" in message(make(tmp_path / "s.bin").require, "NUM_ITERATIONS", 5, 0)
+    assert "needs 1 samples of 8 tokens" in message(
+        make(tmp_path / "s.bin").require, "NUM_ITERATIONS", 5, 0
+    )
 
 
 # Fingerprints
@@ -306,7 +348,9 @@ def test_fingerprint_is_of_names_and_contents_not_of_folders(tmp_path):
     one = fingerprint(loaders_of(tmp_path / "one"), tmp_path)
     assert fingerprint(loaders_of(tmp_path / "two"), tmp_path) == one
     assert fingerprint(loaders_of(tmp_path / "one"), tmp_path / "another cache") == one
-    others = [fingerprint(loaders_of(tmp_path / name, {name: 1}), tmp_path) for name in ("a.bin", "b.bin")]
+    others = [
+        fingerprint(loaders_of(tmp_path / name, {name: 1}), tmp_path) for name in ("a.bin", "b.bin")
+    ]
     assert len({one, *others}) == 3
     (tmp_path / "two/b.bin").rename(tmp_path / "two/c.bin")
     renamed = [SimpleNamespace(files=[f"{tmp_path}/two/a.bin", f"{tmp_path}/two/c.bin"])]
@@ -318,14 +362,19 @@ def test_fingerprint_covers_files_of_one_name_in_two_folders(tmp_path):
         for folder, token in ("train", train), ("val", 7):
             (tmp_path / folder).mkdir(exist_ok=True)
             write_shard(tmp_path / folder / "0.bin", [token] * 9)
-        return fingerprint([SimpleNamespace(files=[f"{tmp_path}/{folder}/0.bin"]) for folder in ("train", "val")],
-                           tmp_path / str(train))
+        return fingerprint(
+            [SimpleNamespace(files=[f"{tmp_path}/{folder}/0.bin"]) for folder in ("train", "val")],
+            tmp_path / str(train),
+        )
+
     assert of(1) != of(2)
 
 
 def test_fingerprint_reads_a_file_again_only_when_it_has_changed(tmp_path, monkeypatch):
     loaders, digest, read = loaders_of(tmp_path / "data"), hashlib.file_digest, []
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind)
+    )
     first = fingerprint(loaders, tmp_path)
     assert [os.path.basename(name) for name in read] == ["a.bin", "b.bin"]
     assert fingerprint(loaders, tmp_path) == first and len(read) == 2
@@ -347,7 +396,9 @@ def large_shard(tmp_path_factory):
     return write_shard(tmp_path_factory.mktemp("large") / "s.bin", tokens)
 
 
-@pytest.mark.parametrize("T, shuffle, least", [(1024, False, 50e6), (1024, True, 50e6), (64, False, 20e6)])
+@pytest.mark.parametrize(
+    "T, shuffle, least", [(1024, False, 50e6), (1024, True, 50e6), (64, False, 20e6)]
+)
 def test_reading_is_fast(large_shard, T, shuffle, least):
     """Where the machine is idle, it is several times this."""
     loader, seconds = make(large_shard, T, shuffle, vocab_size=50304), []

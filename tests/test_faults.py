@@ -34,6 +34,7 @@ def announce(patch, owner, name, text, seconds=0.0, rank=None):
             print(text, flush=True)
             time.sleep(seconds)
         return original(*args, **kwargs)
+
     patch.setattr(owner, name, announced)
 
 
@@ -54,18 +55,26 @@ def test_a_signal_to_any_rank_saves_all_at_one_step(settings, monkeypatch, numbe
     job.kill(number, ranks)  # a second one changes nothing
     codes, out = job.wait()
     assert codes == [0, 0] and time.monotonic() - began < 20
-    step, = checkpoints(settings)
+    (step,) = checkpoints(settings)
     told = row(settings)
     assert told["status"] == "preempted" and step >= 9 and "\nstatus: preempted\n" in out
-    assert told["tokens"] == str(step * 12 * 16) and f"\npreempted at step {step}: RUN_ID=toy RESUME=auto" in out
+    assert (
+        told["tokens"] == str(step * 12 * 16)
+        and f"\npreempted at step {step}: RUN_ID=toy RESUME=auto" in out
+    )
     told_of = [int(float.fromhex(point[0])) for point in curve(settings)]
     assert told_of == list(range(step))  # the last one is for who goes on
     assert not list((settings["LOG_DIR"] / "toy").glob("stacks*"))
     assert defect(folder(settings, step)) == ""
 
 
-PLACES = {"a step": None, "warm-up": (train_gpt, "compile_model"), "evaluation": (train_gpt, "evaluate"),
-          "a save": (Checkpoints, "write"), "the end": (train_gpt, "export_weights")}
+PLACES = {
+    "a step": None,
+    "warm-up": (train_gpt, "compile_model"),
+    "evaluation": (train_gpt, "evaluate"),
+    "a save": (Checkpoints, "write"),
+    "the end": (train_gpt, "export_weights"),
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -85,7 +94,9 @@ def test_a_signal_anywhere_loses_nothing(settings, monkeypatch, place):
             job.wait_for("<now>")
             job.kill(signal.SIGTERM, [1])
         codes, out = job.wait()
-        assert codes == [0, 0] and row(settings)["status"] == ("ok" if place == "the end" else "preempted"), out
+        assert codes == [0, 0] and row(settings)["status"] == (
+            "ok" if place == "the end" else "preempted"
+        ), out
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "compile_model", lambda *args: None)
         assert launch(settings | {"RESUME": "auto"}, 2)[0] == [0, 0]
@@ -111,7 +122,11 @@ def test_the_stop_file_stops_a_run_that_can_go_on(settings):
     assert not (settings["LOG_DIR"] / "toy/stop").exists()
     step = max(checkpoints(settings))
     codes, out = launch(settings | {"RESUME": "auto", "NUM_ITERATIONS": step + 4}, 2)
-    assert codes == [0, 0] and f"resumed:{folder(settings, step)}" in out and row(settings)["status"] == "ok"
+    assert (
+        codes == [0, 0]
+        and f"resumed:{folder(settings, step)}" in out
+        and row(settings)["status"] == "ok"
+    )
 
 
 def test_the_decision_is_the_same_on_all_ranks_and_waits_for_none(tmp_path):
@@ -123,6 +138,7 @@ def test_the_decision_is_the_same_on_all_ranks_and_waits_for_none(tmp_path):
             statuses.append(watch.agreed())
         watch.close()
         return statuses
+
     assert run_ranks(3, work) == [["", "", "", "preempted", "preempted", "preempted"]] * 3
 
 
@@ -133,8 +149,12 @@ def raises(*args):
     raise RuntimeError("this rank has had enough")
 
 
-FAILURES = {"exception": raises, "exit": lambda *args: os._exit(7), "kill": lambda *args: os.kill(os.getpid(), 9),
-            "segmentation fault": lambda *args: os.kill(os.getpid(), signal.SIGSEGV)}
+FAILURES = {
+    "exception": raises,
+    "exit": lambda *args: os._exit(7),
+    "kill": lambda *args: os.kill(os.getpid(), 9),
+    "segmentation fault": lambda *args: os.kill(os.getpid(), signal.SIGSEGV),
+}
 
 
 @pytest.mark.parametrize("kind", FAILURES)
@@ -147,11 +167,17 @@ def test_when_one_rank_fails_the_job_ends_and_says_which(settings, monkeypatch, 
         if (state.step, torch.distributed.get_rank()) == (6, rank):
             FAILURES[kind]()
         return original(state, *args)
+
     began = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "train_step", failing)
         codes, out = launch(settings, 2)
-    assert time.monotonic() - began < 60 and codes[1 - rank] == 1 and codes[rank] != 0 and checkpoints(settings) == [4]
+    assert (
+        time.monotonic() - began < 60
+        and codes[1 - rank] == 1
+        and codes[rank] != 0
+        and checkpoints(settings) == [4]
+    )
     first = (settings["LOG_DIR"] / "toy/error.txt").read_text()
     if kind == "exception":
         assert first.startswith(f"crash: RuntimeError: this rank has had enough\nrank {rank}, ")
@@ -171,13 +197,19 @@ def test_ranks_that_hang_write_their_stacks_and_end(settings, monkeypatch):
         if (state.step, torch.distributed.get_rank()) == (5, 1):
             time.sleep(600)
         return original(state, *args)
+
     monkeypatch.setattr(train_gpt, "train_step", hangs)
     job = Job(settings | {"HANG_TIMEOUT": 2}, 2)
     try:
         job.wait_for("step:4/")
         began = time.monotonic()
-        assert os.waitstatus_to_exitcode(os.waitpid(job.pids[0], 0)[1]) == 1 and time.monotonic() - began < 15
-        stacks = [(settings["LOG_DIR"] / f"toy/stacks_rank{rank}.txt").read_text() for rank in (0, 1)]
+        assert (
+            os.waitstatus_to_exitcode(os.waitpid(job.pids[0], 0)[1]) == 1
+            and time.monotonic() - began < 15
+        )
+        stacks = [
+            (settings["LOG_DIR"] / f"toy/stacks_rank{rank}.txt").read_text() for rank in (0, 1)
+        ]
         assert all("Timeout (0:00:02)!" in text for text in stacks) and "in hangs" in stacks[1]
         assert row(settings)["status"] == "crash" and "stacks_rank" in row(settings)["error"]
     finally:
@@ -194,6 +226,7 @@ def test_only_until_the_first_step_a_rank_may_be_late(settings, monkeypatch, slo
         if len(calls) == slow and torch.distributed.get_rank() == 1:
             time.sleep(3)
         return original(*args)
+
     monkeypatch.setattr(train_gpt, "evaluate", late)
     codes, out = launch(settings | {"HANG_TIMEOUT": 1, "VAL_EVERY": 2, "NUM_ITERATIONS": 2}, 2)
     assert codes == [code, code] and "step:1/2 train_loss" in out, out
@@ -208,17 +241,20 @@ def poison(monkeypatch, steps, rank, kind):
     now = {}
 
     def step(state, *args):
-        now["bad"] = (state.step in steps and torch.distributed.get_rank() == rank)
+        now["bad"] = state.step in steps and torch.distributed.get_rank() == rank
         return original(state, *args)
 
     def forward(self, *args):
         loss, routing = plain(self, *args)
-        return (loss * np.nan if now.get("bad") and kind == "loss" and self.training else loss), routing
+        return (
+            loss * np.nan if now.get("bad") and kind == "loss" and self.training else loss
+        ), routing
 
     def reduce(self):
         if now.get("bad") and kind == "gradient":
             self.stacks[0]["params"][0].grad.view(-1)[3] = np.inf
         return reduce_grads(self)
+
     plain = train_gpt.GPT.forward
     monkeypatch.setattr(train_gpt, "train_step", step)
     monkeypatch.setattr(train_gpt.GPT, "forward", forward)
@@ -227,18 +263,32 @@ def poison(monkeypatch, steps, rank, kind):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("world, rank", [(2, 1), (1, 0)])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_told(settings, monkeypatch, kind, world, rank):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told(
+    settings, monkeypatch, kind, world, rank
+):
     """A skipped step leaves all bits as they were; its line names the rank and where its samples are."""
-    settings |= WIDE | {"SHUFFLE": 0, "SAVE_EVERY": 1, "KEEP_LAST": 9, "NUM_ITERATIONS": 9, "VAL_EVERY": 0,
-                        "LOG_EVERY": 100}
+    settings |= WIDE | {
+        "SHUFFLE": 0,
+        "SAVE_EVERY": 1,
+        "KEEP_LAST": 9,
+        "NUM_ITERATIONS": 9,
+        "VAL_EVERY": 0,
+        "LOG_EVERY": 100,
+    }
     poison(monkeypatch, {5}, rank, kind)
     codes, out = launch(settings, world)
     assert codes == [0] * world, out
     steps = checkpoints(settings)
     assert steps == [1, 2, 3, 4, 5, 7, 8, 9]  # what may have diverged is not saved
     first = 5 * 12 + rank * 12 // world  # of 43, 31 and 20 samples
-    assert f"step:6/9 bad_gradient rank:{rank} shard:'{settings['INPUT_BIN'].replace('*', '000002')}' " in out
-    assert f" offset:{16 * (first - 43)} samples:{12 // world}\n" in out and out.count("bad_gradient") == 1
+    assert (
+        f"step:6/9 bad_gradient rank:{rank} shard:'{settings['INPUT_BIN'].replace('*', '000002')}' "
+        in out
+    )
+    assert (
+        f" offset:{16 * (first - 43)} samples:{12 // world}\n" in out
+        and out.count("bad_gradient") == 1
+    )
     assert row(settings)["bad_steps"] == "1" and row(settings)["status"] == "ok"
 
 
@@ -246,13 +296,19 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(settings, monkeyp
 def test_a_step_that_is_not_finite_changes_no_bit_on_any_rank(monkeypatch, kind):
     def work(ranks):
         cfg = tiny(vocab_size=2304, weight_decay=0.1)
-        state, batches = State.build(cfg, ranks), torch.randint(0, 64, (2, 6, 17), generator=torch.Generator())
+        state, batches = (
+            State.build(cfg, ranks),
+            torch.randint(0, 64, (2, 6, 17), generator=torch.Generator()),
+        )
         held = []
         for batch in batches:
             held.append({key: tensor.clone() for key, (tensor, _) in state.tensors().items()})
             train_gpt.train_step(state, cfg, batch[:, :-1], batch[:, 1:])
         held.append({key: tensor for key, (tensor, _) in state.tensors().items()})
-        return [[key for key in a if not torch.equal(a[key], b[key])] for a, b in zip(held, held[1:])]
+        return [
+            [key for key in a if not torch.equal(a[key], b[key])] for a, b in zip(held, held[1:])
+        ]
+
     poison(monkeypatch, {1}, 1, kind)
     for first, second in run_ranks(2, work):
         assert len(first) >= 10 and second == []
@@ -260,8 +316,15 @@ def test_a_step_that_is_not_finite_changes_no_bit_on_any_rank(monkeypatch, kind)
 
 def test_bad_steps_in_a_row_end_the_run_and_leave_no_bad_checkpoint(settings, monkeypatch):
     poison(monkeypatch, set(range(4, 10**6)), 1, "loss")
-    codes, out = launch(settings | ENDLESS | {"MAX_BAD_STEPS": 3, "SAVE_EVERY": 2, "LOG_EVERY": 5, "VAL_EVERY": 0}, 2)
-    assert codes == [4, 4] and row(settings)["status"] == "diverged" and checkpoints(settings) == [2, 4]
+    codes, out = launch(
+        settings | ENDLESS | {"MAX_BAD_STEPS": 3, "SAVE_EVERY": 2, "LOG_EVERY": 5, "VAL_EVERY": 0},
+        2,
+    )
+    assert (
+        codes == [4, 4]
+        and row(settings)["status"] == "diverged"
+        and checkpoints(settings) == [2, 4]
+    )
     assert out.count("bad_gradient rank:1") == int(row(settings)["bad_steps"]) == 6
     assert all(torch.isfinite(x).all() for x in tensors(folder(settings, 4)).values())
 
@@ -270,7 +333,11 @@ def test_float16_gradients_that_stay_infinite_end_the_run(settings, monkeypatch)
     """The scale sinks to 1 first, as far as it can help."""
     poison(monkeypatch, set(range(4, 10**6)), 0, "gradient")
     codes, out = launch(settings | ENDLESS | {"DTYPE": "float16", "MAX_BAD_STEPS": 3})
-    assert codes == [4] and row(settings)["status"] == "diverged" and 3 < int(row(settings)["bad_steps"]) < 40
+    assert (
+        codes == [4]
+        and row(settings)["status"] == "diverged"
+        and 3 < int(row(settings)["bad_steps"]) < 40
+    )
 
 
 def test_the_bad_step_of_a_checkpoint_is_told_after_resuming(settings, monkeypatch):
@@ -278,14 +345,23 @@ def test_the_bad_step_of_a_checkpoint_is_told_after_resuming(settings, monkeypat
         poison(patch, {5}, 0, "gradient")
         dies_at(patch, 7)
         assert launch(settings | {"SAVE_EVERY": 6})[0] == [-9]
-    assert launch(settings | {"RESUME": "auto", "SAVE_EVERY": 6})[0] == [0] and row(settings)["bad_steps"] == "1"
+    assert (
+        launch(settings | {"RESUME": "auto", "SAVE_EVERY": 6})[0] == [0]
+        and row(settings)["bad_steps"] == "1"
+    )
     assert (settings["LOG_DIR"] / "toy.txt").read_text().count("\nstep:6/8 bad_gradient") == 1
 
 
 def test_the_step_waits_for_no_device(settings, monkeypatch):
     """Reading a number from a device is what waits; between logged steps no line of train_gpt.py does."""
     from torch.utils._python_dispatch import TorchDispatchMode
-    seen, OURS = [], re.compile(re.escape(os.path.dirname(train_gpt.__file__)) + r"/(train_gpt\.py|scripts/harness/)")
+
+    seen, OURS = (
+        [],
+        re.compile(
+            re.escape(os.path.dirname(train_gpt.__file__)) + r"/(train_gpt\.py|scripts/harness/)"
+        ),
+    )
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -295,6 +371,7 @@ def test_the_step_waits_for_no_device(settings, monkeypatch):
                     frame = frame.f_back
                 seen.append(frame.f_code.co_name if frame else "elsewhere")
             return operator(*args, **kwargs or {})
+
     original = train_gpt.train
 
     def watched(*args):
@@ -302,10 +379,15 @@ def test_the_step_waits_for_no_device(settings, monkeypatch):
             status = original(*args)
         print("reads:", {name: seen.count(name) for name in sorted(set(seen))}, flush=True)
         return status
+
     monkeypatch.setattr(train_gpt, "train", watched)
-    codes, out = launch(settings | {"NUM_ITERATIONS": 40, "LOG_EVERY": 100, "VAL_EVERY": 0, "SAVE_EVERY": 0})
+    codes, out = launch(
+        settings | {"NUM_ITERATIONS": 40, "LOG_EVERY": 100, "VAL_EVERY": 0, "SAVE_EVERY": 0}
+    )
     reads = json.loads(re.search(r"^reads: (.*)$", out, re.M)[1].replace("'", '"'))
-    assert codes == [0] and reads.pop("agreed") <= 42 and sum(reads.values()) < 12, reads  # agreed: a flag on the CPU
+    assert codes == [0] and reads.pop("agreed") <= 42 and sum(reads.values()) < 12, (
+        reads
+    )  # agreed: a flag on the CPU
 
 
 def test_few_bad_steps_in_a_row_do_not_end_the_run_and_are_remembered(settings, monkeypatch):
@@ -333,8 +415,14 @@ def test_an_overflow_of_float16_lowers_the_scale_and_is_no_bad_step(monkeypatch)
         before = state.model.embed.detach().clone()
         tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(ranks.rank))
         loss, norm, _ = train_gpt.train_step(state, cfg, tokens[:, :-1], tokens[:, 1:])
-        return (torch.isfinite(loss).item(), torch.isfinite(norm).item(), torch.equal(before, state.model.embed),
-                state.loss_scale.value.item(), state.skipped[0][0].item())
+        return (
+            torch.isfinite(loss).item(),
+            torch.isfinite(norm).item(),
+            torch.equal(before, state.model.embed),
+            state.loss_scale.value.item(),
+            state.skipped[0][0].item(),
+        )
+
     assert run_ranks(2, work) == [(True, False, True, 2.0**39, 0.0)] * 2
 
 
@@ -348,14 +436,17 @@ def limit(patch, owner, name, size):
     def limited(*args, **kwargs):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size(*args), resource.RLIM_INFINITY))
         return original(*args, **kwargs)
+
     patch.setattr(owner, name, limited)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(settings, monkeypatch):
     """The second save fails on rank 0; the others, before and after, are whole."""
+
     def size(self, copies, held, facts):
         full = facts["step"] == 4 and torch.distributed.get_rank() == 0
         return 400_000 if full else resource.RLIM_INFINITY
+
     limit(monkeypatch, Checkpoints, "write", size)
     settings |= WIDE | {"SAVE_EVERY": 2, "KEEP_LAST": 5}
     codes, out = launch(settings, 2)
@@ -366,12 +457,20 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(settings, monkeypatch):
 
 
 def test_a_disk_that_stays_full_ends_the_run(settings, monkeypatch):
-    limit(monkeypatch, Checkpoints, "write", lambda self, copies, held, facts: (
-        resource.RLIM_INFINITY if facts["step"] == 2 else 400_000))
+    limit(
+        monkeypatch,
+        Checkpoints,
+        "write",
+        lambda self, copies, held, facts: resource.RLIM_INFINITY if facts["step"] == 2 else 400_000,
+    )
     codes, out = launch(settings | WIDE | ENDLESS | {"SAVE_EVERY": 2}, 2)
-    assert codes == [1, 1] and checkpoints(settings) == [2] and out.count("no checkpoint at step") == 3
+    assert (
+        codes == [1, 1] and checkpoints(settings) == [2] and out.count("no checkpoint at step") == 3
+    )
     told = row(settings)
-    assert "3 checkpoints in a row could not be written" in told["error"] and told["status"] == "crash"
+    assert (
+        "3 checkpoints in a row could not be written" in told["error"] and told["status"] == "crash"
+    )
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_no_success(settings, monkeypatch):
@@ -382,8 +481,12 @@ def test_a_last_checkpoint_that_cannot_be_written_is_no_success(settings, monkey
 
 def test_a_log_that_cannot_grow_is_told_and_the_summary_is_whole(settings, monkeypatch):
     log = settings["LOG_DIR"] / "toy.txt"
-    limit(monkeypatch, train_gpt, "train_step", lambda state, *args: (
-        log.stat().st_size + 10 if state.step == 3 else resource.RLIM_INFINITY))
+    limit(
+        monkeypatch,
+        train_gpt,
+        "train_step",
+        lambda state, *args: log.stat().st_size + 10 if state.step == 3 else resource.RLIM_INFINITY,
+    )
     limit(monkeypatch, Records, "close", lambda *args: log.stat().st_size)
     codes, out = launch(settings)
     assert codes == [1] and f"warning: {log}: [Errno 27] File too large" in out
@@ -399,6 +502,7 @@ def test_a_table_that_cannot_be_written_at_the_end_is_told(settings, monkeypatch
         settings["RESULTS_CSV"].unlink()
         settings["RESULTS_CSV"].mkdir()
         return original(self, *args, **values)
+
     monkeypatch.setattr(Records, "close", broken)
     codes, out = launch(settings)
     assert codes == [1] and "row: not written" in out and "rebuild_results.py" in out
@@ -412,6 +516,7 @@ def test_out_of_memory_names_the_peak_and_what_to_lower(settings, monkeypatch, r
         if state.step == 3 and torch.distributed.get_rank() == rank:
             torch.empty(2**50)
         return original(state, *args)
+
     original = train_gpt.train_step
     monkeypatch.setattr(train_gpt, "train_step", greedy)
     codes, out = launch(settings, 2)
@@ -430,7 +535,11 @@ def test_deterministic_runs_are_equal_and_refuse_what_is_not(settings):
         assert launch(settings | {"RUN_ID": name}, 2)[0] == [0, 0]
     assert curve(settings, "a") == curve(settings, "b")
     codes, out = launch(settings | {"COMPILE": 1, "RUN_ID": "c"})
-    assert codes == [2] and "DETERMINISTIC=True needs COMPILE=0 or auto" in out and len(out.splitlines()) == 1, out
+    assert (
+        codes == [2]
+        and "DETERMINISTIC=True needs COMPILE=0 or auto" in out
+        and len(out.splitlines()) == 1
+    ), out
 
 
 # What lies around

@@ -40,7 +40,9 @@ def test_zero_score_scales_the_output(gate, where, act, half):
 def test_headwise_is_elementwise_with_repeated_rows():
     plain = attention()
     headwise, elementwise = (twin(plain, attngate=gate) for gate in ("headwise", "elementwise"))
-    elementwise.gate_output.score.weight.data = headwise.gate_output.score.weight.data.repeat_interleave(16, 0)
+    elementwise.gate_output.score.weight.data = (
+        headwise.gate_output.score.weight.data.repeat_interleave(16, 0)
+    )
     assert torch.allclose(headwise(X), elementwise(X), atol=1e-6)
 
 

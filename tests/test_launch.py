@@ -23,17 +23,26 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 RUN_8XH100 = ["bash", ROOT / "scripts" / "run_8xh100.sh"]
 SBATCH = ["bash", ROOT / "scripts" / "run_slurm.sbatch"]
 LONG = {"NUM_ITERATIONS": 10**6, "SAVE_EVERY": 50}
-pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a run's processes in /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="finds a run's processes in /proc"
+)
 
 
 class Launch:
     """A command started with these settings and nothing else in its environment; on exit no process of it is left."""
 
     def __init__(self, command, settings, folder):
-        self.output_file, self.mark = folder / "output.txt", f"RESULTS_CSV={settings['RESULTS_CSV']}".encode()
-        env = {"PATH": PATH, "HOME": os.environ.get("HOME", "/")} | {k: str(v) for k, v in settings.items()}
+        self.output_file, self.mark = (
+            folder / "output.txt",
+            f"RESULTS_CSV={settings['RESULTS_CSV']}".encode(),
+        )
+        env = {"PATH": PATH, "HOME": os.environ.get("HOME", "/")} | {
+            k: str(v) for k, v in settings.items()
+        }
         with open(self.output_file, "w") as output:
-            self.launcher = subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            self.launcher = subprocess.Popen(
+                command, env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            )
 
     def __enter__(self):
         return self
@@ -82,27 +91,40 @@ def rows(settings):
 def curve(path):
     """Step and losses as they are written, digit for digit."""
     with open(path, newline="") as file:
-        return [(point["step"], point["train_loss"], point["val_loss"]) for point in csv.DictReader(file)]
+        return [
+            (point["step"], point["train_loss"], point["val_loss"])
+            for point in csv.DictReader(file)
+        ]
 
 
 def checkpoints(settings):
-    return [int(path.name[5:]) for path in sorted((settings["LOG_DIR"] / settings["RUN_ID"]).glob("step_*"))]
+    return [
+        int(path.name[5:])
+        for path in sorted((settings["LOG_DIR"] / settings["RUN_ID"]).glob("step_*"))
+    ]
 
 
 def last_step(settings):
     """The last step that the curve shows, 0 before there is one."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return int((settings["LOG_DIR"] / f"{settings['RUN_ID']}.csv").read_text().splitlines()[-1].split(",")[0])
+        return int(
+            (settings["LOG_DIR"] / f"{settings['RUN_ID']}.csv")
+            .read_text()
+            .splitlines()[-1]
+            .split(",")[0]
+        )
     return 0
 
 
 def program(folder, fault):
     """A train_gpt.py with `fault` in it, which keeps the exit code of each rank beside itself."""
     path = folder / "faulty.py"
-    path.write_text("import os, sys, time\nfrom pathlib import Path\nimport train_gpt\n"
-                    f"FOLDER, RANK = Path({str(folder)!r}), os.environ['RANK']\n{fault}\n"
-                    "code = train_gpt.main([], os.environ)\n(FOLDER / f'exit{RANK}').write_text(str(code))\n"
-                    "sys.exit(code)\n")
+    path.write_text(
+        "import os, sys, time\nfrom pathlib import Path\nimport train_gpt\n"
+        f"FOLDER, RANK = Path({str(folder)!r}), os.environ['RANK']\n{fault}\n"
+        "code = train_gpt.main([], os.environ)\n(FOLDER / f'exit{RANK}').write_text(str(code))\n"
+        "sys.exit(code)\n"
+    )
     return path
 
 
@@ -120,7 +142,7 @@ def test_usr1_saves_and_the_same_command_goes_on(settings, tmp_path):
         assert len(run.pids()) == 3
         os.kill(run.launcher.pid, signal.SIGUSR1)
         run.wait()
-        row, = rows(settings)
+        (row,) = rows(settings)
         stopped_at = checkpoints(settings)[-1]
         assert row["status"] == "preempted" and stopped_at >= last_step(settings) >= 5, run.output
         assert "warning:" not in run.output  # no variable of the launcher is taken for a setting
@@ -129,9 +151,15 @@ def test_usr1_saves_and_the_same_command_goes_on(settings, tmp_path):
         assert f"resumed:{settings['LOG_DIR']}/toy/step_{stopped_at:06d}" in run.output
         (settings["LOG_DIR"] / "toy" / "stop").touch()
         assert run.wait() == 0, run.output
-    row, = rows(settings)
-    assert row["status"] == "stopped" and row["resumes"] == "1" and checkpoints(settings)[-1] > stopped_at
-    assert len(list((settings["LOG_DIR"] / "torchrun").rglob("stderr.log"))) == 4  # of two runs of two ranks
+    (row,) = rows(settings)
+    assert (
+        row["status"] == "stopped"
+        and row["resumes"] == "1"
+        and checkpoints(settings)[-1] > stopped_at
+    )
+    assert (
+        len(list((settings["LOG_DIR"] / "torchrun").rglob("stderr.log"))) == 4
+    )  # of two runs of two ranks
 
 
 def test_launches_at_once_do_not_meet(settings, tmp_path):
@@ -141,9 +169,13 @@ def test_launches_at_once_do_not_meet(settings, tmp_path):
         for i in range(4):
             (folder := tmp_path / str(i)).mkdir()
             own = settings | {"RUN_ID": f"run{i}", "NUM_ITERATIONS": 2, "OMP_NUM_THREADS": 1}
-            launches.append(stack.enter_context(Launch([*TORCHRUN[:-1], "train_gpt.py"], own, folder)))
+            launches.append(
+                stack.enter_context(Launch([*TORCHRUN[:-1], "train_gpt.py"], own, folder))
+            )
         assert [launch.launcher.wait(120) for launch in launches] == [0] * 4
-    assert sorted((row["run_id"], row["status"]) for row in rows(settings)) == [(f"run{i}", "ok") for i in range(4)]
+    assert sorted((row["run_id"], row["status"]) for row in rows(settings)) == [
+        (f"run{i}", "ok") for i in range(4)
+    ]
 
 
 def test_a_second_term_does_not_disturb_the_first(settings, tmp_path):
@@ -162,7 +194,9 @@ train_gpt.Checkpoints.publish = publish"""
         os.kill(run.launcher.pid, signal.SIGTERM)
         run.wait()
     assert [(tmp_path / f"exit{rank}").read_text() for rank in (0, 1)] == ["0", "0"], run.output
-    assert [row["status"] for row in rows(settings)] == ["preempted"] and len(checkpoints(settings)) == 1
+    assert [row["status"] for row in rows(settings)] == ["preempted"] and len(
+        checkpoints(settings)
+    ) == 1
 
 
 def test_a_crash_of_one_rank_costs_a_restart_and_changes_nothing(settings, tmp_path):
@@ -177,29 +211,45 @@ def train_step(state, *rest, train_step=train_gpt.train_step):
 train_gpt.train_step = train_step
 if (FOLDER / "crashed").exists() and RANK == "1":
     time.sleep(3)  # the others meet what torchrun's store still holds of the rank that has died"""
-    with Launch([*TORCHRUN, "--max-restarts=1", program(tmp_path, crash)], settings, tmp_path) as run:
+    with Launch(
+        [*TORCHRUN, "--max-restarts=1", program(tmp_path, crash)], settings, tmp_path
+    ) as run:
         assert run.wait() == 0, run.output
     assert (tmp_path / "crashed").exists()
-    row, = rows(settings)
-    assert row["status"] == "ok" and row["resumes"] == "1" and run.output.count(f"run_id:{row['run_id']}") == 2
+    (row,) = rows(settings)
+    assert (
+        row["status"] == "ok"
+        and row["resumes"] == "1"
+        and run.output.count(f"run_id:{row['run_id']}") == 2
+    )
     assert [path.stem for path in settings["LOG_DIR"].glob("gpt2_small-*.json")] == [row["run_id"]]
     whole = settings | {"RUN_ID": "whole", "RESULTS_CSV": tmp_path / "whole.csv"}
     assert launch(whole, world=2)[0] == [0, 0]
-    resumed, uninterrupted = (curve(settings["LOG_DIR"] / f"{name}.csv") for name in (row["run_id"], "whole"))
+    resumed, uninterrupted = (
+        curve(settings["LOG_DIR"] / f"{name}.csv") for name in (row["run_id"], "whole")
+    )
     assert resumed == uninterrupted and len(resumed) == 9
 
 
-@pytest.mark.parametrize("changes, status", [
-    ({"LR": 1e30, "MUON_LR": 1e30, "NUM_ITERATIONS": 100}, "diverged"), ({"VOCAB_SIZE": 63}, "data")])
+@pytest.mark.parametrize(
+    "changes, status",
+    [
+        ({"LR": 1e30, "MUON_LR": 1e30, "NUM_ITERATIONS": 100}, "diverged"),
+        ({"VOCAB_SIZE": 63}, "data"),
+    ],
+)
 def test_what_would_fail_again_is_not_tried_again(settings, tmp_path, changes, status):
     settings |= changes | {"NPROC_PER_NODE": 2, "MAX_RESTARTS": 1}
     with Launch(RUN_8XH100, settings, tmp_path) as run:
         assert run.wait() != 0
-    row, = rows(settings)
+    (row,) = rows(settings)
     assert row["status"] == status, run.output
     attempts = {path.name for path in (settings["LOG_DIR"] / "torchrun").glob("*/attempt_*")}
     assert attempts == {"attempt_0", "attempt_1"}  # torchrun cannot know, the ranks do
-    assert run.output.count("run_id:toy") == (status == "diverged") and run.output.count(f"{status}: ") == 1, run.output
+    assert (
+        run.output.count("run_id:toy") == (status == "diverged")
+        and run.output.count(f"{status}: ") == 1
+    ), run.output
 
 
 SRUN = r"""
@@ -220,9 +270,16 @@ def slurm(tmp_path):
     (tmp_path / "bin").mkdir()
     executable(tmp_path / "bin" / "srun", SRUN)
     executable(tmp_path / "bin" / "scontrol", SCONTROL)
-    return {"PATH": f"{tmp_path / 'bin'}:{PATH}", "ASKED": tmp_path, "SLURM_JOB_ID": 77, "SLURM_NNODES": 1,
-            "SLURM_JOB_NODELIST": "local[host]", "SLURM_SUBMIT_DIR": ROOT, "SLURM_CPUS_PER_TASK": 3,
-            "NPROC_PER_NODE": 2}
+    return {
+        "PATH": f"{tmp_path / 'bin'}:{PATH}",
+        "ASKED": tmp_path,
+        "SLURM_JOB_ID": 77,
+        "SLURM_NNODES": 1,
+        "SLURM_JOB_NODELIST": "local[host]",
+        "SLURM_SUBMIT_DIR": ROOT,
+        "SLURM_CPUS_PER_TASK": 3,
+        "NPROC_PER_NODE": 2,
+    }
 
 
 def test_a_slurm_job_queues_itself_again_until_the_run_is_done(settings, slurm, tmp_path):
@@ -232,13 +289,19 @@ def test_a_slurm_job_queues_itself_again_until_the_run_is_done(settings, slurm, 
         run.wait_for(lambda: last_step(settings) >= 5)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
         assert run.wait() == 0, run.output
-    assert [(row["run_id"], row["status"]) for row in rows(settings)] == [("slurm-77", "preempted")], run.output
+    assert [(row["run_id"], row["status"]) for row in rows(settings)] == [
+        ("slurm-77", "preempted")
+    ], run.output
     assert (tmp_path / "scontrol").read_text() == "requeue 77\n"
     with Launch(SBATCH, asked | {"NUM_ITERATIONS": checkpoints(settings)[-1] + 4}, tmp_path) as run:
         assert run.wait() == 0, run.output
-    row, = rows(settings)
-    assert row["status"] == "ok" and row["resumes"] == "1" and "warning: goes on" in run.output, run.output
-    assert run.output.count("warning:") == 1, [line for line in run.output.splitlines() if "warning:" in line]
+    (row,) = rows(settings)
+    assert row["status"] == "ok" and row["resumes"] == "1" and "warning: goes on" in run.output, (
+        run.output
+    )
+    assert run.output.count("warning:") == 1, [
+        line for line in run.output.splitlines() if "warning:" in line
+    ]
     assert (tmp_path / "scontrol").read_text() == "requeue 77\n"  # still the one of before
     assert "--kill-on-bad-exit=0 --wait=240 --cpus-per-task=3" in (tmp_path / "srun").read_text()
 
@@ -249,16 +312,31 @@ def ends(status, code):
 
 
 ENDINGS = {  # what srun does, what the summary says before, exit code, starts of srun, whether the job is queued again
-    **{status: (ends(status, f"exit {code}"), "", code, 1 + 2 * (status == "crash"), False)
-       for status, code in EXIT_CODES.items() if status != "preempted"},
-    "crash, then ok": (f"[ -e $ASKED/2 ] || {{ touch $ASKED/2; {ends('crash', 'exit 1')}; }}; {ends('ok', 'exit 1')}",
-                       "", 0, 2, False),
+    **{
+        status: (ends(status, f"exit {code}"), "", code, 1 + 2 * (status == "crash"), False)
+        for status, code in EXIT_CODES.items()
+        if status != "preempted"
+    },
+    "crash, then ok": (
+        f"[ -e $ASKED/2 ] || {{ touch $ASKED/2; {ends('crash', 'exit 1')}; }}; {ends('ok', 'exit 1')}",
+        "",
+        0,
+        2,
+        False,
+    ),
     "preempted": (ends("preempted", "exit 1"), "preempted", 0, 1, True),
-    "preempted before, no start": ("exit 7", "preempted", 7, 3, False),  # queueing that again would never end
+    "preempted before, no start": (
+        "exit 7",
+        "preempted",
+        7,
+        3,
+        False,
+    ),  # queueing that again would never end
     "no start": ("exit 7", "", 7, 3, False),
     "killed": (ends("running", "exit 0"), "", 1, 3, False),
     "crash in scancel": (ends("crash", "kill $PPID; exit 1"), "", 1, 1, False),
-    "scancel": (ends("preempted", "kill $PPID; exit 1"), "", 143, 1, False)}
+    "scancel": (ends("preempted", "kill $PPID; exit 1"), "", 143, 1, False),
+}
 
 
 @pytest.mark.parametrize("name", ENDINGS)
@@ -266,7 +344,9 @@ def test_a_slurm_job_goes_by_the_status_that_is_written(settings, slurm, tmp_pat
     ending, before, code, starts, requeued = ENDINGS[name]
     settings["LOG_DIR"].mkdir()
     if before:
-        (settings["LOG_DIR"] / "toy.json").write_text(json.dumps({"status": before, "resumes": -1}, indent=1))
+        (settings["LOG_DIR"] / "toy.json").write_text(
+            json.dumps({"status": before, "resumes": -1}, indent=1)
+        )
     with Launch(SBATCH, settings | slurm | {"INSTEAD": ending, "MAX_RESTARTS": 2}, tmp_path) as run:
         assert run.wait() == code, run.output
     assert len((tmp_path / "srun").read_text().splitlines()) == starts, run.output
@@ -279,5 +359,7 @@ def test_scripts_parse_and_options_of_sbatch_are_read():
     lines = SBATCH[1].read_text().splitlines()
     options = [line for line in lines if line.startswith("#SBATCH ")]
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    assert set(options) == {line for line in lines[:first] if "SBATCH --" in line}  # Slurm reads none after a command
+    assert set(options) == {
+        line for line in lines[:first] if "SBATCH --" in line
+    }  # Slurm reads none after a command
     assert {"#SBATCH --signal=USR1@300", "#SBATCH --requeue"} <= set(options)

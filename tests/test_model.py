@@ -9,15 +9,42 @@ from conftest import tiny
 
 from harness.ranks import Ranks
 import train_gpt
-from train_gpt import GPT, Linear, LinearCrossEntropy, ReLU2, RMSNorm, Rotary, axes, loss_chunk, make_plan
+from train_gpt import (
+    GPT,
+    Linear,
+    LinearCrossEntropy,
+    ReLU2,
+    RMSNorm,
+    Rotary,
+    axes,
+    loss_chunk,
+    make_plan,
+)
 
-VARIANTS = [dict(zip(("attngate", "gatepos", "gateact"), (gate, where, act)))
-            for gate in train_gpt.GATES for where in train_gpt.GATE_POSITIONS for act in train_gpt.GATE_ACTS]
-VARIANTS += [{axis: choice} for axis in ("mixer", "ffn", "norm", "pos", "init") for choice in axes()[axis]]
-VARIANTS += [{"bias": True, "norm": "layer"}, {"tie_embeddings": False}, {"qk_norm": False}, {"ffn": "relu2,swiglu"}]
-VARIANTS += [{"ffn": "moe", axis: choice} for axis in ("expert", "balance", "recurrence") for choice in axes()[axis]]
-VARIANTS += [{"ffn": "moe", "norm": "rms_gain", "recurrence": "shared", "n_layer": 4, "per_step": choice}
-             for choice in axes()["per_step"]]
+VARIANTS = [
+    dict(zip(("attngate", "gatepos", "gateact"), (gate, where, act)))
+    for gate in train_gpt.GATES
+    for where in train_gpt.GATE_POSITIONS
+    for act in train_gpt.GATE_ACTS
+]
+VARIANTS += [
+    {axis: choice} for axis in ("mixer", "ffn", "norm", "pos", "init") for choice in axes()[axis]
+]
+VARIANTS += [
+    {"bias": True, "norm": "layer"},
+    {"tie_embeddings": False},
+    {"qk_norm": False},
+    {"ffn": "relu2,swiglu"},
+]
+VARIANTS += [
+    {"ffn": "moe", axis: choice}
+    for axis in ("expert", "balance", "recurrence")
+    for choice in axes()[axis]
+]
+VARIANTS += [
+    {"ffn": "moe", "norm": "rms_gain", "recurrence": "shared", "n_layer": 4, "per_step": choice}
+    for choice in axes()["per_step"]
+]
 
 
 def trained_a_little(cfg):
@@ -39,7 +66,9 @@ def test_contract(variant):
     logits = model(tokens[:, :-1])
     assert logits.shape == (2, 16, 64) and logits.dtype == torch.float32
     loss, _ = model(tokens[:, :-1], tokens[:, 1:])
-    assert torch.allclose(loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), atol=1e-6)
+    assert torch.allclose(
+        loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), atol=1e-6
+    )
     loss.backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
@@ -56,7 +85,7 @@ def test_causal_by_gradient(variant):
     x = model.add_position(embedded)
     for visit in model.visits():
         x, _ = visit(x)
-    grad, = torch.autograd.grad(model.norm(x)[0, 7].square().sum() + x[0, 7].sum(), embedded)
+    (grad,) = torch.autograd.grad(model.norm(x)[0, 7].square().sum() + x[0, 7].sum(), embedded)
     assert grad[0, 8:].abs().max() == 0 and (grad[0, :8].abs().amax(-1) > 0).all()
 
 
@@ -82,8 +111,12 @@ def test_rotary_equals_rotating_each_pair_by_hand():
         for i in range(8):
             angle = torch.tensor(t * 10000 ** (-i / 8))
             first, second = x[0, t, :, i], x[0, t, :, i + 8]
-            assert torch.allclose(y[0, t, :, i], first * angle.cos() + second * angle.sin(), atol=1e-5)
-            assert torch.allclose(y[0, t, :, i + 8], second * angle.cos() - first * angle.sin(), atol=1e-5)
+            assert torch.allclose(
+                y[0, t, :, i], first * angle.cos() + second * angle.sin(), atol=1e-5
+            )
+            assert torch.allclose(
+                y[0, t, :, i + 8], second * angle.cos() - first * angle.sin(), atol=1e-5
+            )
 
 
 def test_attention_equals_a_naive_loop():
@@ -95,8 +128,8 @@ def test_attention_equals_a_naive_loop():
     for head in range(2):
         part = slice(16 * head, 16 * head + 16)
         for t in range(16):
-            weights = torch.softmax(q[t, part] @ k[:t + 1, part].T / 4, -1)
-            out[t, part] = weights @ v[:t + 1, part]
+            weights = torch.softmax(q[t, part] @ k[: t + 1, part].T / 4, -1)
+            out[t, part] = weights @ v[: t + 1, part]
     assert torch.allclose(attention(x)[0], out @ attention.proj.weight.T, atol=1e-12)
 
 
@@ -109,17 +142,23 @@ def test_linear_cross_entropy_equals_torch(monkeypatch, vocab, chunk):
     ours = LinearCrossEntropy.apply(x, head, targets, loss_chunk)
     theirs = F.cross_entropy(x @ head.T, targets)
     assert torch.allclose(ours, theirs, rtol=1e-5)
-    pairs = zip(torch.autograd.grad(3 * ours, (x, head)), torch.autograd.grad(3 * theirs, (x, head)))
+    pairs = zip(
+        torch.autograd.grad(3 * ours, (x, head)), torch.autograd.grad(3 * theirs, (x, head))
+    )
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
     with torch.no_grad():
-        assert torch.allclose(LinearCrossEntropy.apply(x, head, targets, loss_chunk), theirs, rtol=1e-5)
+        assert torch.allclose(
+            LinearCrossEntropy.apply(x, head, targets, loss_chunk), theirs, rtol=1e-5
+        )
 
 
 def test_linear_parts_are_matrices_side_by_side():
     cfg = tiny(bias=True)
     layer, x = Linear(cfg, 8, 4, parts=3), torch.randn(5, 8)
     layer.bias.data.normal_()
-    assert torch.allclose(layer(x), torch.cat([x @ w.T for w in layer.weight], -1) + layer.bias, atol=1e-6)
+    assert torch.allclose(
+        layer(x), torch.cat([x @ w.T for w in layer.weight], -1) + layer.bias, atol=1e-6
+    )
 
 
 def test_half_precision_keeps_parameters_in_float32():
@@ -140,11 +179,13 @@ def test_dropout_acts_in_training_only():
 
 
 COUNTS = [  # preset, changes, parameters: published, or of the papers' definitions
-    ("gpt2_small", {}, 123_568_128), ("dense_300m", {}, 304_438_272),
+    ("gpt2_small", {}, 123_568_128),
+    ("dense_300m", {}, 304_438_272),
     ("gpt2_small", {"ATTNGATE": "elementwise"}, 123_568_128 + 7_077_888),
     ("gpt2_small", {"ATTNGATE": "headwise"}, 123_568_128 + 55_296),
     ("gpt2_small", {"ATTNGATE": "const"}, 123_568_128 + 9_216),
-    ("gpt2_small", {"TIE_EMBEDDINGS": "0"}, 123_568_128 + 50304 * 768)]
+    ("gpt2_small", {"TIE_EMBEDDINGS": "0"}, 123_568_128 + 50304 * 768),
+]
 
 
 @pytest.mark.parametrize("preset, changes, parameters", COUNTS, ids=str)

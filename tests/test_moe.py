@@ -15,8 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.ranks import Ranks
 import train_gpt
-from train_gpt import (BALANCES, EXPERTS, HEALTH, MoE, State, aux_coef, aux_loss, expert_health, grouped,
-                       quantile_bias, train_step)
+from train_gpt import (
+    BALANCES,
+    EXPERTS,
+    HEALTH,
+    MoE,
+    State,
+    aux_coef,
+    aux_loss,
+    expert_health,
+    grouped,
+    quantile_bias,
+    train_step,
+)
 
 KINDS = [(expert, bias) for expert in EXPERTS for bias in (False, True)]
 
@@ -44,20 +55,30 @@ def mixture(layer, x):
     chosen = torch.topk(p, layer.top_k).indices
     weight = torch.zeros_like(p).scatter(-1, chosen, p.gather(-1, chosen))
     weight = weight / weight.sum(-1, keepdim=True) if layer.top_k > 1 else weight
-    outputs = torch.stack([dense_expert(layer, i).to(x.dtype).transform(x) for i in range(p.size(-1))], dim=-1)
-    return (outputs * weight.unsqueeze(-2)).sum(-1) + sum(expert.transform(x) for expert in layer.always)
+    outputs = torch.stack(
+        [dense_expert(layer, i).to(x.dtype).transform(x) for i in range(p.size(-1))], dim=-1
+    )
+    return (outputs * weight.unsqueeze(-2)).sum(-1) + sum(
+        expert.transform(x) for expert in layer.always
+    )
 
 
 @pytest.mark.parametrize("expert, bias", KINDS)
 @pytest.mark.parametrize("top_k, shared", [(1, False), (2, True), (6, False)])
 def test_it_is_the_mixture_of_its_definition(expert, bias, top_k, shared):
-    layer, x = moe(expert=expert, bias=bias, top_k=top_k, shared_expert=shared), torch.randn(3, 5, 32)
+    layer, x = (
+        moe(expert=expert, bias=bias, top_k=top_k, shared_expert=shared),
+        torch.randn(3, 5, 32),
+    )
     torch.testing.assert_close(layer(x)[0], mixture(layer, x), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("expert, bias", KINDS)
 def test_gradients_are_those_of_the_definition_in_float64(expert, bias):
-    layer, x = moe(expert=expert, bias=bias, shared_expert=True).double(), torch.randn(40, 32).double()
+    layer, x = (
+        moe(expert=expert, bias=bias, shared_expert=True).double(),
+        torch.randn(40, 32).double(),
+    )
     upstream, x = torch.randn(40, 32).double(), x.requires_grad_()
     inputs = [x, *layer.parameters()]
     ours = torch.autograd.grad(layer(x)[0], inputs, upstream)
@@ -70,11 +91,17 @@ def test_gradients_are_those_of_the_definition_in_float64(expert, bias):
         weight = weight / weight.sum(-1, keepdim=True)
         fc, proj = layer.experts.fc, layer.experts.proj
         h = torch.einsum("nc,efc->nef", x, fc.weight.flatten(1, -2)) + (fc.bias if bias else 0)
-        y = torch.einsum("nef,ecf->nec", layer.experts.act(h), proj.weight) + (proj.bias if bias else 0)
+        y = torch.einsum("nef,ecf->nec", layer.experts.act(h), proj.weight) + (
+            proj.bias if bias else 0
+        )
         return (weight.unsqueeze(-1) * y).sum(1) + layer.always[0].transform(x)
 
-    for name, a, b in zip(["x", *weights], ours, torch.autograd.grad(stacked_mixture(x), inputs, upstream)):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    for name, a, b in zip(
+        ["x", *weights], ours, torch.autograd.grad(stacked_mixture(x), inputs, upstream)
+    ):
+        torch.testing.assert_close(
+            a, b, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("expert, bias", KINDS)
@@ -91,7 +118,9 @@ def test_grouped_products_are_loops_also_over_empty_groups(sizes):
     torch.testing.assert_close(grouped(x, w, ends.int()), torch.cat(rows))
     outer = [y[a:b].T @ x[a:b] for a, b in zip(starts, ends)]
     torch.testing.assert_close(grouped(y, x, ends.int()), torch.stack(outer))
-    torch.testing.assert_close(grouped(x, w, ends.int()), F.grouped_mm(x, w.mT.contiguous(), offs=ends.int()))
+    torch.testing.assert_close(
+        grouped(x, w, ends.int()), F.grouped_mm(x, w.mT.contiguous(), offs=ends.int())
+    )
 
 
 def test_the_order_of_the_experts_does_not_matter():
@@ -108,7 +137,7 @@ def test_no_token_reads_another():
     """So it is causal, and a token decoded alone is treated as within its text."""
     layer, x = moe(shared_expert=True), torch.randn(2, 8, 32, requires_grad=True)
     y = layer(x)[0]
-    grad, = torch.autograd.grad(y[1, 3].sum(), x)
+    (grad,) = torch.autograd.grad(y[1, 3].sum(), x)
     assert grad[1, 3].abs().min() > 0
     grad[1, 3] = 0
     assert not grad.any()
@@ -142,17 +171,26 @@ def test_load_and_importance_are_counted_over_all_choices_and_all_experts():
 
 def test_the_gradient_of_aux_goes_through_importance_only():
     layer, x = moe(), torch.randn(3, 7, 32)
-    routing, = layer(x)[1]
-    grad, = torch.autograd.grad(aux_loss(routing[0], routing[1]), layer.router.weight)
+    (routing,) = layer(x)[1]
+    (grad,) = torch.autograd.grad(aux_loss(routing[0], routing[1]), layer.router.weight)
     p = F.linear(x.flatten(0, 1), layer.router.weight).softmax(-1)
-    expected, = torch.autograd.grad(6 * (routing[0].detach() * p.mean(0)).sum(), layer.router.weight)
+    (expected,) = torch.autograd.grad(
+        6 * (routing[0].detach() * p.mean(0)).sum(), layer.router.weight
+    )
     torch.testing.assert_close(grad, expected)
 
 
 def test_the_schedule_of_the_coefficient():
-    cfg = tiny(num_iterations=1000, aux_loss_coef_start=0.05, aux_loss_coef_end=0.01, aux_warmup_frac=0.05,
-               aux_decay_end_frac=0.30)
-    assert [aux_coef(step, cfg) for step in (0, 49, 50, 300, 999)] == pytest.approx([0.05, 0.05, 0.05, 0.01, 0.01])
+    cfg = tiny(
+        num_iterations=1000,
+        aux_loss_coef_start=0.05,
+        aux_loss_coef_end=0.01,
+        aux_warmup_frac=0.05,
+        aux_decay_end_frac=0.30,
+    )
+    assert [aux_coef(step, cfg) for step in (0, 49, 50, 300, 999)] == pytest.approx(
+        [0.05, 0.05, 0.05, 0.01, 0.01]
+    )
     assert aux_coef(175, cfg) == pytest.approx(0.03)
     assert aux_coef(3, tiny(aux_loss_coef=0.02)) == 0.02
     assert aux_coef(3, tiny(ffn="moe", balance="quantile")) == 0
@@ -173,7 +211,9 @@ def test_a_bias_changes_the_choice_and_nothing_else():
     layer, x = moe(balance="quantile", top_k=1), torch.randn(5, 32)
     layer.balance[3] = 10.0
     p = F.linear(x, layer.router.weight).softmax(-1)
-    torch.testing.assert_close(layer(x)[0], p[:, 3:4] * dense_expert(layer, 3).transform(x), rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x)[0], p[:, 3:4] * dense_expert(layer, 3).transform(x), rtol=2e-5, atol=1e-5
+    )
     assert layer(x)[1][0][0].tolist() == [0, 0, 0, 1, 0, 0]
     assert torch.equal(layer.eval()(x)[1][0][2], layer.balance), "evaluation leaves the bias alone"
 
@@ -200,15 +240,33 @@ def test_health_of_loads_that_are_known():
     routing[1, :2, :2] = 0.5  # two of eight have all
     routing[2, 0, 0], routing[2, 1] = 1.0, 1 / 8
     health = expert_health(routing)
-    assert health["entropy"].tolist() == pytest.approx([1, 1 / 3, 0]) and health["dead"].tolist() == [0, 6, 7]
+    assert health["entropy"].tolist() == pytest.approx([1, 1 / 3, 0]) and health[
+        "dead"
+    ].tolist() == [0, 6, 7]
     assert health["aux"].tolist() == pytest.approx([1, 4, 1])
-    assert health["load_min"].tolist() == [1 / 8, 0, 0] and health["load_max"].tolist() == [1 / 8, 0.5, 1]
+    assert health["load_min"].tolist() == [1 / 8, 0, 0] and health["load_max"].tolist() == [
+        1 / 8,
+        0.5,
+        1,
+    ]
 
 
-MOE = {"FFN": "relu2,moe", "N_LAYER": 4, "BALANCE_LOG_INTERVAL": 2, "LOG_EVERY": 3, "NUM_ITERATIONS": 10,
-       "AUX_LOSS_COEF_START": 0.05, "AUX_LOSS_COEF_END": 0.01, "AUX_WARMUP_FRAC": 0.2, "AUX_DECAY_END_FRAC": 0.8}
-LINE = re.compile(r"^\[MOE\] step:(\d+)/10 coef:(\d\.\d{4}) aux:(\d+\.\d{4}) entropy:(\d\.\d{4}) load_min:(\d\.\d{4}) "
-                  r"load_max:(\d\.\d{4}) dead:(\d+) dropped:0$", re.M)
+MOE = {
+    "FFN": "relu2,moe",
+    "N_LAYER": 4,
+    "BALANCE_LOG_INTERVAL": 2,
+    "LOG_EVERY": 3,
+    "NUM_ITERATIONS": 10,
+    "AUX_LOSS_COEF_START": 0.05,
+    "AUX_LOSS_COEF_END": 0.01,
+    "AUX_WARMUP_FRAC": 0.2,
+    "AUX_DECAY_END_FRAC": 0.8,
+}
+LINE = re.compile(
+    r"^\[MOE\] step:(\d+)/10 coef:(\d\.\d{4}) aux:(\d+\.\d{4}) entropy:(\d\.\d{4}) load_min:(\d\.\d{4}) "
+    r"load_max:(\d\.\d{4}) dead:(\d+) dropped:0$",
+    re.M,
+)
 
 
 def points(settings):
@@ -223,23 +281,32 @@ def test_a_run_tells_the_health_of_its_experts(settings):
     assert list(lines) == [2, 4, 6, 8, 10]
     assert [lines[step][0] for step in (2, 4, 10)] == pytest.approx([0.05, 0.0433, 0.01], abs=1e-4)
     curve = points(settings)
-    assert [name for name in curve[2] if name.endswith(("_1", "_3"))] == [f"{n}_{i}" for i in (1, 3) for n in HEALTH]
+    assert [name for name in curve[2] if name.endswith(("_1", "_3"))] == [
+        f"{n}_{i}" for i in (1, 3) for n in HEALTH
+    ]
     for step, (coef, aux, entropy, least, most, dead) in lines.items():
         of = {name: [float(curve[step][f"{name}_{layer}"]) for layer in (1, 3)] for name in HEALTH}
         assert float(curve[step]["aux_coef"]) == pytest.approx(coef, abs=1e-4)
-        assert [aux, entropy] == pytest.approx([sum(of[name]) / 2 for name in ("aux", "entropy")], abs=1e-4)
+        assert [aux, entropy] == pytest.approx(
+            [sum(of[name]) / 2 for name in ("aux", "entropy")], abs=1e-4
+        )
         assert [least, most, dead] == pytest.approx(
-            [min(of["load_min"]), max(of["load_max"]), sum(of["dead"])], abs=1e-4)
+            [min(of["load_min"]), max(of["load_max"]), sum(of["dead"])], abs=1e-4
+        )
         assert least <= 1 / 8 <= most <= 1 / 2 and 0 < entropy <= 1
     assert {step for step, row in curve.items() if row["aux_1"]} == set(lines)
     told = json.loads((settings["LOG_DIR"] / "toy.json").read_text())
     assert told["moe_load_max"] == pytest.approx(lines[10][4], abs=1e-4)
     assert told["moe_max_vio"] == pytest.approx(8 * told["moe_load_max"] - 1)
     with open(settings["RESULTS_CSV"], newline="") as file:
-        row, = csv.DictReader(file)
+        (row,) = csv.DictReader(file)
     assert all(float(row[f"moe_{name}"]) == told[f"moe_{name}"] for name in [*HEALTH, "max_vio"])
     dense, out = launch(settings | {"RUN_ID": "dense"})
-    assert dense == [0] and "[MOE]" not in out and "aux" not in (settings["LOG_DIR"] / "dense.csv").read_text()
+    assert (
+        dense == [0]
+        and "[MOE]" not in out
+        and "aux" not in (settings["LOG_DIR"] / "dense.csv").read_text()
+    )
 
 
 def test_a_resumed_run_goes_on_with_balance_and_schedule(settings, tmp_path, monkeypatch):
@@ -252,6 +319,7 @@ def test_a_resumed_run_goes_on_with_balance_and_schedule(settings, tmp_path, mon
         if state.step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(state, *args)
+
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "train_step", fatal)
         assert launch(settings | MOE | {"SAVE_EVERY": 3})[0] == [-9]
@@ -260,11 +328,22 @@ def test_a_resumed_run_goes_on_with_balance_and_schedule(settings, tmp_path, mon
     logs = [LINE.findall((run["LOG_DIR"] / "toy.txt").read_text()) for run in (straight, settings)]
     assert logs[0] == logs[1] and len(logs[0]) == 5
     clocks = {"train_time", "tokens_per_sec", "data_wait"}
-    curves = [[{name: cell for name, cell in row.items() if name not in clocks} for row in points(run).values()]
-              for run in (straight, settings)]
+    curves = [
+        [
+            {name: cell for name, cell in row.items() if name not in clocks}
+            for row in points(run).values()
+        ]
+        for run in (straight, settings)
+    ]
     assert curves[0] == curves[1]
-    codes, out = launch(settings | MOE | {"NUM_ITERATIONS": 20, "RESUME": "auto", "WARMDOWN_ITERS": 4})
-    assert codes == [2] and "AUX" not in out.split("other settings")[0] and "NUM_ITERATIONS 10 -> 20" in out
+    codes, out = launch(
+        settings | MOE | {"NUM_ITERATIONS": 20, "RESUME": "auto", "WARMDOWN_ITERS": 4}
+    )
+    assert (
+        codes == [2]
+        and "AUX" not in out.split("other settings")[0]
+        and "NUM_ITERATIONS 10 -> 20" in out
+    )
 
 
 def test_a_coefficient_of_the_past_cannot_change(settings):
@@ -278,6 +357,7 @@ def test_a_coefficient_of_the_past_cannot_change(settings):
 @pytest.mark.parametrize("balance", BALANCES)
 def test_a_step_reads_nothing_from_the_device(group, balance):
     """Neither item() nor a tensor in an if; sizes of groups are read on a CPU only, where nothing waits."""
+
     class Reads(TorchDispatchMode):
         found = []
 
@@ -330,7 +410,12 @@ def test_resuming_with_other_micro_batches_is_refused_where_they_matter(settings
 def test_weights_of_another_run_come_without_its_balance(settings):
     """The load of one kind of balance would be a bias of the other, and favour who had most."""
     assert launch(settings | {"FFN": "moe"})[0] == [0]
-    fresh = settings | {"FFN": "moe", "BALANCE": "quantile", "INIT_FROM": settings["LOG_DIR"] / "toy", "RUN_ID": "next"}
+    fresh = settings | {
+        "FFN": "moe",
+        "BALANCE": "quantile",
+        "INIT_FROM": settings["LOG_DIR"] / "toy",
+        "RUN_ID": "next",
+    }
     model = train_gpt.GPT(tiny(ffn="moe", balance="quantile"))
     train_gpt.import_weights(model, fresh["INIT_FROM"])
     assert model.blocks[0].ffn.router.weight.any() and not model.blocks[0].ffn.balance.any()
@@ -346,4 +431,6 @@ def test_the_last_step_tells_the_health_of_experts(settings):
 def test_settings_of_experts_without_experts_are_told(settings):
     codes, out = launch(settings | {"NUM_EXPERTS": 16, "AUX_LOSS_COEF": 0.5, "DRY_RUN": 1})
     assert codes == [0] and "AUX_LOSS_COEF has no effect without FFN=moe" in out
-    assert "NUM_EXPERTS has no effect" in out and "warning" not in launch(settings | {"DRY_RUN": 1})[1]
+    assert (
+        "NUM_EXPERTS has no effect" in out and "warning" not in launch(settings | {"DRY_RUN": 1})[1]
+    )

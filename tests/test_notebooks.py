@@ -18,7 +18,11 @@ NOTEBOOKS = committed("notebooks/*.ipynb")
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """The project without logs, data and trainer."""
-    for path in (path for folder in ("experiments", "scripts", "notebooks") for path in committed(f"{folder}/**/*")):
+    for path in (
+        path
+        for folder in ("experiments", "scripts", "notebooks")
+        for path in committed(f"{folder}/**/*")
+    ):
         if path.is_file():
             (target := tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
@@ -36,19 +40,37 @@ def said(notebook):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_says_the_same_again(path, copy):
-    kept, again = nbformat.read(path, as_version=4), make_notebook.execute(Path("notebooks") / path.name)
+    kept, again = (
+        nbformat.read(path, as_version=4),
+        make_notebook.execute(Path("notebooks") / path.name),
+    )
     text = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "markdown")
-    assert all(re.search(f"^{part}", text, re.M) for part in ("# ", "## Data", "## Plots", "## Answer"))
+    assert all(
+        re.search(f"^{part}", text, re.M) for part in ("# ", "## Data", "## Plots", "## Answer")
+    )
     assert len(text.split("## Answer")[1]) > 80, "the answer is to be written"
-    assert any("image/png" in output.get("data", {}) for cell in kept.cells for output in cell.get("outputs", ()))
-    plain = [re.sub(r"T_\w{5}", "T", str(one)) for one in said(kept)]  # pandas names its tables by chance
-    assert plain == [re.sub(r"T_\w{5}", "T", str(one)) for one in said(again)], "stale: python scripts/make_notebook.py"
+    assert any(
+        "image/png" in output.get("data", {})
+        for cell in kept.cells
+        for output in cell.get("outputs", ())
+    )
+    plain = [
+        re.sub(r"T_\w{5}", "T", str(one)) for one in said(kept)
+    ]  # pandas names its tables by chance
+    assert plain == [re.sub(r"T_\w{5}", "T", str(one)) for one in said(again)], (
+        "stale: python scripts/make_notebook.py"
+    )
     assert not list(copy.glob("logs")) and sorted(path.name for path in copy.iterdir()) == [
-        "experiments", "notebooks", "scripts"]
+        "experiments",
+        "notebooks",
+        "scripts",
+    ]
 
 
 def test_every_stage_with_rows_has_a_notebook():
-    studied = {path.stem.removeprefix("results_") for path in committed("experiments/results_*.csv")}
+    studied = {
+        path.stem.removeprefix("results_") for path in committed("experiments/results_*.csv")
+    }
     assert studied - {"smoke"} <= {path.stem for path in NOTEBOOKS}
     assert "final_figures" in {path.stem for path in NOTEBOOKS}
 
@@ -69,8 +91,15 @@ def test_a_new_notebook_asks_the_question_of_its_stage_and_keeps_the_answer(copy
 def test_what_cannot_be_made_is_one_sentence(copy, capsys):
     assert make_notebook.main(["tou"]) == 2
     assert "STAGE tou: choose one of" in capsys.readouterr().err
-    unstudied = next(name for name in stages.stage_names() if not Path(f"experiments/results_{name}.csv").exists())
+    unstudied = next(
+        name
+        for name in stages.stage_names()
+        if not Path(f"experiments/results_{name}.csv").exists()
+    )
     assert make_notebook.main([unstudied]) == 1
     error = capsys.readouterr().err
     assert not Path(f"notebooks/{unstudied}.ipynb").exists(), "nothing half made is left"
-    assert f"stage {unstudied} has no results; python scripts/run_stage.py" in error and error.count("\n") == 1
+    assert (
+        f"stage {unstudied} has no results; python scripts/run_stage.py" in error
+        and error.count("\n") == 1
+    )

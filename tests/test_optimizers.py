@@ -8,8 +8,17 @@ from conftest import run_ranks, tiny
 
 from harness.ranks import Ranks
 import train_gpt
-from train_gpt import (GPT, AdamW, LossScale, Muon, State, lr_factor,
-                       split_params, train_step, zeropower_via_newtonschulz5)
+from train_gpt import (
+    GPT,
+    AdamW,
+    LossScale,
+    Muon,
+    State,
+    lr_factor,
+    split_params,
+    train_step,
+    zeropower_via_newtonschulz5,
+)
 
 ONE, GO = Ranks(), torch.zeros(())  # a single rank; the flag that no step is to be skipped
 SHAPES = [(64, 64), (96, 32), (32, 96), (8, 128)]
@@ -37,9 +46,17 @@ def steps(optimizer, params, n, grad_scale=None, skip=GO):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_muon_equals_torch_bit_for_bit(scale, decay):
     """Single matrices of several shapes and stacks of three, four steps, in torch's own bfloat16."""
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES + [(3, *shape) for shape in SHAPES]]
-    slices = [[torch.nn.Parameter(m.detach().clone()) for m in p.reshape(-1, *p.shape[-2:])] for p in params]
-    theirs = torch.optim.Muon(sum(slices, []), lr=0.02, weight_decay=decay, momentum=0.95, adjust_lr_fn=scale)
+    params = [
+        torch.nn.Parameter(torch.randn(shape))
+        for shape in SHAPES + [(3, *shape) for shape in SHAPES]
+    ]
+    slices = [
+        [torch.nn.Parameter(m.detach().clone()) for m in p.reshape(-1, *p.shape[-2:])]
+        for p in params
+    ]
+    theirs = torch.optim.Muon(
+        sum(slices, []), lr=0.02, weight_decay=decay, momentum=0.95, adjust_lr_fn=scale
+    )
     ours = muon(params, muon_scale=scale, weight_decay=decay)
     for step in range(4):
         gradients(params, step)
@@ -50,7 +67,9 @@ def test_muon_equals_torch_bit_for_bit(scale, decay):
         ours.step(1.0, None, GO)
         theirs.step()
     for p, parts in zip(params, slices):
-        assert torch.equal(p.reshape(-1, *p.shape[-2:]), torch.stack([part.detach() for part in parts]))
+        assert torch.equal(
+            p.reshape(-1, *p.shape[-2:]), torch.stack([part.detach() for part in parts])
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -85,8 +104,10 @@ def test_adamw_equals_torch(decay):
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(params, twins))
 
 
-BUILD = {"muon": lambda p: muon(p, torch.float32, weight_decay=0.1),
-         "adamw": lambda p: AdamW(p, tiny(), 0.01, ONE, 0.1)}
+BUILD = {
+    "muon": lambda p: muon(p, torch.float32, weight_decay=0.1),
+    "adamw": lambda p: AdamW(p, tiny(), 0.01, ONE, 0.1),
+}
 
 
 @pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
@@ -125,22 +146,36 @@ def three_steps(ranks, **settings):
     state, share, stats = State.build(cfg, ranks), 6 // ranks.world_size, []
     for step in range(3):
         batch = torch.randint(0, 64, (6, 17), generator=torch.Generator().manual_seed(step))
-        own = batch[ranks.rank * share:][:share]
+        own = batch[ranks.rank * share :][:share]
         loss, norm, routing = train_step(state, cfg, own[:, :-1], own[:, 1:])
         stats.append(torch.cat([loss[None], norm[None], routing.flatten()]))
     return torch.cat([p.detach().flatten() for p in state.model.parameters()]), torch.stack(stats)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"optimizer": "adamw"}, {"tie_embeddings": False, "vocab_size": 4099, "bias": True, "norm": "layer"},
-    {"attngate": "headwise", "ffn": "swiglu", "n_layer": 1}, {"ffn": "moe", "aux_loss_coef": 0.1},
-    {"ffn": "moe", "balance": "quantile", "recurrence": "shared", "bias": True, "device_batch_size": 1},
-    {"ffn": "moe", "recurrence": "indexed", "router_optimizer": "muon"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer": "adamw"},
+        {"tie_embeddings": False, "vocab_size": 4099, "bias": True, "norm": "layer"},
+        {"attngate": "headwise", "ffn": "swiglu", "n_layer": 1},
+        {"ffn": "moe", "aux_loss_coef": 0.1},
+        {
+            "ffn": "moe",
+            "balance": "quantile",
+            "recurrence": "shared",
+            "bias": True,
+            "device_batch_size": 1,
+        },
+        {"ffn": "moe", "recurrence": "indexed", "router_optimizer": "muon"},
+    ],
+    ids=str,
+)
 def test_ranks_agree(settings):
     """1, 2 and 3 ranks: one batch, one model. Every rank of a group holds the same bits. The micro-batches may be
     others, but with BALANCE=quantile, which takes quantiles within each."""
     settings = {"vocab_size": 4096} | settings  # an embedding large enough to be sliced
-    (alone, stats), = run_ranks(1, lambda ranks: three_steps(ranks, **settings))
+    ((alone, stats),) = run_ranks(1, lambda ranks: three_steps(ranks, **settings))
     for world in (2, 3):
         settings["device_batch_size"] = 1
         results = run_ranks(world, lambda ranks: three_steps(ranks, **settings))
@@ -152,20 +187,22 @@ def test_ranks_agree(settings):
 
 def test_more_ranks_than_matrices():
     settings = dict(n_layer=1, n_embd=8, batch_size=6, device_batch_size=1)
-    (alone, _), = run_ranks(1, lambda ranks: three_steps(ranks, **settings))
+    ((alone, _),) = run_ranks(1, lambda ranks: three_steps(ranks, **settings))
     for params, _ in run_ranks(6, lambda ranks: three_steps(ranks, **settings)):
         assert torch.allclose(params, alone, atol=2e-5)
 
 
 def test_ranks_exchange_contiguous_tensors(monkeypatch):
     """nccl refuses any other, gloo takes them: tall matrices come transposed out of the orthogonalisation."""
+
     def gather(full, own):
         assert full.is_contiguous() and own.is_contiguous()
         full.copy_(own.repeat(2, 1, 1))
 
     def scatter(own, full):
         assert full.is_contiguous() and own.is_contiguous()
-        own.copy_(full[:len(own)])
+        own.copy_(full[: len(own)])
+
     monkeypatch.setattr(torch.distributed, "all_gather_single", gather, raising=False)
     monkeypatch.setattr(torch.distributed, "reduce_scatter_single", scatter, raising=False)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
@@ -181,7 +218,9 @@ def test_every_parameter_is_in_exactly_one_group(gate):
     names = {id(p): name for name, p in model.named_parameters()}
     on_muon = {names[id(p)].split(".", 2)[2] for p in groups["matrices"]}
     expected = {"mixer.qkv.weight", "mixer.proj.weight", "ffn.fc.weight", "ffn.proj.weight"}
-    assert on_muon == expected | ({"mixer.gate_output.score.weight"} if gate == "elementwise" else set())
+    assert on_muon == expected | (
+        {"mixer.gate_output.score.weight"} if gate == "elementwise" else set()
+    )
 
 
 def test_learning_rates_go_where_they_are_set():
@@ -231,6 +270,8 @@ def test_an_expert_without_tokens_keeps_weights_and_momentum(decay):
             p.grad[1, 2] = 0
         optimizer.reduce_grads()
         optimizer.step(1.0, None, GO)
-    assert torch.equal(bank[1, 2], before[1, 2]) and torch.equal(optimizers[0].stacks[0]["momentum"][5], momentum[5])
+    assert torch.equal(bank[1, 2], before[1, 2]) and torch.equal(
+        optimizers[0].stacks[0]["momentum"][5], momentum[5]
+    )
     assert not torch.equal(twin[1, 2], before[1, 2])
     assert torch.equal(bank.flatten(0, 1)[:5], twin.flatten(0, 1)[:5])

@@ -2,6 +2,7 @@
 
 Shards are read here with struct, and splits are recomputed here, so that the script is not checked against itself.
 """
+
 import hashlib
 import json
 import socket
@@ -90,7 +91,9 @@ def test_shard_is_the_specified_bytes_and_the_trainer_reads_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
-@pytest.mark.parametrize("tokens", [np.array([65536]), np.array([-1]), np.array([], int), np.zeros((2, 2), int)])
+@pytest.mark.parametrize(
+    "tokens", [np.array([65536]), np.array([-1]), np.array([], int), np.zeros((2, 2), int)]
+)
 def test_write_shard_refuses_what_the_format_cannot_hold(tmp_path, tokens):
     with pytest.raises(DataError, match=r"x\.bin: expected tokens \(n,\) in 0\.\.65535"):
         write_shard(tmp_path / "x.bin", tokens)
@@ -103,6 +106,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path, m
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_shard(tmp_path / "x.bin", np.array([3, 4]))
@@ -114,8 +118,11 @@ def test_index_describes_the_shards(tmp_path):
     (tmp_path / "in.txt").write_bytes(raw)
     index = prepare("in.txt", "--shard-tokens", 500)
     assert [(shard["name"], shard["split"], shard["tokens"]) for shard in index["shards"]] == [
-        ("out_val_000000.bin", "val", 128), ("out_train_000001.bin", "train", 500),
-        ("out_train_000002.bin", "train", 500), ("out_train_000003.bin", "train", 152)]
+        ("out_val_000000.bin", "val", 128),
+        ("out_train_000001.bin", "train", 500),
+        ("out_train_000002.bin", "train", 500),
+        ("out_train_000003.bin", "train", 152),
+    ]
     for shard in index["shards"]:
         path = tmp_path / "out" / shard["name"]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
@@ -123,13 +130,34 @@ def test_index_describes_the_shards(tmp_path):
     assert bytes(read_split(tmp_path / "out", "train") + read_split(tmp_path / "out", "val")) == raw
     about = json.loads((tmp_path / "out/tokenizer.json").read_text())
     assert about == {"kind": "bytes", "vocab_size": 257, "eot_id": 256}
-    assert {key: index[key] for key in ("source", "source_version", "tokenizer", "vocab_size", "eot_id",
-                                        "val_fraction", "documents", "bytes_per_token", "shard_tokens")} == {
-        "source": "in.txt", "source_version": None, "tokenizer": "bytes", "vocab_size": 257, "eot_id": 256,
-        "val_fraction": 0.1, "documents": {"train": 1, "val": 1}, "bytes_per_token": 1.0, "shard_tokens": 500}
+    assert {
+        key: index[key]
+        for key in (
+            "source",
+            "source_version",
+            "tokenizer",
+            "vocab_size",
+            "eot_id",
+            "val_fraction",
+            "documents",
+            "bytes_per_token",
+            "shard_tokens",
+        )
+    } == {
+        "source": "in.txt",
+        "source_version": None,
+        "tokenizer": "bytes",
+        "vocab_size": 257,
+        "eot_id": 256,
+        "val_fraction": 0.1,
+        "documents": {"train": 1, "val": 1},
+        "bytes_per_token": 1.0,
+        "shard_tokens": 500,
+    }
     assert index["split"].startswith("contiguous")
     assert sorted(contents(tmp_path / "out")) == sorted(
-        ["index.json", "tokenizer.json", *(shard["name"] for shard in index["shards"])])
+        ["index.json", "tokenizer.json", *(shard["name"] for shard in index["shards"])]
+    )
 
 
 # One file
@@ -148,14 +176,20 @@ def test_characters_are_split_as_in_nanogpt(tmp_path):
     text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 1_115_393))) + "é"
     (tmp_path / "in.txt").write_text(text, encoding="utf-8")
     index = prepare("in.txt", "--tokenizer", "chars")
-    assert {shard["split"]: shard["tokens"] for shard in index["shards"]} == {"train": 1_003_854, "val": 111_540}
+    assert {shard["split"]: shard["tokens"] for shard in index["shards"]} == {
+        "train": 1_003_854,
+        "val": 111_540,
+    }
     assert index["bytes_per_token"] == 1_115_395 / 1_115_394
 
 
 def test_split_is_exact_where_float_arithmetic_is_not(tmp_path):
     (tmp_path / "in.txt").write_text("x" * 100)
     index = prepare("in.txt", "--val-fraction", 0.9)  # int(100 * (1 - 0.9)) is 9
-    assert {shard["split"]: shard["tokens"] for shard in index["shards"]} == {"train": 10, "val": 90}
+    assert {shard["split"]: shard["tokens"] for shard in index["shards"]} == {
+        "train": 10,
+        "val": 90,
+    }
 
 
 def test_two_tokens_are_enough_for_a_split(tmp_path):
@@ -165,7 +199,9 @@ def test_two_tokens_are_enough_for_a_split(tmp_path):
 
 
 def test_chars_of_one_file_come_back_and_the_vocabulary_is_sorted(tmp_path):
-    text = "Grüße\r\n\ttabs, 日本語, \U0001f600 and a last line\u2028" * 40 + "\U0010ffff\0"  # two in val only
+    text = (
+        "Grüße\r\n\ttabs, 日本語, \U0001f600 and a last line\u2028" * 40 + "\U0010ffff\0"
+    )  # two in val only
     (tmp_path / "in.txt").write_bytes(text.encode())
     index = prepare("in.txt", "--tokenizer", "chars")
     about = json.loads((tmp_path / "out/tokenizer.json").read_text())
@@ -200,12 +236,18 @@ def test_another_file_moves_no_file_to_the_other_split(tmp_path):
     def val_documents(out):
         tokens = read_split(tmp_path / out, "val")
         return bytes(token if token < 256 else 0 for token in tokens).split(b"\0")[1:]
+
     write_corpus(tmp_path)
     prepare("texts/**/*.txt", out="before")
-    new = next(name for name in (f"0{i}.txt" for i in range(1000)) if expected_split(name, 0.1) == "val")
+    new = next(
+        name for name in (f"0{i}.txt" for i in range(1000)) if expected_split(name, 0.1) == "val"
+    )
     write_corpus(tmp_path, [new])
     prepare("texts/**/*.txt", out="after")
-    assert val_documents("after") == [f"{new}: ".encode() * (1 + len(new) % 3), *val_documents("before")]
+    assert val_documents("after") == [
+        f"{new}: ".encode() * (1 + len(new) % 3),
+        *val_documents("before"),
+    ]
 
 
 def test_split_is_the_same_wherever_the_folder_is(tmp_path):
@@ -264,13 +306,17 @@ def test_two_runs_write_the_same_bytes_and_no_absolute_path(tmp_path, tokenizer)
 def test_second_run_writes_nothing(tmp_path, capsys):
     write_corpus(tmp_path)
     prepare("texts/**/*.txt")
-    first = {path: path.stat().st_mtime_ns for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]}
+    first = {
+        path: path.stat().st_mtime_ns for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]
+    }
     assert "already there" not in capsys.readouterr().out
     prepare("texts/**/*.txt")
     assert {path: path.stat().st_mtime_ns for path in first} == first
     output = capsys.readouterr().out
     assert "already there: out" in output
-    assert "INPUT_BIN='out/out_train_*.bin' INPUT_VAL_BIN='out/out_val_*.bin' VOCAB_SIZE=0" in output
+    assert (
+        "INPUT_BIN='out/out_train_*.bin' INPUT_VAL_BIN='out/out_val_*.bin' VOCAB_SIZE=0" in output
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing shard", "short shard", "other shard", "no tokenizer"])
@@ -298,14 +344,21 @@ def test_edited_source_is_refused_until_forced(tmp_path, capsys):
     (tmp_path / "in.txt").write_text("same size " * 50)
     assert refused(capsys, 3, "in.txt") == (
         "prepare_data.py: error: --out out: expected no data or that of this recipe, found another source_sha256: "
-        "give another folder, or --force to replace its data")
+        "give another folder, or --force to replace its data"
+    )
     assert contents(tmp_path / "out") == before
     prepare("in.txt", "--force")
     assert bytes(read_split(tmp_path / "out", "train")).startswith(b"same size")
 
 
-@pytest.mark.parametrize("options, key", [(["--tokenizer", "chars"], "tokenizer"), (["--val-fraction", "0.2"], "val_f"),
-                                          (["--shard-tokens", "7"], "shard_tokens")])
+@pytest.mark.parametrize(
+    "options, key",
+    [
+        (["--tokenizer", "chars"], "tokenizer"),
+        (["--val-fraction", "0.2"], "val_f"),
+        (["--shard-tokens", "7"], "shard_tokens"),
+    ],
+)
 def test_another_recipe_is_refused(tmp_path, capsys, options, key):
     (tmp_path / "in.txt").write_text("some text " * 50)
     prepare("in.txt")
@@ -338,8 +391,13 @@ def test_force_removes_the_shards_of_the_old_recipe_and_nothing_else(tmp_path):
     (tmp_path / "out/notes.bin").write_bytes(b"mine")
     assert len(contents(tmp_path / "out")) > 12
     prepare("in.txt", "--force")
-    assert sorted(contents(tmp_path / "out")) == ["index.json", "notes.bin", "out_train_000001.bin",
-                                                 "out_val_000000.bin", "tokenizer.json"]
+    assert sorted(contents(tmp_path / "out")) == [
+        "index.json",
+        "notes.bin",
+        "out_train_000001.bin",
+        "out_val_000000.bin",
+        "tokenizer.json",
+    ]
 
 
 def test_failed_forced_run_keeps_the_old_data(tmp_path, capsys, monkeypatch):
@@ -349,8 +407,11 @@ def test_failed_forced_run_keeps_the_old_data(tmp_path, capsys, monkeypatch):
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("os.fsync", full_disk)
-    assert "No space left on device" in refused(capsys, 3, "in.txt", "--tokenizer", "chars", "--force")
+    assert "No space left on device" in refused(
+        capsys, 3, "in.txt", "--tokenizer", "chars", "--force"
+    )
     assert contents(tmp_path / "out") == before
 
 
@@ -363,6 +424,7 @@ def test_run_that_dies_while_it_replaces_data_leaves_no_index(tmp_path, monkeypa
         if str(target) == "out/out_train_000001.bin":
             raise KeyboardInterrupt
         real_replace(source, target)
+
     monkeypatch.setattr(prepare_data.os, "replace", die_at_train)
     with pytest.raises(KeyboardInterrupt):
         prepare("in.txt", "--tokenizer", "chars", "--force")
@@ -373,31 +435,54 @@ def test_run_that_dies_while_it_replaces_data_leaves_no_index(tmp_path, monkeypa
 
 
 def test_sympy_is_the_same_data_everywhere(tmp_path, capsys):
-    assert version("sympy") == "1.14.0", "pip install sympy==1.14.0: the numbers below are those of this version"
+    assert version("sympy") == "1.14.0", (
+        "pip install sympy==1.14.0: the numbers below are those of this version"
+    )
     index = prepare("package:sympy", out="sympy")
     assert index["source_version"] == "1.14.0"
     assert index["documents"] == {"train": 754, "val": 100}
     assert index["shards"] == [
-        {"name": "sympy_val_000000.bin", "split": "val", "tokens": 1_924_500,
-         "sha256": "edea12951ca6e5fe50260b7dde873e7b3f85a831c905c3aac52828af194894cb"},
-        {"name": "sympy_train_000001.bin", "split": "train", "tokens": 14_688_625,
-         "sha256": "79e04b8db85e47905b3c4e008a3df387bbb4a594b495781a4455877f11efb93a"}]
+        {
+            "name": "sympy_val_000000.bin",
+            "split": "val",
+            "tokens": 1_924_500,
+            "sha256": "edea12951ca6e5fe50260b7dde873e7b3f85a831c905c3aac52828af194894cb",
+        },
+        {
+            "name": "sympy_train_000001.bin",
+            "split": "train",
+            "tokens": 14_688_625,
+            "sha256": "79e04b8db85e47905b3c4e008a3df387bbb4a594b495781a4455877f11efb93a",
+        },
+    ]
     for shard in index["shards"]:
-        assert hashlib.sha256((tmp_path / "sympy" / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
+        assert (
+            hashlib.sha256((tmp_path / "sympy" / shard["name"]).read_bytes()).hexdigest()
+            == shard["sha256"]
+        )
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.splitlines() == [
-        "train: 14,688,625 tokens of 754 document(s)", "val: 1,924,500 tokens of 100 document(s)",
+        "train: 14,688,625 tokens of 754 document(s)",
+        "val: 1,924,500 tokens of 100 document(s)",
         "vocabulary: 257   bytes per token: 0.9999",
         "next: PRESET=quickstart INPUT_BIN='sympy/sympy_train_*.bin' INPUT_VAL_BIN='sympy/sympy_val_*.bin' "
-        "VOCAB_SIZE=0 python train_gpt.py"]
+        "VOCAB_SIZE=0 python train_gpt.py",
+    ]
 
 
 def make_package(root, monkeypatch, name):
     """A package that fails when imported, with a tests folder, bytecode, and 40 modules."""
     folder = root / "site" / name
-    for path in ["__init__.py", "tests/test_x.py", "core/tests/test_y.py", "__pycache__/m.cpython-311.pyc", "data.txt",
-                 "tests.py", *(f"core/m{i}.py" for i in range(40))]:
+    for path in [
+        "__init__.py",
+        "tests/test_x.py",
+        "core/tests/test_y.py",
+        "__pycache__/m.cpython-311.pyc",
+        "data.txt",
+        "tests.py",
+        *(f"core/m{i}.py" for i in range(40)),
+    ]:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(f"raise SystemExit('{path} was imported')\n")
     monkeypatch.syspath_prepend(root / "site")
@@ -422,7 +507,8 @@ def test_another_sympy_is_warned_about(monkeypatch, capsys):
     index = prepare("package:sympy")
     assert capsys.readouterr().err == (
         "warning: sympy 1.13.3 is installed, not 1.14.0: losses on this data cannot be compared with those of others; "
-        "run pip install sympy==1.14.0\n")
+        "run pip install sympy==1.14.0\n"
+    )
     assert index["source_version"] == "1.13.3"
 
 
@@ -433,13 +519,19 @@ def gpt2_like_encoding():
     """tiktoken with GPT-2's own pattern, but a vocabulary of bytes and a few merges, so that no download is needed."""
     tiktoken = pytest.importorskip("tiktoken")
     from tiktoken_ext.openai_public import r50k_pat_str
+
     merges = [b"\n\n", b"  ", b"    ", b" t", b"th", b" th", b"ab", b"abab", b"'s", b"!!"]
     ranks = {token: rank for rank, token in enumerate([*(bytes([i]) for i in range(256)), *merges])}
-    return tiktoken.Encoding("gpt2-like", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding(
+        "gpt2-like", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
+    )
 
 
 def messy_text(seed, count=4000):
-    words, spaces = ["the", "abab", "it's", "é", "日本", "42", "!!"], [" ", "  ", "\n", "\n\n", "\r\n", "\t"]
+    words, spaces = (
+        ["the", "abab", "it's", "é", "日本", "42", "!!"],
+        [" ", "  ", "\n", "\n\n", "\r\n", "\t"],
+    )
     parts = [*words, *spaces, "\u2003", "\x85", "\x1c"]  # the last is white space to Python only
     return "".join(np.random.default_rng(seed).choice(parts, count))
 
@@ -462,11 +554,14 @@ def test_gpt2_takes_a_large_file_in_pieces(tmp_path, monkeypatch):
         def encode_ordinary(self, text):
             lengths.append(len(text))
             return encoding.encode_ordinary(text)
+
     monkeypatch.setattr("tiktoken.get_encoding", {"gpt2": Recorder()}.__getitem__)
     text = "the line\n" * 300_000
     (tmp_path / "in.txt").write_text(text)
     index = prepare("in.txt", "--tokenizer", "gpt2")
-    assert max(lengths) < 1_050_000 and len(lengths) == 4  # 2.43 million characters of train, 0.27 million of val
+    assert (
+        max(lengths) < 1_050_000 and len(lengths) == 4
+    )  # 2.43 million characters of train, 0.27 million of val
     assert (index["vocab_size"], index["eot_id"]) == (50257, 50256)
     cut = len(text) * 9 // 10
     assert read_split(tmp_path / "out", "train") == encoding.encode_ordinary(text[:cut])
@@ -478,7 +573,9 @@ def test_gpt2_corpus_begins_each_document_with_end_of_text(tmp_path, monkeypatch
     monkeypatch.setattr("tiktoken.get_encoding", {"gpt2": encoding}.__getitem__)
     write_corpus(tmp_path)
     names = [name for name in sorted(FILES) if expected_split(name, 0.1) == "val"]
-    (tmp_path / "texts" / names[0]).write_text("<|endoftext|>")  # in a text it is text, not the special token
+    (tmp_path / "texts" / names[0]).write_text(
+        "<|endoftext|>"
+    )  # in a text it is text, not the special token
     (tmp_path / "texts" / names[1]).write_text("")
     prepare("texts/**/*.txt", "--tokenizer", "gpt2")
     expected = []
@@ -492,14 +589,19 @@ def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch, capsys):
 
     def no_network(*args, **kwargs):
         raise OSError("network is blocked by the test")
+
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.delitem(registry.ENCODINGS, "gpt2", raising=False)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     (tmp_path / "in.txt").write_text("some text " * 50)
     line = refused(capsys, 3, "in.txt", "--tokenizer", "gpt2")
-    assert line.startswith("prepare_data.py: error: --tokenizer gpt2: tiktoken could not get its vocabulary (")
-    assert line.endswith("run once online with TIKTOKEN_CACHE_DIR=FOLDER set, or use --tokenizer bytes")
+    assert line.startswith(
+        "prepare_data.py: error: --tokenizer gpt2: tiktoken could not get its vocabulary ("
+    )
+    assert line.endswith(
+        "run once online with TIKTOKEN_CACHE_DIR=FOLDER set, or use --tokenizer bytes"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -508,33 +610,92 @@ def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch, capsys):
 TEXT_KINDS = "expected package:NAME, a file, or a quoted glob like 'texts/**/*.txt'"
 
 
-@pytest.mark.parametrize("code, options, sentence", [
-    (3, ["missing.txt"], f"--source missing.txt: {TEXT_KINDS}, found no such file: correct the path"),
-    (3, ["texts/*.md"], f"--source texts/*.md: {TEXT_KINDS}, found no such file: correct the path"),
-    (3, ["texts"], f"--source texts: {TEXT_KINDS}, found a folder: correct the path"),
-    (3, ["empty.txt"], "--source empty.txt: expected text, found 1 file(s) without any: name another"),
-    (3, ["package:no_such_package"], "--source package:no_such_package: expected an installed top-level package with "
-     "*.py files, found no package: install it, or name another source"),
-    (3, ["package:os.path"], "found no package: install it"),
-    (3, ["package:__main__"], "found no package: install it"),
-    (3, ["package:socket"], "found no such files: install it"),
-    (3, ["texts/a/0.tx?"], "--val-fraction 0.1: expected files in train and in val, found all 1 in train: give more "
-     "files, another fraction, or just one FILE"),
-    (3, ["texts/**/*.txt", "--val-fraction", "0.9999"], "found all 60 in val: give more files"),
-    (3, ["latin1.txt", "--tokenizer", "chars"], "latin1.txt: expected UTF-8 text, found an invalid byte at offset 3: "
-     "convert the file, or use --tokenizer bytes"),
-    (3, ["latin1.txt", "--tokenizer", "gpt2"], "found an invalid byte at offset 3"),
-    (3, ["five.txt"], "--source five.txt: expected at least 2 tokens in val, found 1: give more text, or change "
-     "--val-fraction 0.1"),
-    (3, ["five.txt", "--val-fraction", "0.7"], "expected at least 2 tokens in train, found 1"),
-    (2, ["five.txt", "--val-fraction", "0"], "--val-fraction: expected 0 < number < 1, such as 0.1, found 0.0"),
-    (2, ["five.txt", "--val-fraction", "1"], "--val-fraction: expected 0 < number < 1, such as 0.1, found 1.0"),
-    (2, ["five.txt", "--val-fraction", "1.5"], "--val-fraction: expected 0 < number < 1, such as 0.1, found 1.5"),
-    (2, ["five.txt", "--val-fraction", "nan"], "--val-fraction: expected 0 < number < 1, such as 0.1, found nan"),
-    (2, ["five.txt", "--val-fraction", "text"], "argument --val-fraction: invalid float value: 'text'"),
-    (2, ["five.txt", "--shard-tokens", "1"], "argument --shard-tokens: expected 2 to 2147483647, found 1"),
-    (2, ["five.txt", "--tokenizer", "words"], "argument --tokenizer: invalid choice: 'words' (choose from "),
-])
+@pytest.mark.parametrize(
+    "code, options, sentence",
+    [
+        (
+            3,
+            ["missing.txt"],
+            f"--source missing.txt: {TEXT_KINDS}, found no such file: correct the path",
+        ),
+        (
+            3,
+            ["texts/*.md"],
+            f"--source texts/*.md: {TEXT_KINDS}, found no such file: correct the path",
+        ),
+        (3, ["texts"], f"--source texts: {TEXT_KINDS}, found a folder: correct the path"),
+        (
+            3,
+            ["empty.txt"],
+            "--source empty.txt: expected text, found 1 file(s) without any: name another",
+        ),
+        (
+            3,
+            ["package:no_such_package"],
+            "--source package:no_such_package: expected an installed top-level package with "
+            "*.py files, found no package: install it, or name another source",
+        ),
+        (3, ["package:os.path"], "found no package: install it"),
+        (3, ["package:__main__"], "found no package: install it"),
+        (3, ["package:socket"], "found no such files: install it"),
+        (
+            3,
+            ["texts/a/0.tx?"],
+            "--val-fraction 0.1: expected files in train and in val, found all 1 in train: give more "
+            "files, another fraction, or just one FILE",
+        ),
+        (3, ["texts/**/*.txt", "--val-fraction", "0.9999"], "found all 60 in val: give more files"),
+        (
+            3,
+            ["latin1.txt", "--tokenizer", "chars"],
+            "latin1.txt: expected UTF-8 text, found an invalid byte at offset 3: "
+            "convert the file, or use --tokenizer bytes",
+        ),
+        (3, ["latin1.txt", "--tokenizer", "gpt2"], "found an invalid byte at offset 3"),
+        (
+            3,
+            ["five.txt"],
+            "--source five.txt: expected at least 2 tokens in val, found 1: give more text, or change "
+            "--val-fraction 0.1",
+        ),
+        (3, ["five.txt", "--val-fraction", "0.7"], "expected at least 2 tokens in train, found 1"),
+        (
+            2,
+            ["five.txt", "--val-fraction", "0"],
+            "--val-fraction: expected 0 < number < 1, such as 0.1, found 0.0",
+        ),
+        (
+            2,
+            ["five.txt", "--val-fraction", "1"],
+            "--val-fraction: expected 0 < number < 1, such as 0.1, found 1.0",
+        ),
+        (
+            2,
+            ["five.txt", "--val-fraction", "1.5"],
+            "--val-fraction: expected 0 < number < 1, such as 0.1, found 1.5",
+        ),
+        (
+            2,
+            ["five.txt", "--val-fraction", "nan"],
+            "--val-fraction: expected 0 < number < 1, such as 0.1, found nan",
+        ),
+        (
+            2,
+            ["five.txt", "--val-fraction", "text"],
+            "argument --val-fraction: invalid float value: 'text'",
+        ),
+        (
+            2,
+            ["five.txt", "--shard-tokens", "1"],
+            "argument --shard-tokens: expected 2 to 2147483647, found 1",
+        ),
+        (
+            2,
+            ["five.txt", "--tokenizer", "words"],
+            "argument --tokenizer: invalid choice: 'words' (choose from ",
+        ),
+    ],
+)
 def test_refused_with_one_sentence_and_nothing_written(tmp_path, capsys, code, options, sentence):
     write_corpus(tmp_path)
     (tmp_path / "empty.txt").write_bytes(b"")
@@ -546,11 +707,15 @@ def test_refused_with_one_sentence_and_nothing_written(tmp_path, capsys, code, o
 
 def test_more_symbols_than_uint16_holds_are_refused(tmp_path, capsys):
     def with_symbols(count):
-        (tmp_path / "in.txt").write_text("".join(map(chr, range(0x10000, 0x10000 + count))), encoding="utf-8")
+        (tmp_path / "in.txt").write_text(
+            "".join(map(chr, range(0x10000, 0x10000 + count))), encoding="utf-8"
+        )
+
     with_symbols(65537)
     assert refused(capsys, 3, "in.txt", "--tokenizer", "chars") == (
         "prepare_data.py: error: --tokenizer chars: expected a vocabulary of at most 65536, found 65537: "
-        "use --tokenizer bytes")
+        "use --tokenizer bytes"
+    )
     assert not (tmp_path / "out").exists()
     with_symbols(65536)
     assert prepare("in.txt", "--tokenizer", "chars")["vocab_size"] == 65536

@@ -8,21 +8,33 @@ from harness.ranks import Ranks
 from train_gpt import Config, make_plan
 
 COUNTS = {  # preset: (parameters, those that a token uses)
-    "recurrent_shared_moe": (276_115_456, 116_615_168), "recurrent_shared_moe_auxsched": (276_115_456, 116_615_168),
-    "recurrent_shared_moe_half": (137_050_112, 57_261_056), "recurrent_shared_moe_midsize": (206_320_640, 86_675_968),
-    "recurrent_shared_moe_half_aux003": (137_050_112, 57_261_056), "moe_muon_exp5": (79_497_216, 37_029_888),
-    "dense_300m": (304_438_272, 304_438_272), "dense_300m_indexed": (304_438_272, 304_438_272),
-    "recurrent_shared_moe_smoke": (677_376, 281_856), "recurrent_shared_moe_auxsched_smoke": (677_376, 281_856),
-    "dense_300m_indexed_smoke": (842_624, 842_624), "moe_muon_exp5_smoke": (1_132_608, 346_176)}
+    "recurrent_shared_moe": (276_115_456, 116_615_168),
+    "recurrent_shared_moe_auxsched": (276_115_456, 116_615_168),
+    "recurrent_shared_moe_half": (137_050_112, 57_261_056),
+    "recurrent_shared_moe_midsize": (206_320_640, 86_675_968),
+    "recurrent_shared_moe_half_aux003": (137_050_112, 57_261_056),
+    "moe_muon_exp5": (79_497_216, 37_029_888),
+    "dense_300m": (304_438_272, 304_438_272),
+    "dense_300m_indexed": (304_438_272, 304_438_272),
+    "recurrent_shared_moe_smoke": (677_376, 281_856),
+    "recurrent_shared_moe_auxsched_smoke": (677_376, 281_856),
+    "dense_300m_indexed_smoke": (842_624, 842_624),
+    "moe_muon_exp5_smoke": (1_132_608, 346_176),
+}
 
 SIBLINGS = {  # preset: (its small sibling, what else is different)
     "recurrent_shared_moe": ("recurrent_shared_moe_smoke", {}),
     "recurrent_shared_moe_auxsched": ("recurrent_shared_moe_auxsched_smoke", {}),
     "recurrent_shared_moe_half": ("recurrent_shared_moe_auxsched_smoke", {}),
-    "recurrent_shared_moe_half_aux003": ("recurrent_shared_moe_auxsched_smoke", {"aux_loss_coef_start"}),
+    "recurrent_shared_moe_half_aux003": (
+        "recurrent_shared_moe_auxsched_smoke",
+        {"aux_loss_coef_start"},
+    ),
     "recurrent_shared_moe_midsize": ("recurrent_shared_moe_auxsched_smoke", {}),
     "dense_300m_indexed": ("dense_300m_indexed_smoke", {}),
-    "dense_300m": ("dense_300m_indexed_smoke", {"recurrence"}), "moe_muon_exp5": ("moe_muon_exp5_smoke", {})}
+    "dense_300m": ("dense_300m_indexed_smoke", {"recurrence"}),
+    "moe_muon_exp5": ("moe_muon_exp5_smoke", {}),
+}
 SIZES = """preset input_bin input_val_bin vocab_size n_layer n_head n_embd d_ff num_experts sequence_length batch_size
     device_batch_size num_iterations warmup_iters lr val_every val_tokens max_train_tokens dtype
     balance_log_interval""".split()
@@ -36,7 +48,9 @@ def test_sizes(preset):
 
 def test_midsize_by_hand():
     C, V, T, E, F = 768, 50257, 1024, 40, 2048
-    block = 4 * C * C + 4 * C + 2 * 2 * C + E * C + E * (2 * C * F + F + C)  # attention, norms, router, experts
+    block = (
+        4 * C * C + 4 * C + 2 * 2 * C + E * C + E * (2 * C * F + F + C)
+    )  # attention, norms, router, experts
     assert 2 * V * C + T * C + block + 2 * C == COUNTS["recurrent_shared_moe_midsize"][0]
 
 
@@ -52,10 +66,16 @@ def test_the_small_sibling_is_of_the_same_kind(preset):
 
 def test_the_schedules_are_those_of_their_source():
     read = {preset: Config.from_env({"PRESET": preset}) for preset in COUNTS}
-    assert {preset: (cfg.aux_loss_coef_start, cfg.aux_loss_coef_end) for preset, cfg in read.items()
-            if cfg.aux_loss_coef_start is not None and "smoke" not in preset} == {
-        "recurrent_shared_moe_auxsched": (0.05, 0.01), "recurrent_shared_moe_half": (0.05, 0.01),
-        "recurrent_shared_moe_half_aux003": (0.03, 0.01), "recurrent_shared_moe_midsize": (0.05, 0.01)}
+    assert {
+        preset: (cfg.aux_loss_coef_start, cfg.aux_loss_coef_end)
+        for preset, cfg in read.items()
+        if cfg.aux_loss_coef_start is not None and "smoke" not in preset
+    } == {
+        "recurrent_shared_moe_auxsched": (0.05, 0.01),
+        "recurrent_shared_moe_half": (0.05, 0.01),
+        "recurrent_shared_moe_half_aux003": (0.03, 0.01),
+        "recurrent_shared_moe_midsize": (0.05, 0.01),
+    }
     for preset in ("half", "half_aux003", "midsize"):
         cfg = read[f"recurrent_shared_moe_{preset}"]
         assert (cfg.num_iterations, cfg.val_every) == (2000, 500)

@@ -19,7 +19,18 @@ import train_gpt
 from train_gpt import Config
 from scripts import rebuild_results
 
-AWKWARD = ["a,b", 'say "no"', "two\nlines", "carriage\rreturn", "both\r\n", "=1+1", " spaces ", "é 日本", "'", "\t"]
+AWKWARD = [
+    "a,b",
+    'say "no"',
+    "two\nlines",
+    "carriage\rreturn",
+    "both\r\n",
+    "=1+1",
+    " spaces ",
+    "é 日本",
+    "'",
+    "\t",
+]
 
 
 def read(path):
@@ -40,8 +51,10 @@ def names(folder):
 
 def strict(path):
     """JSON without the NaN and Infinity that only Python takes."""
+
     def refuse_constant(name):
         raise AssertionError(f"{path} holds {name}")
+
     return json.loads(path.read_text(), parse_constant=refuse_constant)
 
 
@@ -75,6 +88,7 @@ def test_many_processes_at_once_lose_no_row_and_no_reader_sees_a_torn_table(tmp_
     def work(i):
         barrier.wait()
         update_results(path, [{"run_id": f"run{i}", "note": f"{i}," * 20000, f"own{i % 4}": i}])
+
     children = [fork.Process(target=work, args=(i,)) for i in range(32)]
     for child in children:
         child.start()
@@ -96,18 +110,23 @@ def test_many_processes_at_once_lose_no_row_and_no_reader_sees_a_torn_table(tmp_
 
 def test_a_run_has_one_row_of_its_latest_values(tmp_path):
     path = tmp_path / "results.csv"
-    update_results(path, [{"run_id": "a", "status": "running", "lr": 0.1}, {"run_id": "b", "status": "ok"}])
+    update_results(
+        path, [{"run_id": "a", "status": "running", "lr": 0.1}, {"run_id": "b", "status": "ok"}]
+    )
     update_results(path, [{"run_id": "a", "status": "ok", "loss": 1 / 3}])
     update_results(path, [])
-    assert list(read(path).values()) == [{"run_id": "a", "status": "ok", "lr": "0.1", "loss": repr(1 / 3)},
-                                         {"run_id": "b", "status": "ok", "lr": "", "loss": ""}]
+    assert list(read(path).values()) == [
+        {"run_id": "a", "status": "ok", "lr": "0.1", "loss": repr(1 / 3)},
+        {"run_id": "b", "status": "ok", "lr": "", "loss": ""},
+    ]
     assert path.read_text().startswith("run_id,status,lr,loss\n")
 
 
 def test_cells_come_back_as_they_went(tmp_path):
     path = tmp_path / "results.csv"
     row = {"run_id": "a", "none": None, "yes": True, "no": False, "zero": 0, "text": ""} | {
-        f"column {i}{text}": text for i, text in enumerate(AWKWARD)}
+        f"column {i}{text}": text for i, text in enumerate(AWKWARD)
+    }
     update_results(path, [row])
     expected = row | {"none": "", "yes": "1", "no": "0", "zero": "0"}
     for _ in range(3):
@@ -119,9 +138,12 @@ def test_cells_come_back_as_they_went(tmp_path):
 
 def test_a_torn_last_line_spoils_no_other_row_and_columns_in_any_order_are_read(tmp_path):
     path = tmp_path / "results.csv"
-    path.write_text('loss,run_id,status\n0.5,a,ok\n0.2')
+    path.write_text("loss,run_id,status\n0.5,a,ok\n0.2")
     update_results(path, [{"run_id": "b", "status": "ok", "loss": 0.1}])
-    whole = {"a": {"loss": "0.5", "run_id": "a", "status": "ok"}, "b": {"loss": "0.1", "run_id": "b", "status": "ok"}}
+    whole = {
+        "a": {"loss": "0.5", "run_id": "a", "status": "ok"},
+        "b": {"loss": "0.1", "run_id": "b", "status": "ok"},
+    }
     assert {run_id: row for run_id, row in read(path).items() if run_id} == whole
 
 
@@ -141,6 +163,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, mon
 
     def full_disk(*args):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, name, full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_whole(tmp_path / "x.json", "new")
@@ -153,20 +176,35 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, mon
 
 def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
     records = start(tmp_path, facts={"params_total": 5})
-    assert read(tmp_path / "results.csv")["r"]["status"] == strict(tmp_path / "logs/r.json")["status"] == "running"
+    assert (
+        read(tmp_path / "results.csv")["r"]["status"]
+        == strict(tmp_path / "logs/r.json")["status"]
+        == "running"
+    )
     use_all(records)
     assert names(tmp_path) == ["logs/r.csv", "logs/r.json", "logs/r.txt", "results.csv"]
 
     rule, log = "=" * 100, (tmp_path / "logs/r.txt").read_text()
-    assert log.startswith(f"{rule}\n{train_gpt.SOURCE}\n{rule}\nPython ") and len(train_gpt.SOURCE) > 10000
-    settings, _, lines = log.removeprefix(f"{rule}\n{train_gpt.SOURCE}\n{rule}\n").partition(f"\n{rule}\n")
+    assert (
+        log.startswith(f"{rule}\n{train_gpt.SOURCE}\n{rule}\nPython ")
+        and len(train_gpt.SOURCE) > 10000
+    )
+    settings, _, lines = log.removeprefix(f"{rule}\n{train_gpt.SOURCE}\n{rule}\n").partition(
+        f"\n{rule}\n"
+    )
     assert json.loads(settings.partition("settings: ")[2])["params_total"] == 5
-    assert lines.startswith("run_id:r\nchanges: LR=1\nwarning: mind the gap\na line\n---\nstatus: ok\n")
+    assert lines.startswith(
+        "run_id:r\nchanges: LR=1\nwarning: mind the gap\na line\n---\nstatus: ok\n"
+    )
     assert f"\nfinal_loss: {1 / 3:.6g}\n" in lines
     assert capsys.readouterr().out == lines
 
     curve = (tmp_path / "logs/r.csv").read_text().splitlines()
-    assert curve == [",".join(CURVE), "0,,,,4.0,,,,,", "1,,,0.30000000000000004,,,,,0.3333333333333333,"]
+    assert curve == [
+        ",".join(CURVE),
+        "0,,,,4.0,,,,,",
+        "1,,,0.30000000000000004,,,,,0.3333333333333333,",
+    ]
 
     summary = strict(tmp_path / "logs/r.json")
     assert summary["run_id"] == "r" and summary["status"] == "ok" and summary["final_loss"] == 1 / 3
@@ -175,7 +213,12 @@ def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
     assert set(vars(tiny())) <= summary.keys()
     row = read(tmp_path / "results.csv")["r"]
     assert row.keys() == summary.keys()
-    assert (row["params_total"], row["bias"], row["embed_lr"], float(row["final_loss"])) == ("5", "0", "", 1 / 3)
+    assert (row["params_total"], row["bias"], row["embed_lr"], float(row["final_loss"])) == (
+        "5",
+        "0",
+        "",
+        1 / 3,
+    )
 
 
 def test_another_rank_writes_nothing(tmp_path, capsys):
@@ -189,15 +232,24 @@ def test_a_run_id_that_exists_is_refused_and_its_files_stay(tmp_path):
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     with pytest.raises(ConfigError) as error:
         start(tmp_path, seed=1)
-    assert str(error.value) == f"RUN_ID=r: {tmp_path}/logs/r.txt exists; RESUME=auto goes on with it, or choose another"
-    refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, error.value, Config)
+    assert (
+        str(error.value)
+        == f"RUN_ID=r: {tmp_path}/logs/r.txt exists; RESUME=auto goes on with it, or choose another"
+    )
+    refuse(
+        {"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"},
+        error.value,
+        Config,
+    )
     assert before == {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
 
 
 @pytest.mark.parametrize("place", ["log_dir", "results_csv"])
 def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path, place):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match=f"{place.upper()}={tmp_path}/file/x.*: cannot be written .*name another"):
+    with pytest.raises(
+        ConfigError, match=f"{place.upper()}={tmp_path}/file/x.*: cannot be written .*name another"
+    ):
         start(tmp_path, **{place: f"{tmp_path}/file/x"})
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -213,7 +265,9 @@ def test_a_table_that_cannot_be_written_leaves_a_summary_that_says_so(tmp_path):
     table = f"{tmp_path}/file/results.csv"
     with pytest.raises(ConfigError) as error:
         start(tmp_path, results_csv=table)
-    refuse({"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": table}, error.value, Config)
+    refuse(
+        {"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": table}, error.value, Config
+    )
     assert strict(tmp_path / "logs/r.json")["status"] == "config"
 
 
@@ -228,12 +282,22 @@ def test_a_diverged_run_leaves_strict_json_and_a_row_that_can_be_rebuilt(tmp_pat
 
 
 def test_a_refused_run_leaves_a_summary_and_a_row(tmp_path):
-    env = {"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv", "NOTE": "why\n", "RUN_ID": "mine"}
+    env = {
+        "LOG_DIR": f"{tmp_path}/logs",
+        "RESULTS_CSV": f"{tmp_path}/results.csv",
+        "NOTE": "why\n",
+        "RUN_ID": "mine",
+    }
     refuse(env, ConfigError("LR=-1: no"), Config)
     refuse(env | {"RUN_ID": "../x"}, DataError("no shard"), Config)
     refuse(env | {"RUN_ID": "mine"}, ConfigError("a second time"), Config)
     mine, other = read(tmp_path / "results.csv").values()
-    assert (mine["run_id"], mine["status"], mine["error"], mine["note"]) == ("mine", "config", "LR=-1: no", "why\n")
+    assert (mine["run_id"], mine["status"], mine["error"], mine["note"]) == (
+        "mine",
+        "config",
+        "LR=-1: no",
+        "why\n",
+    )
     assert (other["status"], other["error"]) == ("data", "no shard")
     assert re.fullmatch(r"refused-\d{8}-\d{6}-[0-9a-f]{4}", other["run_id"])
     assert names(tmp_path) == ["logs/mine.json", f"logs/{other['run_id']}.json", "results.csv"]
@@ -242,7 +306,11 @@ def test_a_refused_run_leaves_a_summary_and_a_row(tmp_path):
 
 def test_a_refusal_that_cannot_be_written_is_no_second_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refuse({"LOG_DIR": f"{tmp_path}/file", "RESULTS_CSV": f"{tmp_path}/file/x.csv"}, ConfigError("LR=-1: no"), Config)
+    refuse(
+        {"LOG_DIR": f"{tmp_path}/file", "RESULTS_CSV": f"{tmp_path}/file/x.csv"},
+        ConfigError("LR=-1: no"),
+        Config,
+    )
     assert names(tmp_path) == ["file"]
 
 
@@ -254,7 +322,11 @@ def test_rebuilt_table_is_the_one_that_the_runs_wrote(tmp_path, capsys):
         records = start(tmp_path, f"r{i}", note=note, bias=True)
         if i % 2:
             records.close("ok", final_loss=i / 3, mfu=None, bad_steps=i)
-    refuse({"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"}, ConfigError("LR=-1: no"), Config)
+    refuse(
+        {"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"},
+        ConfigError("LR=-1: no"),
+        Config,
+    )
     (tmp_path / "logs/.shard_hashes.json").write_text('{"/data/x.bin:1:2": "ab"}')
     (tmp_path / "logs/list.json").write_text("[1]")
     (tmp_path / "logs/torn.json").write_text((tmp_path / "logs/r1.json").read_text()[:100])
@@ -269,14 +341,25 @@ def test_rebuilt_table_is_the_one_that_the_runs_wrote(tmp_path, capsys):
 
 def test_rebuilding_orders_new_rows_by_start_and_keeps_rows_without_a_summary(tmp_path):
     for run_id, started in ("a", "2026-01-03"), ("b", "2026-01-01"), ("c", "2026-01-02"):
-        write_whole(tmp_path / f"{run_id}.json", json.dumps({"run_id": run_id, "started": started, "loss": 1}))
+        write_whole(
+            tmp_path / f"{run_id}.json",
+            json.dumps({"run_id": run_id, "started": started, "loss": 1}),
+        )
     rebuild(tmp_path, tmp_path / "results.csv")
     assert list(read(tmp_path / "results.csv")) == ["b", "c", "a"]
-    update_results(tmp_path / "other.csv", [{"run_id": name, "note": "kept", "loss": 2} for name in ("gone", "a")])
+    update_results(
+        tmp_path / "other.csv",
+        [{"run_id": name, "note": "kept", "loss": 2} for name in ("gone", "a")],
+    )
     rebuild(tmp_path, tmp_path / "other.csv")
     table = read(tmp_path / "other.csv")
     assert list(table) == ["gone", "a", "b", "c"]
-    assert [table[name][key] for name in ("gone", "a") for key in ("note", "loss")] == ["kept", "2", "kept", "1"]
+    assert [table[name][key] for name in ("gone", "a") for key in ("note", "loss")] == [
+        "kept",
+        "2",
+        "kept",
+        "1",
+    ]
 
 
 @pytest.mark.parametrize("text", [None, '{"x.bin:1:2": "ab"}', '{"run_id": "to'])
@@ -286,5 +369,6 @@ def test_without_a_summary_nothing_is_rebuilt(tmp_path, capsys, text):
         (tmp_path / "logs/x.json").write_text(text)
     rebuild(tmp_path / "logs", tmp_path / "results.csv", code=3)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"rebuild_results.py: error: no summary of a run in {tmp_path}/logs; name its --log-dir")
+        f"rebuild_results.py: error: no summary of a run in {tmp_path}/logs; name its --log-dir"
+    )
     assert not (tmp_path / "results.csv").exists()

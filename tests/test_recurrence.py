@@ -8,10 +8,13 @@ from harness.contract import ConfigError
 from harness.ranks import Ranks
 from train_gpt import GPT, Config, State, make_plan, revisits, split_params, train_step
 
-KINDS = [{}, {"ffn": "moe", "bias": True, "norm": "layer", "expert": "swiglu"},
-         {"ffn": "moe", "attngate": "elementwise", "balance": "quantile", "shared_expert": True},
-         {"ffn": "relu2,moe", "attngate": "const", "n_layer": 4},
-         {"optimizer": "adamw", "weight_decay": 0.1, "pos": "learned", "attngate": "headwise"}]
+KINDS = [
+    {},
+    {"ffn": "moe", "bias": True, "norm": "layer", "expert": "swiglu"},
+    {"ffn": "moe", "attngate": "elementwise", "balance": "quantile", "shared_expert": True},
+    {"ffn": "relu2,moe", "attngate": "const", "n_layer": 4},
+    {"optimizer": "adamw", "weight_decay": 0.1, "pos": "learned", "attngate": "headwise"},
+]
 
 
 def build(**changes):
@@ -32,7 +35,9 @@ def unbanked(model):
     """{name that a stacked model would use: tensor} of a model with banks; the gradients likewise."""
     found, seen = {}, {}
     names = {name for name, _ in model.named_parameters()} | set(model.state_dict())
-    tensors = dict(model.named_parameters()) | {n: t for n, t in model.state_dict(keep_vars=True).items() if n in names}
+    tensors = dict(model.named_parameters()) | {
+        n: t for n, t in model.state_dict(keep_vars=True).items() if n in names
+    }
     for layer, i in enumerate(model.order):
         visit = seen[i] = seen.get(i, -1) + 1
         for name, tensor in tensors.items():
@@ -42,7 +47,9 @@ def unbanked(model):
                 if rest in model.banked:
                     pair = tensor[visit], None if tensor.grad is None else tensor.grad[visit]
                 found[f"blocks.{layer}.{rest}"] = pair
-    return found | {name: (t, t.grad) for name, t in tensors.items() if not name.startswith("blocks.")}
+    return found | {
+        name: (t, t.grad) for name, t in tensors.items() if not name.startswith("blocks.")
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -63,8 +70,13 @@ def test_indexed_is_stacked_to_the_bit(kind, group):
         losses = [train_step(state, cfg, inputs, targets)[0] for state in (stacked, indexed)]
         assert losses[0] == losses[1]
     for name, tensor in unbanked(indexed.model).items():
-        torch.testing.assert_close(tensor[0], stacked.model.state_dict()[name], rtol=1e-6, atol=1e-7,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            tensor[0],
+            stacked.model.state_dict()[name],
+            rtol=1e-6,
+            atol=1e-7,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS[:4], ids=str)
@@ -76,11 +88,20 @@ def test_one_visit_of_a_shared_block_is_the_plain_model(kind):
     assert torch.equal(plain(tokens), shared(tokens))
 
 
-@pytest.mark.parametrize("kind", [{"n_layer": 4}, {"n_layer": 4, "ffn": "moe", "bias": True, "norm": "layer"},
-                                  {"n_layer": 6, "n_unique": 2, "unshared_ends": 1, "ffn": "moe,gelu"}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"n_layer": 4},
+        {"n_layer": 4, "ffn": "moe", "bias": True, "norm": "layer"},
+        {"n_layer": 6, "n_unique": 2, "unshared_ends": 1, "ffn": "moe,gelu"},
+    ],
+    ids=str,
+)
 def test_a_stack_of_equal_blocks_is_the_shared_one_and_its_gradients_sum(kind):
     shared = GPT(tiny(**kind, recurrence="shared"))
-    plain = {name: value for name, value in kind.items() if name not in ("n_unique", "unshared_ends")}
+    plain = {
+        name: value for name, value in kind.items() if name not in ("n_unique", "unshared_ends")
+    }
     stacked, indexed = GPT(tiny(**plain)), GPT(tiny(**plain, recurrence="indexed"))
     randomize(shared)
     with torch.no_grad():
@@ -99,9 +120,15 @@ def test_a_stack_of_equal_blocks_is_the_shared_one_and_its_gradients_sum(kind):
         losses[-1].backward()
     assert losses[0] == losses[1] == losses[2]
     for i, block in enumerate(shared.blocks):
-        twins = [dict(stacked.blocks[layer].named_parameters()) for layer, j in enumerate(shared.order) if i == j]
+        twins = [
+            dict(stacked.blocks[layer].named_parameters())
+            for layer, j in enumerate(shared.order)
+            if i == j
+        ]
         for name, p in block.named_parameters():
-            torch.testing.assert_close(p.grad, sum(twin[name].grad for twin in twins), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                p.grad, sum(twin[name].grad for twin in twins), rtol=1e-4, atol=1e-6
+            )
 
 
 def test_what_each_visit_has_for_itself_starts_as_if_shared():
@@ -118,27 +145,52 @@ def test_what_each_visit_has_for_itself_starts_as_if_shared():
     own(tokens, tokens)[0].backward()
     banks = {name: p for name, p in own.named_parameters() if name.split(".", 2)[-1] in own.banked}
     assert {name: tuple(p.shape) for name, p in banks.items()} == {
-        "blocks.0.mixer_norm.1.weight": (4, 32), "blocks.0.ffn_norm.1.weight": (4, 32),
-        "blocks.0.ffn.router.weight": (4, 8, 32)}
+        "blocks.0.mixer_norm.1.weight": (4, 32),
+        "blocks.0.ffn_norm.1.weight": (4, 32),
+        "blocks.0.ffn.router.weight": (4, 8, 32),
+    }
     assert all(p.grad[0].ne(p.grad[3]).any() for p in banks.values())
     assert not {id(p) for p in banks.values()} & {id(p) for p in split_params(own)["matrices"]}
 
 
 def test_the_scale_of_a_branch_starts_at_one_over_the_visits():
     model = GPT(tiny(n_layer=5, recurrence="shared", unshared_ends=1, per_step="scale"))
-    assert [block.mixer_scale.weight.tolist() for block in model.blocks] == [[1.0], [pytest.approx(1 / 3)] * 3, [1.0]]
+    assert [block.mixer_scale.weight.tolist() for block in model.blocks] == [
+        [1.0],
+        [pytest.approx(1 / 3)] * 3,
+        [1.0],
+    ]
 
 
-@pytest.mark.parametrize("n_layer, n_unique, ends, order", [
-    (4, 1, 0, (0, 0, 0, 0)), (5, 2, 0, (0, 1, 0, 1, 0)), (6, 2, 1, (0, 1, 2, 1, 2, 3)), (4, 1, 1, (0, 1, 1, 2)),
-    (5, 1, 2, (0, 1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    "n_layer, n_unique, ends, order",
+    [
+        (4, 1, 0, (0, 0, 0, 0)),
+        (5, 2, 0, (0, 1, 0, 1, 0)),
+        (6, 2, 1, (0, 1, 2, 1, 2, 3)),
+        (4, 1, 1, (0, 1, 1, 2)),
+        (5, 1, 2, (0, 1, 2, 3, 4)),
+    ],
+)
 def test_the_order_of_visits(n_layer, n_unique, ends, order):
-    assert revisits(Config(recurrence="shared", n_layer=n_layer, n_unique=n_unique, unshared_ends=ends)) == order
+    assert (
+        revisits(
+            Config(recurrence="shared", n_layer=n_layer, n_unique=n_unique, unshared_ends=ends)
+        )
+        == order
+    )
 
 
 def test_counts_are_of_weights_once_and_of_products_by_visit():
-    plans = {name: make_plan(tiny(n_layer=4, recurrence=name), Ranks()) for name in ("stacked", "indexed", "shared")}
-    assert plans["stacked"]["params_total"] == plans["indexed"]["params_total"] == 64 * 32 + 4 * 12 * 32 * 32
+    plans = {
+        name: make_plan(tiny(n_layer=4, recurrence=name), Ranks())
+        for name in ("stacked", "indexed", "shared")
+    }
+    assert (
+        plans["stacked"]["params_total"]
+        == plans["indexed"]["params_total"]
+        == 64 * 32 + 4 * 12 * 32 * 32
+    )
     assert plans["shared"]["params_total"] == 64 * 32 + 12 * 32 * 32
     assert len({plan["flops_per_token"] for plan in plans.values()}) == 1
 
@@ -160,24 +212,46 @@ def test_all_visits_run_one_compiled_block(recurrence):
     tokens, compiled = torch.randint(0, 64, (2, 16)), []
     expected = model(tokens)
     torch._dynamo.reset()
-    model.blocks[0].compile(backend=lambda graph, _: compiled.append(graph) or graph, fullgraph=True)
+    model.blocks[0].compile(
+        backend=lambda graph, _: compiled.append(graph) or graph, fullgraph=True
+    )
     torch.testing.assert_close(model(tokens), expected)
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"n_unique": 2}, ["N_UNIQUE=2", "RECURRENCE=shared"]), ({"unshared_ends": 1}, ["UNSHARED_ENDS=1"]),
-    ({"per_step": "norm"}, ["PER_STEP=norm", "RECURRENCE=shared"]),
-    ({"recurrence": "shared", "per_step": "norm"}, ["PER_STEP=norm", "rms_gain or layer"]),
-    ({"optimizer": "adamw", "router_optimizer": "muon"}, ["ROUTER_OPTIMIZER=muon", "OPTIMIZER=muon"]),
-    ({"recurrence": "shared", "per_step": "router"}, ["PER_STEP=router", "FFN=moe"]),
-    ({"recurrence": "shared", "per_step": "depth"}, ["PER_STEP=depth", "none, norm, router, scale"]),
-    ({"recurrence": "shared", "n_layer": 3, "n_unique": 2, "unshared_ends": 1}, ["N_LAYER=3", "N_UNIQUE=2"]),
-    ({"recurrence": "shared", "ffn": "moe,relu2"}, ["N_UNIQUE=1", "a multiple of 2", "FFN=moe,relu2"]),
-    ({"balance": "quantile"}, ["BALANCE=quantile", "FFN=moe"]),
-    ({"ffn": "moe", "top_k": 9}, ["TOP_K=9", "NUM_EXPERTS=8"]),
-    ({"ffn": "moe", "aux_loss_coef_end": 0.1}, ["AUX_LOSS_COEF_START=None", "AUX_LOSS_COEF_END"]),
-    ({"ffn": "moe", "aux_warmup_frac": 0.5}, ["AUX_DECAY_END_FRAC=0.3", "AUX_WARMUP_FRAC"])])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"n_unique": 2}, ["N_UNIQUE=2", "RECURRENCE=shared"]),
+        ({"unshared_ends": 1}, ["UNSHARED_ENDS=1"]),
+        ({"per_step": "norm"}, ["PER_STEP=norm", "RECURRENCE=shared"]),
+        ({"recurrence": "shared", "per_step": "norm"}, ["PER_STEP=norm", "rms_gain or layer"]),
+        (
+            {"optimizer": "adamw", "router_optimizer": "muon"},
+            ["ROUTER_OPTIMIZER=muon", "OPTIMIZER=muon"],
+        ),
+        ({"recurrence": "shared", "per_step": "router"}, ["PER_STEP=router", "FFN=moe"]),
+        (
+            {"recurrence": "shared", "per_step": "depth"},
+            ["PER_STEP=depth", "none, norm, router, scale"],
+        ),
+        (
+            {"recurrence": "shared", "n_layer": 3, "n_unique": 2, "unshared_ends": 1},
+            ["N_LAYER=3", "N_UNIQUE=2"],
+        ),
+        (
+            {"recurrence": "shared", "ffn": "moe,relu2"},
+            ["N_UNIQUE=1", "a multiple of 2", "FFN=moe,relu2"],
+        ),
+        ({"balance": "quantile"}, ["BALANCE=quantile", "FFN=moe"]),
+        ({"ffn": "moe", "top_k": 9}, ["TOP_K=9", "NUM_EXPERTS=8"]),
+        (
+            {"ffn": "moe", "aux_loss_coef_end": 0.1},
+            ["AUX_LOSS_COEF_START=None", "AUX_LOSS_COEF_END"],
+        ),
+        ({"ffn": "moe", "aux_warmup_frac": 0.5}, ["AUX_DECAY_END_FRAC=0.3", "AUX_WARMUP_FRAC"]),
+    ],
+)
 def test_what_has_no_meaning_together_is_refused_by_name(changes, words):
     with pytest.raises(ConfigError) as refused:
         tiny(**changes)

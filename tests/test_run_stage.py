@@ -33,7 +33,10 @@ from train_gpt import Config
 def project(shards, tmp_path, monkeypatch):
     """A stage `toy` of two variants and two seeds that train in no time, below tmp_path."""
     monkeypatch.chdir(tmp_path)
-    base = {name.upper(): value for name, value in (TINY | shards).items()} | {"MAX_EPOCHS": 0, "LR": 0.01}
+    base = {name.upper(): value for name, value in (TINY | shards).items()} | {
+        "MAX_EPOCHS": 0,
+        "LR": 0.01,
+    }
     Path("experiments/stages").mkdir(parents=True)
     write_stage(base, {"plain": {}, "gated": {"ATTNGATE": "headwise"}})
     for name in list(os.environ):
@@ -44,12 +47,23 @@ def project(shards, tmp_path, monkeypatch):
 
 def write_stage(base, variants, name="toy", **more):
     tables = {"question": "Is it so?", "reference": "plain", "seeds": [1, 2]} | more
-    lines = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
+    lines = [
+        f"{key} = {json.dumps(value)}"
+        for key, value in tables.items()
+        if not isinstance(value, dict)
+    ]
     lines += ["[base]", *(f"{key} = {json.dumps(value)}" for key, value in base.items())]
     for label, own in variants.items():
-        lines += [f"[variants.{json.dumps(label)}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items())]
+        lines += [
+            f"[variants.{json.dumps(label)}]",
+            *(f"{key} = {json.dumps(value)}" for key, value in own.items()),
+        ]
     for key, value in tables.items():
-        lines += [f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())] if isinstance(value, dict) else []
+        lines += (
+            [f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())]
+            if isinstance(value, dict)
+            else []
+        )
     Path(f"experiments/stages/{name}.toml").write_text("\n".join(lines))
 
 
@@ -65,17 +79,25 @@ def rows():
 
 
 def script(*arguments, **env):
-    return [sys.executable, str(ROOT / "scripts" / "run_stage.py"), *arguments], dict(os.environ) | env
+    return [sys.executable, str(ROOT / "scripts" / "run_stage.py"), *arguments], dict(
+        os.environ
+    ) | env
 
 
 def test_a_stage_killed_in_the_middle_ends_with_the_same_rows_none_twice(project):
     """kill -9 of the script while a run is live; the run goes on, the next start waits for it and does the rest."""
-    write_stage(project | {"NUM_ITERATIONS": 300, "DEVICE_BATCH_SIZE": 12},
-                {"plain": {}, "hot": {"LR": 1e20, "MUON_LR": 1e20, "MAX_BAD_STEPS": 2}}, seeds=[1])
+    write_stage(
+        project | {"NUM_ITERATIONS": 300, "DEVICE_BATCH_SIZE": 12},
+        {"plain": {}, "hot": {"LR": 1e20, "MUON_LR": 1e20, "MAX_BAD_STEPS": 2}},
+        seeds=[1],
+    )
     command, env = script("toy", LR="99", RANK="0", SEED="7")
     first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not Path("experiments/results.csv").exists() or "running" not in Path("experiments/results.csv").read_text():
+    while (
+        not Path("experiments/results.csv").exists()
+        or "running" not in Path("experiments/results.csv").read_text()
+    ):
         assert time.monotonic() < deadline and first.poll() is None
         time.sleep(0.05)
     first.kill()
@@ -100,33 +122,68 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_rows_none_twice(project
 
 def test_the_reference_runs_first_then_seed_by_seed(project):
     assert [(run.settings["VARIANT"], run.settings["SEED"]) for run in plan()] == [
-        ("plain", "1"), ("plain", "2"), ("gated", "1"), ("gated", "2")]
+        ("plain", "1"),
+        ("plain", "2"),
+        ("gated", "1"),
+        ("gated", "2"),
+    ]
     write_stage(project, {"a": {"LR": 0.1}, "plain": {}, "b": {"LR": 0.2}})
     assert [run.settings["VARIANT"] + run.settings["SEED"] for run in plan()] == [
-        "plain1", "plain2", "a1", "b1", "a2", "b2"]
+        "plain1",
+        "plain2",
+        "a1",
+        "b1",
+        "a2",
+        "b2",
+    ]
 
 
 def test_no_exported_setting_reaches_a_run(project, monkeypatch):
-    exported = {"LR": "9", "SEED": "9", "PRESET": "quickstart", "RUN_ID": "x", "LEARNING_RATE": "9", "WORLD_SIZE": "4",
-                "MASTER_ADDR": "elsewhere", "TORCHELASTIC_RESTART_COUNT": "1", "MY_OWN": "stays", "ATTN_GATE": "none",
-                "WANDB_RUN_ID": "one for all", "WANDB_PROJECT": "stays"}
+    exported = {
+        "LR": "9",
+        "SEED": "9",
+        "PRESET": "quickstart",
+        "RUN_ID": "x",
+        "LEARNING_RATE": "9",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "elsewhere",
+        "TORCHELASTIC_RESTART_COUNT": "1",
+        "MY_OWN": "stays",
+        "ATTN_GATE": "none",
+        "WANDB_RUN_ID": "one for all",
+        "WANDB_PROJECT": "stays",
+    }
     for name, value in exported.items():
         monkeypatch.setenv(name, value)
     run = plan()[0]
     env = run_stage.environment(run.settings, "cpu", 1, 2)
     assert {name: env[name] for name in exported if name in env} == {
-        "LR": "0.01", "SEED": "1", "RUN_ID": run.run_id, "MY_OWN": "stays", "WANDB_PROJECT": "stays"}
+        "LR": "0.01",
+        "SEED": "1",
+        "RUN_ID": run.run_id,
+        "MY_OWN": "stays",
+        "WANDB_PROJECT": "stays",
+    }
     assert Config.from_env(env).changes() == Config.from_env(run.settings).changes()
-    assert env["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+    assert env["OMP_NUM_THREADS"] == os.environ.get(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2))
+    )
 
 
-def test_each_of_several_jobs_has_devices_of_its_own_or_nothing_starts(project, monkeypatch, capsys):
+def test_each_of_several_jobs_has_devices_of_its_own_or_nothing_starts(
+    project, monkeypatch, capsys
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5")
     for slot, devices in enumerate(("0,1", "4,5")):
         assert run_stage.environment({}, "cuda", 2, 2, slot)["CUDA_VISIBLE_DEVICES"] == devices
     assert run_stage.environment({}, "cuda", 2)["CUDA_VISIBLE_DEVICES"] == "0,1,4,5"
-    monkeypatch.setattr(run_stage, "plan_runs", lambda *_, plan=plan(mode="slurm"): [
-        replace(run, cfg=replace(run.cfg, device="cuda")) for run in plan])
+    monkeypatch.setattr(
+        run_stage,
+        "plan_runs",
+        lambda *_, plan=plan(mode="slurm"): [
+            replace(run, cfg=replace(run.cfg, device="cuda")) for run in plan
+        ],
+    )
     assert run_stage.main(["toy", "--jobs", "5"]) == 2
     assert "--jobs 5 x --nproc 1: there are 4 CUDA devices" in capsys.readouterr().err
 
@@ -142,7 +199,10 @@ def test_done_is_what_has_the_same_settings_seed_source_and_data(project, monkey
     assert run_stage.status_of(run, table) == "ok"
     for name in run_stage.IDENTITY:
         assert run_stage.status_of(run, {"one": table["one"] | {name: "other"}}) == ""
-    assert run_stage.status_of(run, table | {"two": finished(run, run_id="two", status="crash")}) == "ok"
+    assert (
+        run_stage.status_of(run, table | {"two": finished(run, run_id="two", status="crash")})
+        == "ok"
+    )
     assert run_stage.status_of(run, {"two": finished(run, status="crash")}) == "crash"
     write_stage(project | {"N_EMBD": 64}, {"plain": {}})
     other = plan()[0]
@@ -158,7 +218,9 @@ def test_done_is_what_has_the_same_settings_seed_source_and_data(project, monkey
             root.mkdir()
             (root / "train_gpt.py").write_text(train_gpt.SOURCE + "\n# edited\n")
             monkeypatch.setattr(run_stage, "ROOT", root)
-        assert plan()[0].run_id != run.run_id and run_stage.status_of(plan()[0], table) == "", edited
+        assert plan()[0].run_id != run.run_id and run_stage.status_of(plan()[0], table) == "", (
+            edited
+        )
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
 
@@ -176,7 +238,10 @@ def pool(jobs=1, gate=None, keep_stopped=False):
 
 @contextlib.contextmanager
 def signals_kept():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    kept = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -188,7 +253,9 @@ def signals():
         yield
 
 
-def test_a_run_that_cannot_say_why_it_ended_gets_a_row_and_the_next_is_run(project, monkeypatch, capsys):
+def test_a_run_that_cannot_say_why_it_ended_gets_a_row_and_the_next_is_run(
+    project, monkeypatch, capsys
+):
     pretend(monkeypatch, "print('a word on', env['VARIANT']); sys.exit(9)")
     failed = pool().work(plan((1,)))
     assert [run.settings["VARIANT"] for run in failed] == ["plain", "gated"]
@@ -205,19 +272,30 @@ def test_what_the_trainer_has_said_last_is_the_truth(project, monkeypatch):
     run = plan((1,))[0]
     summary = finished(run, status="ok", final_loss=2.5)
     Path("logs").mkdir(exist_ok=True)
-    pretend(monkeypatch, f"Path('logs', env['RUN_ID'] + '.json').write_text({json.dumps(summary)!r}); sys.exit(1)")
-    assert pool().work([run]) == [] and (rows()[0]["status"], rows()[0]["final_loss"]) == ("ok", "2.5")
+    pretend(
+        monkeypatch,
+        f"Path('logs', env['RUN_ID'] + '.json').write_text({json.dumps(summary)!r}); sys.exit(1)",
+    )
+    assert pool().work([run]) == [] and (rows()[0]["status"], rows()[0]["final_loss"]) == (
+        "ok",
+        "2.5",
+    )
     update_results("experiments/results.csv", [summary | {"status": "preempted"}])
     Path(f"logs/{run.run_id}.json").write_text(json.dumps(summary | {"status": "preempted"}))
     pretend(monkeypatch, "print('config: it came to step 5 with other settings'); sys.exit(2)")
     assert pool().work([run]) == [run] and rows()[0]["status"] == "crash"
-    assert rows()[0]["error"].startswith("config: it came to step 5 with other settings (exit code 2; ")
+    assert rows()[0]["error"].startswith(
+        "config: it came to step 5 with other settings (exit code 2; "
+    )
 
 
 def test_jobs_go_on_side_by_side_and_no_more_of_them(project, monkeypatch):
-    pretend(monkeypatch, "Path('at', env['RUN_ID']).touch(); time.sleep(1)\n"
-            "Path('seen', env['RUN_ID']).write_text(str(len(list(Path('at').iterdir()))))\n"
-            "Path('at', env['RUN_ID']).unlink()")
+    pretend(
+        monkeypatch,
+        "Path('at', env['RUN_ID']).touch(); time.sleep(1)\n"
+        "Path('seen', env['RUN_ID']).write_text(str(len(list(Path('at').iterdir()))))\n"
+        "Path('at', env['RUN_ID']).unlink()",
+    )
     Path("at").mkdir(), Path("seen").mkdir()
     pool(jobs=2).work(plan((1, 2)))
     seen = [path.read_text() for path in Path("seen").iterdir()]
@@ -228,12 +306,20 @@ def test_a_stage_of_which_nothing_finishes_says_so_and_can_go_on(project, monkey
     pretend(monkeypatch, "sys.exit(9)")
     assert run_stage.main(["toy"]) == 1
     out = capsys.readouterr().out
-    assert "some runs have no result yet; the same command goes on with them" in out and "no figure: " in out
+    assert (
+        "some runs have no result yet; the same command goes on with them" in out
+        and "no figure: " in out
+    )
     assert [row["status"] for row in rows()] == ["crash"] * 4
-    pretend(monkeypatch, f"row = json.loads({json.dumps(finished(plan()[0]))!r}) | dict(status='diverged')\n"
-            "row |= {name: env[name.upper()] for name in ('run_id', 'variant', 'seed')}\n"
-            "Path('logs', env['RUN_ID'] + '.json').write_text(json.dumps(row))")
-    assert run_stage.main(["toy", "--gate"]) == 0 and {row["status"] for row in rows()} == {"diverged"}
+    pretend(
+        monkeypatch,
+        f"row = json.loads({json.dumps(finished(plan()[0]))!r}) | dict(status='diverged')\n"
+        "row |= {name: env[name.upper()] for name in ('run_id', 'variant', 'seed')}\n"
+        "Path('logs', env['RUN_ID'] + '.json').write_text(json.dumps(row))",
+    )
+    assert run_stage.main(["toy", "--gate"]) == 0 and {row["status"] for row in rows()} == {
+        "diverged"
+    }
     assert "2 diverged" in Path("experiments/tables/toy.md").read_text()
 
 
@@ -241,14 +327,20 @@ def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, mon
     pretend(monkeypatch, "Path('started').write_text('twice')")
     run = plan((1,))[0]
     run.folder.mkdir(parents=True)
-    holder = subprocess.Popen([sys.executable, "-c", f"""if True:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"""if True:
         import csv, time; from filelock import FileLock
-        with FileLock({str(run.folder / 'live.lock')!r}):
+        with FileLock({str(run.folder / "live.lock")!r}):
             print(flush=True); time.sleep(0.5)
             row = {finished(run)!r}
             with open('experiments/results.csv', 'w', newline='') as file:
-                writer = csv.DictWriter(file, list(row)); writer.writeheader(); writer.writerow(row)"""],
-                              stdout=subprocess.PIPE)
+                writer = csv.DictWriter(file, list(row)); writer.writeheader(); writer.writerow(row)""",
+        ],
+        stdout=subprocess.PIPE,
+    )
     holder.stdout.readline()
     assert is_live(run.folder) and pool().work([run]) == [] and not Path("started").exists()
     assert not is_live(run.folder) and holder.wait() == 0
@@ -256,25 +348,46 @@ def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, mon
 
 
 def test_a_signal_has_the_runs_save_and_nothing_else_start(project, monkeypatch):
-    pretend(monkeypatch, "import signal; told = []; signal.signal(15, lambda *_: told.append(1))\n"
-            "Path('up').touch(); time.sleep(1); Path('told').write_text(str(len(told)))")
+    pretend(
+        monkeypatch,
+        "import signal; told = []; signal.signal(15, lambda *_: told.append(1))\n"
+        "Path('up').touch(); time.sleep(1); Path('told').write_text(str(len(told)))",
+    )
     runs, one = plan((1, 2)), pool()
-    timer = subprocess.Popen([sys.executable, "-c", f"""if True:
+    timer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"""if True:
         import os, time
         while not os.path.exists('up'): time.sleep(0.02)
-        os.kill({os.getpid()}, 15)"""])
+        os.kill({os.getpid()}, 15)""",
+        ]
+    )
     failed = one.work(runs)
-    assert timer.wait() == 0 and one.asked_to_end and Path("told").read_text() == "1" and len(failed) == 1
+    assert (
+        timer.wait() == 0
+        and one.asked_to_end
+        and Path("told").read_text() == "1"
+        and len(failed) == 1
+    )
 
 
-CURVE = "step,tokens,train_loss,val_loss\n" + "".join(f"{step},{step},3.0,3.0\n" for step in range(0, 90, 10))
+CURVE = "step,tokens,train_loss,val_loss\n" + "".join(
+    f"{step},{step},3.0,3.0\n" for step in range(0, 90, 10)
+)
 
 
-def test_the_gate_stops_live_runs_by_the_stop_file_but_never_the_reference(project, monkeypatch, capsys):
-    pretend(monkeypatch, "Path('logs', env['RUN_ID'] + '.csv').write_text(" + repr(CURVE) + ")\n"
-            "stop = Path('logs', env['RUN_ID'], 'stop')\n"
-            "for _ in range(100): time.sleep(0.02 * (not stop.exists()))\n"
-            "Path('said', env['VARIANT']).write_text(str(stop.exists()))")
+def test_the_gate_stops_live_runs_by_the_stop_file_but_never_the_reference(
+    project, monkeypatch, capsys
+):
+    pretend(
+        monkeypatch,
+        "Path('logs', env['RUN_ID'] + '.csv').write_text(" + repr(CURVE) + ")\n"
+        "stop = Path('logs', env['RUN_ID'], 'stop')\n"
+        "for _ in range(100): time.sleep(0.02 * (not stop.exists()))\n"
+        "Path('said', env['VARIANT']).write_text(str(stop.exists()))",
+    )
     Path("said").mkdir()
     stage = load_stage("toy")
     pool(2, run_stage.stopper(stage), True).work(plan((1,)))
@@ -295,22 +408,47 @@ class Args:
     jobs, nproc, gate = 1, 1, True
 
 
-def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(project, monkeypatch, capsys):
-    write_stage(project, {"plain": {}, "gated": {"ATTNGATE": "headwise"}, "off": {"ATTNGATE": "const"}}, max_seeds=3)
+def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
+    project, monkeypatch, capsys
+):
+    write_stage(
+        project,
+        {"plain": {}, "gated": {"ATTNGATE": "headwise"}, "off": {"ATTNGATE": "const"}},
+        max_seeds=3,
+    )
     with open("experiments/stages/toy.toml", "a") as file:
-        file.write('\n[gate]\nbetter = 0.2\n[[next]]\nname = "toy_5k"\nNUM_ITERATIONS = 5000\n'
-                   '[[next]]\nname = "toy_long"\nNUM_ITERATIONS = 9000\n')
+        file.write(
+            '\n[gate]\nbetter = 0.2\n[[next]]\nname = "toy_5k"\nNUM_ITERATIONS = 5000\n'
+            '[[next]]\nname = "toy_long"\nNUM_ITERATIONS = 9000\n'
+        )
     asked = []
-    monkeypatch.setattr(run_stage.Pool, "work", lambda self, runs: asked.append(
-        [run.settings["VARIANT"] + run.settings["SEED"] for run in runs]) or [])
-    verdicts = iter([{"plain": ("reference", ""), "gated": ("seed", "gated"), "off": ("hold", "")},
-                     {"plain": ("reference", ""), "gated": ("promote", ""), "off": ("hold", "")}])
-    monkeypatch.setattr(run_stage, "finish", lambda stage: pd.DataFrame(
-        [(name, *verdict) for name, verdict in next(verdicts).items()], columns=["variant", "verdict", "seed_for"]))
+    monkeypatch.setattr(
+        run_stage.Pool,
+        "work",
+        lambda self, runs: (
+            asked.append([run.settings["VARIANT"] + run.settings["SEED"] for run in runs]) or []
+        ),
+    )
+    verdicts = iter(
+        [
+            {"plain": ("reference", ""), "gated": ("seed", "gated"), "off": ("hold", "")},
+            {"plain": ("reference", ""), "gated": ("promote", ""), "off": ("hold", "")},
+        ]
+    )
+    monkeypatch.setattr(
+        run_stage,
+        "finish",
+        lambda stage: pd.DataFrame(
+            [(name, *verdict) for name, verdict in next(verdicts).items()],
+            columns=["variant", "verdict", "seed_for"],
+        ),
+    )
     assert run_stage.work_through(load_stage("toy"), Args) == 0
     new = [run for run in asked[1] if run not in asked[0]]
     assert new == ["plain3", "gated3"], "the reference has as many, and first"
-    table = pd.DataFrame({"variant": ["gated", "off"], "verdict": "seed", "seed_for": ["gated", "plain"]})
+    table = pd.DataFrame(
+        {"variant": ["gated", "off"], "verdict": "seed", "seed_for": ["gated", "plain"]}
+    )
     seeds = {"plain": [1, 2], "gated": [1, 2], "off": [1, 2, 3]}
     assert run_stage.ask(load_stage("toy"), seeds, table) == [("plain", 3), ("gated", 3)]
     seeds = {"plain": [1, 2, 3], "gated": [1, 2, 3], "off": [1]}
@@ -319,8 +457,12 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(pr
     assert "next stage: experiments/stages/toy_5k.toml with gated beside plain" in told
     after = load_stage("toy_5k")
     assert list(after.variants) == ["plain", "gated"] and after.gate == {"better": 0.2}
-    assert after.variants["gated"] == load_stage("toy").variants["gated"] | {"NUM_ITERATIONS": "5000"}
-    assert after.next == ({"name": "toy_long", "NUM_ITERATIONS": 9000},) and after.axes == ("attngate",)
+    assert after.variants["gated"] == load_stage("toy").variants["gated"] | {
+        "NUM_ITERATIONS": "5000"
+    }
+    assert after.next == ({"name": "toy_long", "NUM_ITERATIONS": 9000},) and after.axes == (
+        "attngate",
+    )
     assert "next stage: " in run_stage.build_next(load_stage("toy"), ["gated"])
     assert "is left as it is" in run_stage.build_next(load_stage("toy"), ["off"])
     assert "no variant is promoted" in run_stage.build_next(load_stage("toy"), [])
@@ -328,9 +470,20 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(pr
 
 def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
     runs = plan()
-    update_results("experiments/results.csv", [finished(
-        runs[0], train_time=2.0, tokens=10000, flops_per_token=runs[0].plan["flops_per_token"], ffn="relu2",
-        world_size=1, device_name=device_name(train_gpt.torch.device("cpu")))])
+    update_results(
+        "experiments/results.csv",
+        [
+            finished(
+                runs[0],
+                train_time=2.0,
+                tokens=10000,
+                flops_per_token=runs[0].plan["flops_per_token"],
+                ffn="relu2",
+                world_size=1,
+                device_name=device_name(train_gpt.torch.device("cpu")),
+            )
+        ],
+    )
     assert run_stage.main(["toy", "--dry-run"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0].startswith("# ") and lines[0].endswith("# has a result: ok")
@@ -338,7 +491,12 @@ def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
         words = shlex.split(line, comments=True)
         env = dict(word.split("=", 1) for word in words if re.match("[A-Z_0-9]+=", word))
         assert env == run.settings
-        assert words[len(env):] == ["torchrun", "--standalone", "--nproc_per_node=1", "train_gpt.py"]
+        assert words[len(env) :] == [
+            "torchrun",
+            "--standalone",
+            "--nproc_per_node=1",
+            "train_gpt.py",
+        ]
     seconds = 2.0 * runs[1].plan["tokens_needed"] / 10000
     assert f"FLOPs, {seconds:.0f} s" in lines[1] and total.startswith("# 3 of 4 runs to do")
     assert run_stage.main(["toy", "--dry-run", "--gpu", "h100"]) == 0
@@ -351,28 +509,47 @@ def test_a_dry_run_needs_no_data(project, capsys):
     line = capsys.readouterr().out.splitlines()[0]
     assert "RUN_ID" not in line and "torchrun" in line
     assert run_stage.main(["toy"]) == 2
-    assert "run_stage.py: error: toy, plain: VOCAB_SIZE=0 needs index.json" in capsys.readouterr().err
+    assert (
+        "run_stage.py: error: toy, plain: VOCAB_SIZE=0 needs index.json" in capsys.readouterr().err
+    )
     write_stage(project | {"NUM_ITERATIONS": 1000, "MAX_EPOCHS": 1}, {"plain": {}})
     assert run_stage.main(["toy", "--dry-run"]) == 0, "nor all of it"
     assert "RUN_ID" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["tou"], "STAGE tou: choose one of long, rule,"), (["toy", "--jobs", "0"], "both must be at least 1"),
-    (["toy", "--set", "lr=1"], "--set lr=1: must be NAME=VALUE"),
-    (["toy", "--set", "LR=x"], "LR='x': must be a number"), (["toy", "--nproc", "5"], "toy, plain: BATCH_SIZE=12:"),
-    (["toy", "--set", "LEARNING_RATE=1"], "LEARNING_RATE is no setting; python train_gpt.py --help"),
-    (["toy", "--set", "MIXER=x"], "choose one of attention"),
-    (["toy", "--set", "LR=0.5"], "--set LR makes another stage of toy; give it a name by --as"),
-    (["toy", "--set", "ATTNGATE=const", "--as", "t"], "--set ATTNGATE: in that the variants of toy differ"),
-    (["toy", "--set", "LOG_DIR=x"], "--set LOG_DIR: is not for a stage to set"),
-    (["toy", "--slurm", "partition"], "partition: must be NAME=VALUE"), (["toy", "--slurm"], "needs time=MINUTES"),
-    (["toy", "--slurm", "time=9", "--gate"], "cannot have --gate"),
-    (["toy", "--set", "NUM_ITERATION=3"], "NUM_ITERATION is no setting; did you mean NUM_ITERATIONS?"),
-    (["long"], "long, plain: NUM_ITERATIONS=1000"),
-    (["same"], "variants plain and gated of same have the same settings"),
-    (["typo"], "ATTNGATES is no setting; did you mean ATTNGATE?"), (["rule"], "gate.bettr = 1 is no rule"),
-], ids=str)
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["tou"], "STAGE tou: choose one of long, rule,"),
+        (["toy", "--jobs", "0"], "both must be at least 1"),
+        (["toy", "--set", "lr=1"], "--set lr=1: must be NAME=VALUE"),
+        (["toy", "--set", "LR=x"], "LR='x': must be a number"),
+        (["toy", "--nproc", "5"], "toy, plain: BATCH_SIZE=12:"),
+        (
+            ["toy", "--set", "LEARNING_RATE=1"],
+            "LEARNING_RATE is no setting; python train_gpt.py --help",
+        ),
+        (["toy", "--set", "MIXER=x"], "choose one of attention"),
+        (["toy", "--set", "LR=0.5"], "--set LR makes another stage of toy; give it a name by --as"),
+        (
+            ["toy", "--set", "ATTNGATE=const", "--as", "t"],
+            "--set ATTNGATE: in that the variants of toy differ",
+        ),
+        (["toy", "--set", "LOG_DIR=x"], "--set LOG_DIR: is not for a stage to set"),
+        (["toy", "--slurm", "partition"], "partition: must be NAME=VALUE"),
+        (["toy", "--slurm"], "needs time=MINUTES"),
+        (["toy", "--slurm", "time=9", "--gate"], "cannot have --gate"),
+        (
+            ["toy", "--set", "NUM_ITERATION=3"],
+            "NUM_ITERATION is no setting; did you mean NUM_ITERATIONS?",
+        ),
+        (["long"], "long, plain: NUM_ITERATIONS=1000"),
+        (["same"], "variants plain and gated of same have the same settings"),
+        (["typo"], "ATTNGATES is no setting; did you mean ATTNGATE?"),
+        (["rule"], "gate.bettr = 1 is no rule"),
+    ],
+    ids=str,
+)
 def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments, sentence):
     write_stage(project | {"NUM_ITERATIONS": 1000, "MAX_EPOCHS": 1}, {"plain": {}}, "long")
     write_stage(project, {"plain": {}, "gated": {}}, "same")
@@ -380,16 +557,22 @@ def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments
     write_stage(project, {"plain": {}}, "rule", gate={"bettr": 1})
     assert run_stage.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("run_stage.py: error: ") and sentence in error and error.count("\n") == 1
+    assert (
+        error.startswith("run_stage.py: error: ") and sentence in error and error.count("\n") == 1
+    )
     assert not Path("experiments/results.csv").exists()
 
 
 def test_a_setting_for_all_runs_reaches_all_in_a_stage_of_its_own(project):
     stage = run_stage.overridden(load_stage("toy"), ["LOG_EVERY=5", "NOTE=two words"], "")
-    assert {(settings["LOG_EVERY"], settings["NOTE"]) for settings in stage.variants.values()} == {("5", "two words")}
+    assert {(settings["LOG_EVERY"], settings["NOTE"]) for settings in stage.variants.values()} == {
+        ("5", "two words")
+    }
     assert stage.name == "toy"
     stage = run_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast")
-    assert stage == load_stage("fast") and {settings["LR"] for settings in stage.variants.values()} == {"0.5"}
+    assert stage == load_stage("fast") and {
+        settings["LR"] for settings in stage.variants.values()
+    } == {"0.5"}
     assert run_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast") == stage
     with pytest.raises(ConfigError, match="--as fast: .* says something else"):
         run_stage.overridden(load_stage("toy"), ["LR=0.6"], "fast")
@@ -400,7 +583,10 @@ def test_slurm_gets_the_same_runs_as_one_array_and_no_secret(project, monkeypatc
     write_stage(project, {"plain": {}, "gated": {"ATTNGATE": "headwise"}}, seeds=[1])
     command, env = script("toy", "--slurm", "cluster=local", HF_TOKEN="hf_0123456789", LR="99")
     sent = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert "submitted 2 runs; when they have ended: python scripts/run_stage.py toy --no-run" in sent.stdout
+    assert (
+        "submitted 2 runs; when they have ended: python scripts/run_stage.py toy --no-run"
+        in sent.stdout
+    )
     deadline = time.monotonic() + 90
     while [row["status"] for row in run_stage.results().values()] != ["ok"] * 2:
         assert time.monotonic() < deadline, rows()
@@ -409,36 +595,57 @@ def test_slurm_gets_the_same_runs_as_one_array_and_no_secret(project, monkeypatc
     assert {row["lr"] for row in rows()} == {"0.01"}
     pickles = list(Path("logs/slurm").glob("*.pkl"))
     assert pickles and not any(b"hf_0123456789" in path.read_bytes() for path in pickles)
-    assert run_stage.main(["toy", "--no-run"]) == 0 and Path("experiments/tables/toy.md").stat().st_size
+    assert (
+        run_stage.main(["toy", "--no-run"]) == 0
+        and Path("experiments/tables/toy.md").stat().st_size
+    )
     assert run_stage.main(["toy", "--slurm", "cluster=local"]) == 0
     assert "submitted 0 runs" in capsys.readouterr().out
 
 
 def test_slurm_from_a_machine_without_gpus_plans_for_those_of_the_nodes(project):
-    base = {name: value for name, value in project.items() if name not in ("DEVICE", "DTYPE", "COMPILE")}
+    base = {
+        name: value for name, value in project.items() if name not in ("DEVICE", "DTYPE", "COMPILE")
+    }
     write_stage(base, {"plain": {}})
-    run, = plan((1,), "slurm")
-    assert (run.cfg.device, run.cfg.dtype, run.settings["DEVICE"]) == ("cuda", "bfloat16", "cuda") and run.identity[-1]
+    (run,) = plan((1,), "slurm")
+    assert (run.cfg.device, run.cfg.dtype, run.settings["DEVICE"]) == (
+        "cuda",
+        "bfloat16",
+        "cuda",
+    ) and run.identity[-1]
 
 
 def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(monkeypatch, tmp_path):
     """The signal's handler runs inside __call__, as submitit has it; the run is told by TERM, not by USR2 before."""
     monkeypatch.chdir(tmp_path)
-    pretend(monkeypatch, "import signal; signal.signal(15, lambda *_: (Path('saved').touch(), sys.exit(0)))\n"
-            "Path('up').touch(); time.sleep(30)")
+    pretend(
+        monkeypatch,
+        "import signal; signal.signal(15, lambda *_: (Path('saved').touch(), sys.exit(0)))\n"
+        "Path('up').touch(); time.sleep(30)",
+    )
     task, queued = run_stage.Task(), []
 
     def taken(*_):
         os.kill(task.process.pid, signal.SIGUSR2)
         queued.append(task.checkpoint({"A": "1"}, "cpu", 1))
+
     kept = signal.signal(signal.SIGUSR2, taken)
-    waiter = subprocess.Popen([sys.executable, "-c", f"""if True:
+    waiter = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"""if True:
         import os, time
         while not os.path.exists('up'): time.sleep(0.02)
-        os.kill({os.getpid()}, {int(signal.SIGUSR2)})"""])
+        os.kill({os.getpid()}, {int(signal.SIGUSR2)})""",
+        ]
+    )
     assert task({"A": "1"}, "cpu", 1) == 0 and Path("saved").exists() and waiter.wait() == 0
     signal.signal(signal.SIGUSR2, kept)
-    assert queued[0].args == ({"A": "1"}, "cpu", 1) and isinstance(queued[0].function, run_stage.Task)
+    assert queued[0].args == ({"A": "1"}, "cpu", 1) and isinstance(
+        queued[0].function, run_stage.Task
+    )
 
 
 def test_the_readmes_dry_run_of_the_published_stage(monkeypatch, capsys):

@@ -28,14 +28,20 @@ import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent
 MARK = "Zq7xCanary"
-SECRETS = {name: f"{MARK}/{name.lower()}/{MARK}" for name in ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD")}
+SECRETS = {
+    name: f"{MARK}/{name.lower()}/{MARK}"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD")
+}
 STEP = {"SAVE_EVERY": 4}  # checkpoints after steps 4 and 8
 
 
 def leaks(folder, *texts):
     """Every place where a part of a secret stands: names and bytes of all files below the folder, and the texts."""
-    found = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))
-             if MARK in path.name or path.is_file() and MARK.encode() in path.read_bytes()]
+    found = [
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
+        if MARK in path.name or path.is_file() and MARK.encode() in path.read_bytes()
+    ]
     return found + [text for text in texts if MARK in text]
 
 
@@ -48,8 +54,15 @@ def run(env, world=1):
 
 def tree(folder, *without):
     """Everything below the folder, with contents and the targets of links, except what lies below `without`."""
-    return {str(path): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-            for path in folder.rglob("*") if not {path, *path.parents} & set(without)}
+    return {
+        str(path): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in folder.rglob("*")
+        if not {path, *path.parents} & set(without)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +112,11 @@ def hide_in_checkpoint(path, text):
 
 def val_losses(settings):
     with open(settings["LOG_DIR"] / f"{settings['RUN_ID']}.csv", newline="") as file:
-        return [(int(row["step"]), float(row["val_loss"])) for row in csv.DictReader(file) if row["val_loss"]]
+        return [
+            (int(row["step"]), float(row["val_loss"]))
+            for row in csv.DictReader(file)
+            if row["val_loss"]
+        ]
 
 
 # Secrets
@@ -109,17 +126,36 @@ def test_a_run_shows_no_secret(settings, tmp_path):
     codes, out = run(settings | STEP | SECRETS, 2)
     assert codes == [0, 0], out
     assert leaks(tmp_path, *out) == []
-    assert {"toy.txt", "toy.csv", "toy.json", "model.safetensors", "config.json", "__0_0.distcp", "__1_0.distcp",
-            ".metadata", "run.json", "results.csv"} <= {path.name for path in tmp_path.rglob("*")}  # all were looked at
+    assert {
+        "toy.txt",
+        "toy.csv",
+        "toy.json",
+        "model.safetensors",
+        "config.json",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        ".metadata",
+        "run.json",
+        "results.csv",
+    } <= {path.name for path in tmp_path.rglob("*")}  # all were looked at
 
 
 def test_short_values_and_other_names_are_no_secrets(settings, tmp_path):
     """And so a value that is none does get into row, summary and output, where it is found."""
-    others = {"HF_TOKENS": MARK, "MY_TOKEN_FILE": MARK, "KEY": MARK, "A_TOKEN": MARK[:7], "PATH_KEY": ""}
+    others = {
+        "HF_TOKENS": MARK,
+        "MY_TOKEN_FILE": MARK,
+        "KEY": MARK,
+        "A_TOKEN": MARK[:7],
+        "PATH_KEY": "",
+    }
     assert secrets_of(others | SECRETS | {"VAL_TOKENS": "10485760"}) == SECRETS
-    assert secrets_of({"A_TOKEN": "1234567", "B_TOKEN": "12345678", "PGPASSWORD": "12345678"}).keys() == {
-        "B_TOKEN", "PGPASSWORD"}
-    codes, (out,) = run(settings | others | {"NOTE": MARK, "INPUT_BIN": f"{tmp_path}/nowhere/{MARK}*.bin"})
+    assert secrets_of(
+        {"A_TOKEN": "1234567", "B_TOKEN": "12345678", "PGPASSWORD": "12345678"}
+    ).keys() == {"B_TOKEN", "PGPASSWORD"}
+    codes, (out,) = run(
+        settings | others | {"NOTE": MARK, "INPUT_BIN": f"{tmp_path}/nowhere/{MARK}*.bin"}
+    )
     assert codes == [3] and MARK in out
     assert leaks(tmp_path) == ["logs/toy.json", "results.csv"]
     codes, (out,) = run(settings | others | {"NOTE": MARK, "DRY_RUN": 1})
@@ -141,12 +177,18 @@ def test_a_crash_shows_no_secret(settings, tmp_path, monkeypatch):
         if next(steps) < 3:
             return step(*args)
         secret, deadline = SECRETS["HF_TOKEN"], time.monotonic() + 30
-        while not (tmp_path / "logs/toy/stacks_rank0.txt").stat().st_size and time.monotonic() < deadline:
+        while (
+            not (tmp_path / "logs/toy/stacks_rank0.txt").stat().st_size
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         try:
             raise KeyError(secret)
         except KeyError:
-            raise RuntimeError(f"no access with {secret},\nnor with {SECRETS['DB_PASSWORD']}") from None
+            raise RuntimeError(
+                f"no access with {secret},\nnor with {SECRETS['DB_PASSWORD']}"
+            ) from None
+
     monkeypatch.setattr(train_gpt, "train_step", crash)
     codes, (out,) = run(settings | SECRETS | {"HANG_TIMEOUT": 1, "SAVE_EVERY": 2})
     assert codes == [1] and "no access with [HF_TOKEN],\nnor with [DB_PASSWORD]" in out
@@ -165,6 +207,7 @@ def test_a_crash_of_another_rank_shows_no_secret(settings, tmp_path, monkeypatch
         if train_gpt.dist.get_rank():
             raise ValueError(f"bad {SECRETS['WANDB_API_KEY']}")
         return step(*args)
+
     monkeypatch.setattr(train_gpt, "train_step", crash)
     codes, out = run(settings | SECRETS, 2)
     assert codes == [1, 1] and "bad [WANDB_API_KEY]" in out[1] and leaks(tmp_path, *out) == []
@@ -174,16 +217,22 @@ def test_a_crash_of_another_rank_shows_no_secret(settings, tmp_path, monkeypatch
 def test_a_checkpoint_that_cannot_be_written_shows_no_secret(settings, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(f"{SECRETS['MY_SECRET']} is refused")
+
     monkeypatch.setattr(Checkpoints, "publish", fail)
     codes, out = run(settings | SECRETS | STEP)
     assert codes == [1] and "no checkpoint" in out[0] and "[MY_SECRET] is refused" in out[0]
     assert leaks(tmp_path, *out) == []
 
 
-@pytest.mark.parametrize("name", ["NOTE", "RUN_ID", "INPUT_BIN", "LR", "PRESET", "LOG_DIR", "RESULTS_CSV"])
+@pytest.mark.parametrize(
+    "name", ["NOTE", "RUN_ID", "INPUT_BIN", "LR", "PRESET", "LOG_DIR", "RESULTS_CSV"]
+)
 def test_a_secret_in_a_setting_is_refused(settings, tmp_path, name):
     value = SECRETS["HF_TOKEN"].replace("/", "-")
-    changes = {"HF_TOKEN": value, name: f"{tmp_path}/a-{value}" if name in ("LOG_DIR", "RESULTS_CSV") else f"a-{value}"}
+    changes = {
+        "HF_TOKEN": value,
+        name: f"{tmp_path}/a-{value}" if name in ("LOG_DIR", "RESULTS_CSV") else f"a-{value}",
+    }
     codes, (out,) = run(settings | SECRETS | changes)
     assert codes == [2] and len(out.splitlines()) == 1 and name in out and "HF_TOKEN" in out, out
     assert leaks(tmp_path, out) == []
@@ -193,14 +242,18 @@ def test_a_secret_on_the_command_line_is_not_repeated(settings, tmp_path, monkey
     main = train_gpt.main
     given = (SECRETS["HF_TOKEN"], "[HF_TOKEN]"), (f"--x={SECRETS['MY_SECRET']}", "--x")
     for i, (argument, said) in enumerate(given):
-        monkeypatch.setattr(train_gpt, "main", lambda argv, env, argument=argument: main([argument], env))
+        monkeypatch.setattr(
+            train_gpt, "main", lambda argv, env, argument=argument: main([argument], env)
+        )
         codes, (out,) = run(settings | SECRETS | {"RUN_ID": f"toy{i}"})
         assert codes == [2] and said in out and "is no option" in out and len(out.splitlines()) == 1
         assert leaks(tmp_path, out) == [] and (tmp_path / f"logs/toy{i}.json").exists()
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "--hf-token"])
-def test_a_secret_that_only_the_command_line_has_is_not_repeated(settings, tmp_path, monkeypatch, name):
+def test_a_secret_that_only_the_command_line_has_is_not_repeated(
+    settings, tmp_path, monkeypatch, name
+):
     main = train_gpt.main
     monkeypatch.setattr(train_gpt, "main", lambda argv, env: main([f"{name}={MARK}"], env))
     codes, (out,) = run(settings)
@@ -222,10 +275,18 @@ def test_a_secret_that_starts_like_another_hides_it_whole():
         assert told == "x [B_KEY] y [A_KEY] z"
 
 
-@pytest.mark.parametrize("value", ['quo"te\'d-and', "back\\slash-and", "two\nlines-and", "umläut-\x1b-and"], ids=ascii)
+@pytest.mark.parametrize(
+    "value", ["quo\"te'd-and", "back\\slash-and", "two\nlines-and", "umläut-\x1b-and"], ids=ascii
+)
 def test_a_secret_is_hidden_also_as_python_and_json_spell_it(value):
     """An exception often holds repr(value); KeyError does so by itself."""
-    for text in (f"{value}", str(KeyError(value)), f"{value!r}", json.dumps(value), f"{('x' + value)!a}"):
+    for text in (
+        f"{value}",
+        str(KeyError(value)),
+        f"{value!r}",
+        json.dumps(value),
+        f"{('x' + value)!a}",
+    ):
         told = redact(f"no {text}", {"DB_PASSWORD": value})
         assert "-and" not in told and "[DB_PASSWORD]" in told, text
 
@@ -241,35 +302,69 @@ CREDENTIALS = {  # pattern: an example in pieces, for this file is searched too
     r"\bxox[bap]-[A-Za-z0-9-]{10}": "xoxb-" + "1234567890-" * 2,
     r"\bAIza[A-Za-z0-9_-]{35}": "AIza" + "aB3x-" * 7,
     r"-----BEGIN [A-Z ]*PRIVATE KEY": "-----BEGIN " + "OPENSSH " + "PRIVATE " + "KEY-----",
-    r"(?i)\w*(key|token)[\"']?\s*[=:]\s*[\"']?[0-9a-f]{40}\b": "WANDB_API_" + "KEY=" + "0123abcd" * 5,
-    r"(?i)(api_?key|token|secret|password)[\"']?\s*[=:]\s*([\"'])(?![^\"']*(secret|example))[^\"'\s]{16,}\2":
-        "pass" + "word: 'correct-horse-battery'"}
+    r"(?i)\w*(key|token)[\"']?\s*[=:]\s*[\"']?[0-9a-f]{40}\b": "WANDB_API_"
+    + "KEY="
+    + "0123abcd" * 5,
+    r"(?i)(api_?key|token|secret|password)[\"']?\s*[=:]\s*([\"'])(?![^\"']*(secret|example))[^\"'\s]{16,}\2": "pass"
+    + "word: 'correct-horse-battery'",
+}
 HOME = r"(?<![\w.])/(?:home|Users|root)/\w"
 
 
 def tracked():
     """The repository's files; all that lie here where git does not know."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True)
+        git = subprocess.run(
+            ["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True
+        )
         if git.stdout:
-            return sorted({path for name in git.stdout.split("\0") if (path := ROOT / name).is_file()}
-                          | {Path(__file__).resolve()})
+            return sorted(
+                {path for name in git.stdout.split("\0") if (path := ROOT / name).is_file()}
+                | {Path(__file__).resolve()}
+            )
     left_out = {".git", ".venv", "logs", "data", "__pycache__", ".pytest_cache", ".ruff_cache"}
-    return [path for path in ROOT.rglob("*") if path.is_file() and not left_out & set(path.relative_to(ROOT).parts)]
+    return [
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file() and not left_out & set(path.relative_to(ROOT).parts)
+    ]
 
 
 def test_the_repository_holds_no_credential_and_no_home_folder():
-    files = {str(path.relative_to(ROOT)): path.read_bytes().decode(errors="replace") for path in tracked()}
-    assert {"train_gpt.py", "README.md", "tests/test_security.py", "scripts/test.sh"} <= files.keys()
+    files = {
+        str(path.relative_to(ROOT)): path.read_bytes().decode(errors="replace")
+        for path in tracked()
+    }
+    assert {
+        "train_gpt.py",
+        "README.md",
+        "tests/test_security.py",
+        "scripts/test.sh",
+    } <= files.keys()
     for pattern, example in CREDENTIALS.items():
         assert re.search(pattern, f"x = 1\n{example}\n")
         assert not [name for name, text in files.items() if re.search(pattern, text)], pattern
-    assert all(re.search(HOME, f"see /{example}/data") for example in ("home/me", "Users/me", "root/x"))
+    assert all(
+        re.search(HOME, f"see /{example}/data") for example in ("home/me", "Users/me", "root/x")
+    )
     assert not [name for name, text in files.items() if re.search(HOME, text)]
 
 
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "yaml.load", "np.load",
-         "numpy.load", "torch.jit.load", "subprocess.getoutput", "subprocess.getstatusoutput"}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "yaml.load",
+    "np.load",
+    "numpy.load",
+    "torch.jit.load",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+}
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
 
 
@@ -278,18 +373,27 @@ def dangers(source):
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            switches = {switch.arg for switch in node.keywords if getattr(switch.value, "value", True)}
+            switches = {
+                switch.arg for switch in node.keywords if getattr(switch.value, "value", True)
+            }
             if ast.unparse(node.func) in CALLS or switches & {"shell", "allow_pickle"}:
                 found.append(ast.unparse(node))
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         found += [name for name in names if name.split(".")[0] in MODULES]
-        if isinstance(node, ast.ImportFrom) and {f"{node.module}.{alias.name}" for alias in node.names} & CALLS:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and {f"{node.module}.{alias.name}" for alias in node.names} & CALLS
+        ):
             found.append(ast.unparse(node))
     return found
 
 
-PROGRAMS = [ROOT / "train_gpt.py", ROOT / "cached_fineweb10B.py", *sorted((ROOT / "scripts").glob("*.py"))]
+PROGRAMS = [
+    ROOT / "train_gpt.py",
+    ROOT / "cached_fineweb10B.py",
+    *sorted((ROOT / "scripts").glob("*.py")),
+]
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
@@ -297,12 +401,30 @@ def test_programs_call_nothing_that_runs_data(path):
     assert dangers(path.read_text()) == []
 
 
-@pytest.mark.parametrize("line", ["import pickle", "from pickle import loads", "torch.load(x)", "eval('1')", "exec(x)",
-                                  "subprocess.run(x, shell=True)", "yaml.load(x)", "np.load(x, allow_pickle=True)",
-                                  "subprocess.run(x, shell=y)", "from torch import load", "os.system(x)"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(x)",
+        "eval('1')",
+        "exec(x)",
+        "subprocess.run(x, shell=True)",
+        "yaml.load(x)",
+        "np.load(x, allow_pickle=True)",
+        "subprocess.run(x, shell=y)",
+        "from torch import load",
+        "os.system(x)",
+    ],
+)
 def test_what_looks_for_such_calls_finds_them(line):
     assert dangers(f"def f(x, y):\n    {line}\n")
-    assert dangers("model.eval()\nre.compile('x')\ntext = 'eval(1); import pickle'\nrun(x, shell=False)") == []
+    assert (
+        dangers(
+            "model.eval()\nre.compile('x')\ntext = 'eval(1); import pickle'\nrun(x, shell=False)"
+        )
+        == []
+    )
 
 
 # Paths
@@ -313,15 +435,39 @@ def test_a_run_id_is_no_path(settings, tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.chdir(here)
     before = tree(tmp_path, logs.parent, settings["RESULTS_CSV"])
-    ids = ["../x", "../../x", "..", ".", "a/b", "a/../../x", f"{tmp_path}/x", "-x", ".x", "a\nb", "x\n", "x" * 101,
-           "a b", "é", "a;b", "$x"]
+    ids = [
+        "../x",
+        "../../x",
+        "..",
+        ".",
+        "a/b",
+        "a/../../x",
+        f"{tmp_path}/x",
+        "-x",
+        ".x",
+        "a\nb",
+        "x\n",
+        "x" * 101,
+        "a b",
+        "é",
+        "a;b",
+        "$x",
+    ]
     for run_id in ids:
         codes, out = launch(settings | {"LOG_DIR": logs, "RUN_ID": run_id})
         assert codes == [2] and "RUN_ID=" in out and len(out.splitlines()) == 1, (run_id, out)
-    after = tree(tmp_path, logs, logs.parent, settings["RESULTS_CSV"], Path(f"{settings['RESULTS_CSV']}.lock"))
+    after = tree(
+        tmp_path,
+        logs,
+        logs.parent,
+        settings["RESULTS_CSV"],
+        Path(f"{settings['RESULTS_CSV']}.lock"),
+    )
     assert after == before and [path.name for path in logs.parent.iterdir()] == ["logs"]
     names = {path.name for path in logs.iterdir()}
-    assert all(re.fullmatch(r"refused-[\d-]+-[0-9a-f]{4}\.json", name) for name in names) and len(names) == len(ids)
+    assert all(re.fullmatch(r"refused-[\d-]+-[0-9a-f]{4}\.json", name) for name in names) and len(
+        names
+    ) == len(ids)
 
 
 def test_a_run_folder_that_is_a_link_is_refused(settings, tmp_path):
@@ -343,11 +489,17 @@ def test_a_checkpoint_outside_log_dir_is_not_read(trained, tmp_path, bomb, way):
     hide_in_checkpoint(outside / "step_000008", text)
     (logs / "toy/step_000099").symlink_to(outside / "step_000008")
     (logs / "linked").symlink_to(outside)
-    path = {"absolute": outside / "step_000008", "dots": f"{logs}/../outside/step_000008",
-            "link": logs / "toy/step_000099", "linked folder": logs / "linked/step_000008"}[way]
+    path = {
+        "absolute": outside / "step_000008",
+        "dots": f"{logs}/../outside/step_000008",
+        "link": logs / "toy/step_000099",
+        "linked folder": logs / "linked/step_000008",
+    }[way]
     before = tree(outside)
     codes, out = launch(trained | {"RUN_ID": "new", "RESUME": path})
-    assert codes == [2] and f"RESUME={path}: lies outside LOG_DIR" in out and "INIT_FROM" in out, out
+    assert codes == [2] and f"RESUME={path}: lies outside LOG_DIR" in out and "INIT_FROM" in out, (
+        out
+    )
     assert not sentinel.exists() and tree(outside) == before
 
 
@@ -373,7 +525,9 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(trained):
 
 def test_data_may_lie_anywhere_and_be_called_anything(settings, tmp_path, monkeypatch):
     """It is only read. A name with line ends makes no lines of its own."""
-    monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: torch.tensor(np.nan))  # lines that name a shard
+    monkeypatch.setattr(
+        train_gpt, "squared_norm", lambda tensors: torch.tensor(np.nan)
+    )  # lines that name a shard
     folder = tmp_path / "my data"
     folder.mkdir()
     for i in "123":
@@ -383,7 +537,9 @@ def test_data_may_lie_anywhere_and_be_called_anything(settings, tmp_path, monkey
     assert codes == [0] and tree(folder) == before, out
     lines = (settings["LOG_DIR"] / "toy.txt").read_text().split("=" * 100)[-1].splitlines()
     assert sum("bad_gradient" in line for line in lines) == 8
-    assert [line for line in lines if line.startswith("step:") and not re.match(r"step:\d/8 ", line)] == []
+    assert [
+        line for line in lines if line.startswith("step:") and not re.match(r"step:\d/8 ", line)
+    ] == []
 
 
 def test_records_that_are_links_do_not_lead_elsewhere(trained, tmp_path):
@@ -398,11 +554,20 @@ def test_records_that_are_links_do_not_lead_elsewhere(trained, tmp_path):
     codes, out = launch(trained | {"RESUME": "auto"})
     assert codes == [0] and "resumed:" in out, out
     assert tree(elsewhere) == before
-    assert [step for step, _ in val_losses(trained)] == [0, 4, 8] and not (logs / "toy.csv").is_symlink()
+    assert [step for step, _ in val_losses(trained)] == [0, 4, 8] and not (
+        logs / "toy.csv"
+    ).is_symlink()
 
 
-@pytest.mark.parametrize("names", ["stacks_rank0.txt", "live.lock", ".tmp_step_000004",
-                                   ".tmp_model.safetensors model.safetensors config.json error.txt stop"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "stacks_rank0.txt",
+        "live.lock",
+        ".tmp_step_000004",
+        ".tmp_model.safetensors model.safetensors config.json error.txt stop",
+    ],
+)
 def test_a_link_in_the_run_folder_is_not_written_through(settings, tmp_path, names):
     folder, elsewhere = settings["LOG_DIR"] / "toy", tmp_path / "elsewhere"
     folder.mkdir(parents=True)
@@ -422,8 +587,11 @@ def test_a_link_in_the_run_folder_is_not_written_through(settings, tmp_path, nam
 def test_init_from_unpickles_nothing(settings, tmp_path, bomb, kind):
     (sentinel, text), folder = bomb, tmp_path / "weights"
     folder.mkdir()
-    path = {"torch.save": folder / "x.pt", "checkpoint": folder / ".metadata",
-            "safetensors in a folder": folder / "model.safetensors"}[kind]
+    path = {
+        "torch.save": folder / "x.pt",
+        "checkpoint": folder / ".metadata",
+        "safetensors in a folder": folder / "model.safetensors",
+    }[kind]
     path.write_bytes(text)
     if kind == "torch.save":
         torch.save(Bomb(sentinel), path)
@@ -442,12 +610,19 @@ def test_init_from_takes_the_weights_of_a_run_and_nothing_else(trained, monkeypa
     assert last == 8 and abs(val_losses(trained)[0][1] - loss) > 0.01
 
     def fresh(state, *args):
-        kept = {key: tensor for key, (tensor, _) in state.tensors().items() if not re.match("model|loss_scale", key)}
+        kept = {
+            key: tensor
+            for key, (tensor, _) in state.tensors().items()
+            if not re.match("model|loss_scale", key)
+        }
         assert kept and (state.step > 0) == any(tensor.any() for tensor in kept.values())
         return step(state, *args)
+
     monkeypatch.setattr(train_gpt, "train_step", fresh)
     for run_id, path in ("by-file", weights / "model.safetensors"), ("by-folder", weights):
-        codes, out = launch(trained | {"RUN_ID": run_id, "INIT_FROM": path, "NUM_ITERATIONS": 2, "SEED": 1})
+        codes, out = launch(
+            trained | {"RUN_ID": run_id, "INIT_FROM": path, "NUM_ITERATIONS": 2, "SEED": 1}
+        )
         assert codes == [0], out
         (first, begun), *_ = val_losses(trained | {"RUN_ID": run_id})
         assert first == 0 and abs(begun - loss) < 1e-6
@@ -456,7 +631,7 @@ def test_init_from_takes_the_weights_of_a_run_and_nothing_else(trained, monkeypa
 def test_init_from_weights_of_another_size_is_refused(trained):
     weights = trained["LOG_DIR"] / "toy/model.safetensors"
     codes, out = launch(trained | {"RUN_ID": "new", "INIT_FROM": weights, "N_EMBD": 64})
-    said, = [line for line in out.splitlines() if line.startswith("config: ")]
+    (said,) = [line for line in out.splitlines() if line.startswith("config: ")]
     assert codes == [2] and f"INIT_FROM={weights}: expected" in said and "size mismatch" in said
     assert "Traceback" not in out
 
@@ -470,4 +645,7 @@ def test_a_checkpoint_whose_metadata_was_replaced_is_set_aside_unread(trained, b
     assert codes == [0] and "step_000008 is set aside: .metadata" in out and "resumed:" in out, out
     assert (folder / "step_000008.corrupt/.metadata").read_bytes() == text
     assert f"resumed:{folder}/step_000004" in out and not sentinel.exists()
-    assert hashlib.sha256((folder / "step_000008/.metadata").read_bytes()).digest() != hashlib.sha256(text).digest()
+    assert (
+        hashlib.sha256((folder / "step_000008/.metadata").read_bytes()).digest()
+        != hashlib.sha256(text).digest()
+    )

@@ -13,7 +13,9 @@ LABELS = "none", "a", "b"
 
 
 def stage(labels=LABELS, max_seeds=8, **rules):
-    return Stage("toy", "?", "none", (1, 2), max_seeds, {label: {} for label in labels}, (), rules, ())
+    return Stage(
+        "toy", "?", "none", (1, 2), max_seeds, {label: {} for label in labels}, (), rules, ()
+    )
 
 
 def curve(losses, steps=None, seconds=1.0, train=None, **experts):
@@ -23,8 +25,12 @@ def curve(losses, steps=None, seconds=1.0, train=None, **experts):
     table["val_loss"] = table.step.map(dict(zip(steps, losses)))
     table["train_loss"] = np.interp(table.step, steps, losses if train is None else train)
     table["train_time"] = seconds * table.step
-    return table.assign(**{f"{name}_0": np.interp(table.step, steps, np.resize(values, len(steps)))
-                           for name, values in experts.items()})
+    return table.assign(
+        **{
+            f"{name}_0": np.interp(table.step, steps, np.resize(values, len(steps)))
+            for name, values in experts.items()
+        }
+    )
 
 
 def study(**variants):
@@ -33,10 +39,26 @@ def study(**variants):
     for label, runs in variants.items():
         for seed, run in enumerate(runs, 1):
             run_id, status = f"{label}{seed}", run if isinstance(run, str) else "ok"
-            rows.append({"run_id": run_id, "stage": "toy", "variant": label, "seed": seed, "status": status,
-                         "started": f"{len(rows):03}", "source_sha": "s", "data_fingerprint": "d",
-                         "device_name": "H100", "changes": "", "config_hash": label, "tokens_per_step": 1,
-                         "params_total": 100.0, "flops_per_token": 10.0, "num_experts": 4, "bad_steps": 0})
+            rows.append(
+                {
+                    "run_id": run_id,
+                    "stage": "toy",
+                    "variant": label,
+                    "seed": seed,
+                    "status": status,
+                    "started": f"{len(rows):03}",
+                    "source_sha": "s",
+                    "data_fingerprint": "d",
+                    "device_name": "H100",
+                    "changes": "",
+                    "config_hash": label,
+                    "tokens_per_step": 1,
+                    "params_total": 100.0,
+                    "flops_per_token": 10.0,
+                    "num_experts": 4,
+                    "bad_steps": 0,
+                }
+            )
             if status == "ok":
                 curves[run_id] = run
     return pd.DataFrame(rows), curves
@@ -50,52 +72,88 @@ def around(mean, n, sd=0.001, **options):
 
 
 def verdicts(rows, curves, **options):
-    return gate.judge(stage(tuple(rows.variant.unique()), **options), rows, curves).set_index("variant")
+    return gate.judge(stage(tuple(rows.variant.unique()), **options), rows, curves).set_index(
+        "variant"
+    )
 
 
 FLAT = {"losses": [3.0, 2.0, 2.0, 2.0, 1.981], "train": [3.0, 2.0, 2.0, 2.0, 2.0]}
 
 
-@pytest.mark.parametrize("stop, made", [
-    (True, curve(**FLAT)), (False, curve(**FLAT | {"losses": [3.0, 2.0, 2.0, 2.0, 1.979]})),
-    (False, curve([3.0, 2.0, 2.0])), (True, curve([2.0, 2.1, 2.5, 3.0])),
-    (False, curve(**FLAT | {"train": [3.0, 2.0, 1.992, 1.984, 1.976]})),
-    (True, curve(**FLAT | {"train": [3.0, 2.0, 1.994, 1.988, 1.982]})),
-    (True, curve(**FLAT, entropy=0.5, load_max=0.5)),
-    (False, curve(**FLAT, entropy=[0.5, 0.5, 0.507, 0.514, 0.521], load_max=0.5)),
-    (True, curve(**FLAT, entropy=[0.5, 0.5, 0.506, 0.512, 0.518], load_max=0.5)),
-    (False, curve(**FLAT, entropy=0.5, load_max=[0.5, 0.5, 0.49, 0.48, 0.47])),
-    (True, curve(**FLAT, entropy=0.5, load_max=[0.5, 0.5, 0.493, 0.486, 0.479]))])
+@pytest.mark.parametrize(
+    "stop, made",
+    [
+        (True, curve(**FLAT)),
+        (False, curve(**FLAT | {"losses": [3.0, 2.0, 2.0, 2.0, 1.979]})),
+        (False, curve([3.0, 2.0, 2.0])),
+        (True, curve([2.0, 2.1, 2.5, 3.0])),
+        (False, curve(**FLAT | {"train": [3.0, 2.0, 1.992, 1.984, 1.976]})),
+        (True, curve(**FLAT | {"train": [3.0, 2.0, 1.994, 1.988, 1.982]})),
+        (True, curve(**FLAT, entropy=0.5, load_max=0.5)),
+        (False, curve(**FLAT, entropy=[0.5, 0.5, 0.507, 0.514, 0.521], load_max=0.5)),
+        (True, curve(**FLAT, entropy=[0.5, 0.5, 0.506, 0.512, 0.518], load_max=0.5)),
+        (False, curve(**FLAT, entropy=0.5, load_max=[0.5, 0.5, 0.49, 0.48, 0.47])),
+        (True, curve(**FLAT, entropy=0.5, load_max=[0.5, 0.5, 0.493, 0.486, 0.479])),
+    ],
+)
 def test_a_run_is_stopped_when_nothing_improves(stop, made):
     verdict, reason, numbers = gate.stop_verdict(made, gate.RULES, 4)
     assert verdict is stop and reason and numbers["evaluations"] == made.val_loss.notna().sum()
 
 
 def test_the_numbers_of_a_stop():
-    numbers = gate.stop_verdict(curve([3.0, 2.0, 1.99, 1.98, 1.97], entropy=[0, 0.1, 0.2, 0.3, 0.4], load_max=[1, 0.8,
-                                0.7, 0.6, 0.5]), gate.RULES, 4)[2]
-    assert numbers == {"evaluations": 5, "eval_gain": pytest.approx(0.03), "train_slope": pytest.approx(-0.01),
-                       "entropy_change": pytest.approx(0.3), "violation_change": pytest.approx(-1.2)}
+    numbers = gate.stop_verdict(
+        curve(
+            [3.0, 2.0, 1.99, 1.98, 1.97],
+            entropy=[0, 0.1, 0.2, 0.3, 0.4],
+            load_max=[1, 0.8, 0.7, 0.6, 0.5],
+        ),
+        gate.RULES,
+        4,
+    )[2]
+    assert numbers == {
+        "evaluations": 5,
+        "eval_gain": pytest.approx(0.03),
+        "train_slope": pytest.approx(-0.01),
+        "entropy_change": pytest.approx(0.3),
+        "violation_change": pytest.approx(-1.2),
+    }
     blank = curve(**FLAT).assign(train_loss=np.nan)
-    assert gate.stop_verdict(blank, gate.RULES)[0] is False  # nobody has seen the training loss being flat
+    assert (
+        gate.stop_verdict(blank, gate.RULES)[0] is False
+    )  # nobody has seen the training loss being flat
 
 
-@pytest.mark.parametrize("gap, verdict, rule", [(-0.051, "promote", "better"), (-0.049, "hold", ""), (0.2, "hold", "")])
+@pytest.mark.parametrize(
+    "gap, verdict, rule", [(-0.051, "promote", "better"), (-0.049, "hold", ""), (0.2, "hold", "")]
+)
 def test_better(gap, verdict, rule):
     found = verdicts(*study(none=around(3.0, 8), a=around(3.0 + gap, 8))).loc["a"]
     assert (found.verdict, found.rule) == (verdict, rule) and found.gap == pytest.approx(gap)
-    assert found.seeds == 8 and found.sd == pytest.approx(0.001) and found.se == pytest.approx(0.0005)
+    assert (
+        found.seeds == 8 and found.sd == pytest.approx(0.001) and found.se == pytest.approx(0.0005)
+    )
 
 
-@pytest.mark.parametrize("gap, seconds, verdict", [
-    (0.009, 0.94, "promote"), (0.011, 0.94, "hold"), (0.009, 0.96, "hold"), (-0.03, 0.94, "promote")])
+@pytest.mark.parametrize(
+    "gap, seconds, verdict",
+    [
+        (0.009, 0.94, "promote"),
+        (0.011, 0.94, "hold"),
+        (0.009, 0.96, "hold"),
+        (-0.03, 0.94, "promote"),
+    ],
+)
 def test_same_loss_in_less_time(gap, seconds, verdict):
     found = verdicts(*study(none=around(3.0, 8), a=around(3.0 + gap, 8, seconds=seconds))).loc["a"]
     assert found.verdict == verdict and found.seconds_per_step == pytest.approx(seconds)
     rows, curves = study(none=around(3.0, 8), a=around(3.0 + gap, 8, seconds=seconds))
     rows.loc[rows.variant == "a", "device_name"] = "H200"  # says nothing about the variant
     assert verdicts(rows, curves).loc["a"].verdict == "hold"
-    assert verdicts(rows.assign(device_name="cpu: shared with others"), curves).loc["a"].verdict == "hold"
+    assert (
+        verdicts(rows.assign(device_name="cpu: shared with others"), curves).loc["a"].verdict
+        == "hold"
+    )
 
 
 @pytest.mark.parametrize("flops, verdict", [(9.4, "promote"), (9.6, "hold")])
@@ -105,17 +163,34 @@ def test_same_loss_with_fewer_flops(flops, verdict):
     assert verdicts(rows, curves).loc["a"].verdict == verdict
 
 
-@pytest.mark.parametrize("entropy, load, verdict", [(0.83, 0.3, "promote"), (0.81, 0.3, "hold"), (0.83, 0.5, "hold")])
+@pytest.mark.parametrize(
+    "entropy, load, verdict", [(0.83, 0.3, "promote"), (0.81, 0.3, "hold"), (0.83, 0.5, "hold")]
+)
 def test_same_loss_with_better_routing(entropy, load, verdict):
-    found = verdicts(*study(none=around(3.0, 8, entropy=0.8, load_max=0.4),
-                            a=around(3.0, 8, entropy=entropy, load_max=load))).loc["a"]
+    found = verdicts(
+        *study(
+            none=around(3.0, 8, entropy=0.8, load_max=0.4),
+            a=around(3.0, 8, entropy=entropy, load_max=load),
+        )
+    ).loc["a"]
     assert found.verdict == verdict
-    assert (found.entropy, found.max_violation) == (pytest.approx(entropy), pytest.approx(4 * load - 1))
+    assert (found.entropy, found.max_violation) == (
+        pytest.approx(entropy),
+        pytest.approx(4 * load - 1),
+    )
 
 
-@pytest.mark.parametrize("loss, name, verdict", [
-    (1.029, "excellent", "promote"), (1.031, "good", "promote"), (1.069, "good", "promote"), (1.071, "fair", "hold"),
-    (1.099, "fair", "hold"), (1.101, "weak", "hold")])
+@pytest.mark.parametrize(
+    "loss, name, verdict",
+    [
+        (1.029, "excellent", "promote"),
+        (1.031, "good", "promote"),
+        (1.069, "good", "promote"),
+        (1.071, "fair", "hold"),
+        (1.099, "fair", "hold"),
+        (1.101, "weak", "hold"),
+    ],
+)
 def test_half_of_the_parameters(loss, name, verdict):
     rows, curves = study(none=around(1.0, 8, 1e-5), a=around(loss, 8, 1e-5))
     rows.loc[rows.variant == "a", "params_total"] = 60
@@ -126,25 +201,43 @@ def test_half_of_the_parameters(loss, name, verdict):
     assert (found["class"], found.verdict) == ("", "hold")
 
 
-@pytest.mark.parametrize("loss, sd, verdict", [
-    (1.065, 0.001, "promote"), (1.065, 0.01, "seed"), (1.075, 0.01, "seed"), (1.075, 0.001, "hold")])
+@pytest.mark.parametrize(
+    "loss, sd, verdict",
+    [
+        (1.065, 0.001, "promote"),
+        (1.065, 0.01, "seed"),
+        (1.075, 0.01, "seed"),
+        (1.075, 0.001, "hold"),
+    ],
+)
 def test_a_class_takes_noise_into_account(loss, sd, verdict):
     rows, curves = study(none=around(1.0, 3, sd), a=around(loss, 3, sd))
     rows.loc[rows.variant == "a", "params_total"] = 50
     assert verdicts(rows, curves, rules=["half_params"]).loc["a"].verdict == verdict
 
 
-@pytest.mark.parametrize("losses, verdict", [
-    ([3.09, 2.09, 1.09], "promote"), ([3.11, 2.0, 1.0], "hold"), ([3.09, 2.105, 1.0], "promote"),
-    ([3.09, 2.12, 1.0], "hold"), ([3.09, 2.0, 1.12], "hold")])
+@pytest.mark.parametrize(
+    "losses, verdict",
+    [
+        ([3.09, 2.09, 1.09], "promote"),
+        ([3.11, 2.0, 1.0], "hold"),
+        ([3.09, 2.105, 1.0], "promote"),
+        ([3.09, 2.12, 1.0], "hold"),
+        ([3.09, 2.0, 1.12], "hold"),
+    ],
+)
 def test_first_gap(losses, verdict):
     rows, curves = study(none=[curve([3.0, 2.0, 1.0])] * 8, a=[curve(losses)] * 8)
     assert verdicts(rows, curves, rules=["first_gap"]).loc["a"].verdict == verdict
-    assert verdicts(rows, curves).loc["a"].verdict == "hold"  # where it is not named it does not count
+    assert (
+        verdicts(rows, curves).loc["a"].verdict == "hold"
+    )  # where it is not named it does not count
     rows.loc[9, "bad_steps"] = 1
     assert verdicts(rows, curves, rules=["first_gap"]).loc["a"].verdict == "hold"
     for collapsed in ({"entropy": 0.4, "dead": 0}, {"entropy": 0.9, "dead": 1}):
-        rows, curves = study(none=[curve([3.0, 2.0, 1.0])] * 8, a=[curve(losses, load_max=0.3, **collapsed)] * 8)
+        rows, curves = study(
+            none=[curve([3.0, 2.0, 1.0])] * 8, a=[curve(losses, load_max=0.3, **collapsed)] * 8
+        )
         assert verdicts(rows, curves, rules=["first_gap"]).loc["a"].verdict == "hold"
 
 
@@ -160,20 +253,33 @@ def test_losses_are_compared_at_the_same_step():
 
 
 def test_time_to_the_reference_s_loss():
-    rows, curves = study(none=[curve([5.0, 4.0, 3.0])] * 2, a=[curve([5.0, 2.9, 2.8], seconds=1.5)] * 2,
-                         b=[curve([5.0, 4.0, 3.1])] * 2)
+    rows, curves = study(
+        none=[curve([5.0, 4.0, 3.0])] * 2,
+        a=[curve([5.0, 2.9, 2.8], seconds=1.5)] * 2,
+        b=[curve([5.0, 4.0, 3.1])] * 2,
+    )
     found = verdicts(rows, curves)
-    assert found.time_to_target.tolist()[:2] == [300, 300] and np.isnan(found.loc["b"].time_to_target)
+    assert found.time_to_target.tolist()[:2] == [300, 300] and np.isnan(
+        found.loc["b"].time_to_target
+    )
     assert (found.target_loss == 3.0).all() and (found.reference_time_to_target == 300).all()
     found = verdicts(rows, curves, target_loss=4.0)
     assert found.time_to_target[["none", "a", "b"]].tolist() == [200, 300, 200]
 
 
-@pytest.mark.parametrize("none, a, verdict, seed_for", [
-    (around(3.0, 1), around(2.9, 1), "seed", "none"), (around(3.0, 2), around(2.9, 1), "seed", "a"),
-    (around(3.0, 2), around(2.9, 3), "seed", "none"), (around(3.0, 3, 0.06), around(2.9, 3, 0.06), "seed", "a"),
-    (around(3.0, 3), around(2.9, 3), "promote", ""), (around(3.0, 8, 0.1), around(2.9, 8, 0.1), "hold", ""),
-    (around(3.0, 8, 0.04), around(2.9, 8, 0.04), "promote", ""), (around(3.0, 2), around(3.1, 2), "hold", "")])
+@pytest.mark.parametrize(
+    "none, a, verdict, seed_for",
+    [
+        (around(3.0, 1), around(2.9, 1), "seed", "none"),
+        (around(3.0, 2), around(2.9, 1), "seed", "a"),
+        (around(3.0, 2), around(2.9, 3), "seed", "none"),
+        (around(3.0, 3, 0.06), around(2.9, 3, 0.06), "seed", "a"),
+        (around(3.0, 3), around(2.9, 3), "promote", ""),
+        (around(3.0, 8, 0.1), around(2.9, 8, 0.1), "hold", ""),
+        (around(3.0, 8, 0.04), around(2.9, 8, 0.04), "promote", ""),
+        (around(3.0, 2), around(3.1, 2), "hold", ""),
+    ],
+)
 def test_seeds_are_asked_for_while_noise_could_explain_it(none, a, verdict, seed_for):
     found = verdicts(*study(none=none, a=a))
     assert (found.loc["a"].verdict, found.loc["a"].seed_for) == (verdict, seed_for)
@@ -194,9 +300,13 @@ def test_failures_are_told_and_last():
     assert table.variant.tolist() == ["none", "a", "b"] and table.failed.tolist() == [0, 1, 2]
     assert table.verdict.tolist() == ["reference", "promote", "hold"]
     few = verdicts(*study(none=around(3.0, 3), a=[*around(2.8, 3), *["diverged"] * 4], b=["oom"]))
-    assert few.verdict[["a", "b"]].tolist() == ["hold", "seed"], "those that survive say nothing of the rest"
+    assert few.verdict[["a", "b"]].tolist() == ["hold", "seed"], (
+        "those that survive say nothing of the rest"
+    )
     assert few.reason["a"].startswith("most of its runs failed")
-    assert table.reason[1].endswith("; 1 failed (diverged)") and table.reason[2].endswith("; 2 failed (crash, oom)")
+    assert table.reason[1].endswith("; 1 failed (diverged)") and table.reason[2].endswith(
+        "; 2 failed (crash, oom)"
+    )
     assert verdicts(rows, curves, max_seeds=2).verdict["b"] == "hold"
     runs = gate.judge_runs(stage(), rows, curves)
     assert runs.verdict.tolist() == ["finished"] * 6 + ["failed"] * 3
@@ -209,9 +319,11 @@ def test_the_stage_may_say_otherwise():
     assert verdicts(*made).verdict["a"] == "hold"
     assert verdicts(*made, better=0.03).verdict["a"] == "promote"
     assert verdicts(*made, better=0.03, rules=["same_loss"]).verdict["a"] == "hold"
-    for key, value, sentence in (("bettr", 1, "gate.bettr = 1 is no rule; choose from stop_gain"),
-                                 ("better", "x", "gate.better = 'x' must be a number"),
-                                 ("rules", ["best"], r"gate.rules = \['best'\] must be a list out of better")):
+    for key, value, sentence in (
+        ("bettr", 1, "gate.bettr = 1 is no rule; choose from stop_gain"),
+        ("better", "x", "gate.better = 'x' must be a number"),
+        ("rules", ["best"], r"gate.rules = \['best'\] must be a list out of better"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             verdicts(*made, **{key: value})
 
@@ -223,8 +335,12 @@ def simulate(count, sds, shift, least=2, most=8, seed=0):
     rng, labels = np.random.default_rng(seed), len(sds) - 1
     nothing = np.full((count, labels), np.nan)
     sums, left, ever = {}, np.arange(count), np.zeros((count, labels), bool)
-    for name, scale, centre in (("loss", np.array(sds)[:, None], 3.0), ("seconds", 0.05, 1.0), ("imbalance", 0.05, 0.2),
-                                ("violation", 0.2, 1.0)):
+    for name, scale, centre in (
+        ("loss", np.array(sds)[:, None], 3.0),
+        ("seconds", 0.05, 1.0),
+        ("imbalance", 0.05, 0.2),
+        ("violation", 0.2, 1.0),
+    ):
         x = rng.normal(size=(count, labels + 1, most)) * scale + centre
         x[:, 1] += shift * (name == "loss")
         sums[name] = x.cumsum(-1), (x**2).cumsum(-1)
@@ -232,12 +348,18 @@ def simulate(count, sds, shift, least=2, most=8, seed=0):
     while len(left):
         now, ours, theirs = n[left], {}, {}
         for name, pair in sums.items():
-            total, squares = (np.take_along_axis(one[left], now[..., None] - 1, -1)[..., 0] for one in pair)
+            total, squares = (
+                np.take_along_axis(one[left], now[..., None] - 1, -1)[..., 0] for one in pair
+            )
             made = now, total / now, (squares - total**2 / now) / (now - 1)
             ours[name] = gate.Sample(*(one[:, 1:] for one in made))
-            theirs[name] = gate.Sample(*(np.broadcast_to(one[:, :1], (len(left), labels)) for one in made))
+            theirs[name] = gate.Sample(
+                *(np.broadcast_to(one[:, :1], (len(left), labels)) for one in made)
+            )
         for name in ("first", "drift"):
-            ours[name] = theirs[name] = gate.Sample(now[:, 1:], nothing[:len(left)], nothing[:len(left)])
+            ours[name] = theirs[name] = gate.Sample(
+                now[:, 1:], nothing[: len(left)], nothing[: len(left)]
+            )
         facts = {"last": now[:, 1:] >= most, "reference_last": now[:, :1] >= most, "healthy": True}
         facts |= {"flops": 1, "params": 1, "timed": True}
         state, waits, _, _ = gate.decide(ours, theirs, facts, gate.RULES)
@@ -246,12 +368,23 @@ def simulate(count, sds, shift, least=2, most=8, seed=0):
         n[left, 1:] += asked & ~waits
         n[left, 0] += (asked & waits).any(1)
         left = left[asked.any(1)]
-    return ever[:, bool(shift):].any(1).mean(), ever[:, 0].mean()
+    return ever[:, bool(shift) :].any(1).mean(), ever[:, 0].mean()
 
 
 @pytest.mark.parametrize("seeds", [(2, 8), (3, 5)], ids=str)
-@pytest.mark.parametrize("sds", [[0.005] * 5, [0.05] * 5, [0.2] * 5, [0.05, 0.2, 0.05, 0.05, 0.05], [0.05] * 2,
-                                 [0.2] * 2, [0.2] * 3], ids=str)
+@pytest.mark.parametrize(
+    "sds",
+    [
+        [0.005] * 5,
+        [0.05] * 5,
+        [0.2] * 5,
+        [0.05, 0.2, 0.05, 0.05, 0.05],
+        [0.05] * 2,
+        [0.2] * 2,
+        [0.2] * 3,
+    ],
+    ids=str,
+)
 def test_chance_promotes_in_at_most_one_stage_of_a_hundred(sds, seeds):
     assert simulate(6000, sds, 0, *seeds)[0] <= 0.01
 
@@ -266,65 +399,101 @@ def write_stage(monkeypatch, tmp_path, rows, curves, text=""):
     for folder in ("experiments/stages", "logs"):
         Path(folder).mkdir(parents=True, exist_ok=True)
     Path("experiments/stages/toy.toml").write_text(
-        f'question = "?"\nreference = "none"\nseeds = [1, 2]\nvariants.none = {{}}\nvariants.a = {{LR = 1}}\n{text}')
+        f'question = "?"\nreference = "none"\nseeds = [1, 2]\nvariants.none = {{}}\nvariants.a = {{LR = 1}}\n{text}'
+    )
     rows.to_csv("experiments/results.csv", index=False)
     for run_id, one in curves.items():
         one.to_csv(f"logs/{run_id}.csv", index=False)
 
 
 def test_the_table(monkeypatch, tmp_path, capsys):
-    rows, curves = study(none=around(3.0, 3), a=[*around(2.9, 3), curve(**FLAT), curve([3.0, 2.0]), "oom"])
+    rows, curves = study(
+        none=around(3.0, 3), a=[*around(2.9, 3), curve(**FLAT), curve([3.0, 2.0]), "oom"]
+    )
     rows.loc[rows.run_id.isin(["a4", "a5"]), "status"] = "running"
     write_stage(monkeypatch, tmp_path, rows, curves)
     with open("logs/a5.csv", "a") as file:
         file.write("210,2.")  # of a line that is being written
     assert gate.main(["toy"]) == 0
     out = capsys.readouterr().out
-    assert "a: promote, better holds; gap -0.1000 at step 200" in out and "a4: stop, validation gained 0.0190" in out
+    assert (
+        "a: promote, better holds; gap -0.1000 at step 200" in out
+        and "a4: stop, validation gained 0.0190" in out
+    )
     table = pd.read_csv("experiments/tables/toy_gate.csv")
     assert table.kind.tolist() == ["variant"] * 2 + ["run"] * 9
     variant = table.set_index("variant").iloc[1]
     assert (variant.verdict, variant.rule) == ("promote", "better")
     assert (variant.seeds, variant.step, variant.failed) == (3, 200, 1)
-    assert variant.gap == pytest.approx(-0.1) and variant.params_total == 100 and variant.time_to_target == 200
+    assert (
+        variant.gap == pytest.approx(-0.1)
+        and variant.params_total == 100
+        and variant.time_to_target == 200
+    )
     runs = table[table.kind == "run"].set_index("run_id")
     assert runs.verdict[["none1", "a1", "a4", "a5", "a6"]].tolist() == [
-        "finished", "finished", "stop", "continue", "failed"]
-    assert (runs.step["a4"], runs.gap["a4"]) == (200, pytest.approx(-1.0)) and table.iloc[-1].run_id == "a6"
+        "finished",
+        "finished",
+        "stop",
+        "continue",
+        "failed",
+    ]
+    assert (runs.step["a4"], runs.gap["a4"]) == (200, pytest.approx(-1.0)) and table.iloc[
+        -1
+    ].run_id == "a6"
 
 
 def test_curves_without_logs(monkeypatch, tmp_path):
-    rows, curves = study(none=around(3.0, 3), a=around(2.9, 3, entropy=0.9, load_max=0.3), b=[curve(**FLAT)])
+    rows, curves = study(
+        none=around(3.0, 3), a=around(2.9, 3, entropy=0.9, load_max=0.3), b=[curve(**FLAT)]
+    )
     rows.loc[rows.variant == "b", "status"] = "stopped"
     write_stage(monkeypatch, tmp_path, rows, {})
     pd.concat([one.assign(run_id=run_id) for run_id, one in curves.items()]).to_csv(
-        "experiments/log_curves_toy.csv", index=False)
+        "experiments/log_curves_toy.csv", index=False
+    )
     table = gate.write_gate("toy")
     assert table.verdict[1] == "promote"
-    assert table.reason.iloc[-1].endswith("routing are flat")  # columns of other runs' experts are none of this one's
+    assert table.reason.iloc[-1].endswith(
+        "routing are flat"
+    )  # columns of other runs' experts are none of this one's
 
 
 def test_unequal_batches_are_compared_after_the_same_tokens(monkeypatch, tmp_path):
     """Half the tokens a step, twice the steps: at the same step, a would have learned from half the data."""
-    rows, curves = study(none=[curve([4.0, 3.0]), curve([4.0, 3.01])],
-                         a=[curve([4.5, 3.9, 3.5, 2.7]), curve([4.5, 3.9, 3.5, 2.71])])
+    rows, curves = study(
+        none=[curve([4.0, 3.0]), curve([4.0, 3.01])],
+        a=[curve([4.5, 3.9, 3.5, 2.7]), curve([4.5, 3.9, 3.5, 2.71])],
+    )
     for run_id, one in curves.items():
         curves[run_id] = one.assign(tokens=one.step * (2 if "none" in run_id else 1))
     rows["tokens_per_step"] = [2, 2, 1, 1]
     write_stage(monkeypatch, tmp_path, rows, curves)
     table = gate.write_gate("toy").set_index("variant")
-    assert (table.tokens["a"].iloc[0], table.gap["a"].iloc[0]) == (400, pytest.approx(-0.3)) and "step" not in table
+    assert (table.tokens["a"].iloc[0], table.gap["a"].iloc[0]) == (
+        400,
+        pytest.approx(-0.3),
+    ) and "step" not in table
     assert "after tokens 400" in table.reason["a"].iloc[0]
     write_stage(monkeypatch, tmp_path, rows.assign(tokens_per_step=1), curves)
     assert gate.write_gate("toy").set_index("variant").gap["a"].iloc[0] == pytest.approx(0.895)
 
 
-@pytest.mark.parametrize("args, text, sentence", [
-    (["other"], "", "STAGE other"), (["toy"], "gate.bettr = 1\n", "gate.bettr = 1 is no rule"),
-    (["toy"], "", "STAGE toy has no run")])
+@pytest.mark.parametrize(
+    "args, text, sentence",
+    [
+        (["other"], "", "STAGE other"),
+        (["toy"], "gate.bettr = 1\n", "gate.bettr = 1 is no rule"),
+        (["toy"], "", "STAGE toy has no run"),
+    ],
+)
 def test_errors_are_one_sentence(monkeypatch, tmp_path, capsys, args, text, sentence):
     rows, curves = study(none=around(3.0, 2))
-    write_stage(monkeypatch, tmp_path, rows.assign(stage="toy" if text else "elsewhere"), curves, text)
+    write_stage(
+        monkeypatch, tmp_path, rows.assign(stage="toy" if text else "elsewhere"), curves, text
+    )
     assert gate.main(args) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.startswith("stage_gate.py: error: ") and error.count("\n") == 1
+    assert (
+        sentence in error and error.startswith("stage_gate.py: error: ") and error.count("\n") == 1
+    )

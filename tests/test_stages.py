@@ -50,28 +50,56 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_stage_is_variants_times_grid_over_the_base(folder):
     stage = load_stage("toy")
-    assert list(stage.variants) == ["none LR=0.1", "none LR=0.00396", "a gate LR=0.1", "a gate LR=0.00396"]
+    assert list(stage.variants) == [
+        "none LR=0.1",
+        "none LR=0.00396",
+        "a gate LR=0.1",
+        "a gate LR=0.00396",
+    ]
     assert stage.variants["a gate LR=0.00396"] == {
-        "N_LAYER": "2", "BIAS": "1", "MUON_LR": "", "ATTNGATE": "headwise", "LR": "0.00396"}
-    assert (stage.axes, stage.seeds, stage.max_seeds, stage.gate) == (("attngate", "lr"), (1, 2), 8, {"better": 0.1})
+        "N_LAYER": "2",
+        "BIAS": "1",
+        "MUON_LR": "",
+        "ATTNGATE": "headwise",
+        "LR": "0.00396",
+    }
+    assert (stage.axes, stage.seeds, stage.max_seeds, stage.gate) == (
+        ("attngate", "lr"),
+        (1, 2),
+        8,
+        {"better": 0.1},
+    )
 
 
 def test_a_stage_that_extends_another_says_only_what_differs(folder):
     Path("experiments/stages/small.toml").write_text(
-        'extends = "toy"\nseeds = [5]\nreference = "none"\n[base]\nN_LAYER = 1\n[grid]\n[gate]\nstop_gain = 0.5\n')
+        'extends = "toy"\nseeds = [5]\nreference = "none"\n[base]\nN_LAYER = 1\n[grid]\n[gate]\nstop_gain = 0.5\n'
+    )
     small = load_stage("small")
-    assert list(small.variants) == ["none", "a gate"] and small.seeds == (5,) and small.question == "Is it so?"
+    assert (
+        list(small.variants) == ["none", "a gate"]
+        and small.seeds == (5,)
+        and small.question == "Is it so?"
+    )
     assert small.variants["none"] == {"N_LAYER": "1", "BIAS": "1", "MUON_LR": ""}
     assert small.gate == {"better": 0.1, "stop_gain": 0.5}
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ("reference = 'no'", "reference = 'no': choose one of 'none LR=0.1'"),
-    ("seeds = [1, 1]", "different whole numbers"),
-    ("colour = 1", "colour is no key of a stage; choose from extends, question"), ("seeds = []", "has no seeds"),
-    ("base.SEED = 3", "SEED is nothing a variant can set"), ("base.lr = 3", "lr is nothing a variant can set"),
-    ("seeds = [1", "is no TOML"), ("extends = 'toy'", "extends itself"), ("extends = 'gone'", "choose one of toy"),
-], ids=str)
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ("reference = 'no'", "reference = 'no': choose one of 'none LR=0.1'"),
+        ("seeds = [1, 1]", "different whole numbers"),
+        ("colour = 1", "colour is no key of a stage; choose from extends, question"),
+        ("seeds = []", "has no seeds"),
+        ("base.SEED = 3", "SEED is nothing a variant can set"),
+        ("base.lr = 3", "lr is nothing a variant can set"),
+        ("seeds = [1", "is no TOML"),
+        ("extends = 'toy'", "extends itself"),
+        ("extends = 'gone'", "choose one of toy"),
+    ],
+    ids=str,
+)
 def test_what_is_wrong_in_a_file_is_said_in_one_sentence(folder, capsys, change, sentence):
     kept = [line for line in FILE.splitlines() if line.split(" ")[0] != change.split(" ")[0]]
     text = "\n".join([change, *kept])
@@ -93,53 +121,95 @@ def test_every_stage_of_the_project_can_be_trained(name):
     """Settings, batch and schedule are sound; every variant of a stage sees the same tokens."""
     stage, tokens = load_stage(name), set()
     for settings in stage.variants.values():
-        cfg = Config.from_env(settings | {"DEVICE": "cpu", "VOCAB_SIZE": settings.get("VOCAB_SIZE") or "257"})
+        cfg = Config.from_env(
+            settings | {"DEVICE": "cpu", "VOCAB_SIZE": settings.get("VOCAB_SIZE") or "257"}
+        )
         check_batch(cfg, Ranks())
         tokens.add(make_plan(cfg, Ranks())["tokens_needed"])
         loud = [warning for warning in cautions({}, cfg) if "WARMDOWN" not in warning]
         assert not loud, loud
     assert len(tokens) == 1
-    assert stage.reference in stage.variants and len({str(settings) for settings in stage.variants.values()}) > 1
+    assert (
+        stage.reference in stage.variants
+        and len({str(settings) for settings in stage.variants.values()}) > 1
+    )
 
 
 def test_the_stages_of_the_sources_are_there_each_with_a_cpu_edition():
     """Variants, steps, rates and seeds as published."""
-    published = {"stage1": (5, 2, "1500", "0.0036"), "stage2": (8, 2, "800", "0.0036"),
-                 "stage2_5": (2, 2, "1500", "0.00468"), "stage3": (3, 3, "5100", "0.00468")}
+    published = {
+        "stage1": (5, 2, "1500", "0.0036"),
+        "stage2": (8, 2, "800", "0.0036"),
+        "stage2_5": (2, 2, "1500", "0.00468"),
+        "stage3": (3, 3, "5100", "0.00468"),
+    }
     for name, (variants, seeds, steps, rate) in published.items():
         stage = load_stage(name)
         first = stage.variants[stage.reference]
         assert (len(stage.variants), len(stage.seeds), first["NUM_ITERATIONS"], first["LR"]) == (
-            variants, seeds, steps, rate)
-    values = {"moe_aux": ("AUX_LOSS_COEF", "0.0 0.005 0.01 0.02"), "moe_topk": ("TOP_K", "1 2"),
-              "moe_experts": ("NUM_EXPERTS", "20 40 60"), "moe_dff": ("D_FF", "1024 2048 3072"),
-              "stage2": ("LR", "0.0036 0.00396 0.00432 0.00468")}
+            variants,
+            seeds,
+            steps,
+            rate,
+        )
+    values = {
+        "moe_aux": ("AUX_LOSS_COEF", "0.0 0.005 0.01 0.02"),
+        "moe_topk": ("TOP_K", "1 2"),
+        "moe_experts": ("NUM_EXPERTS", "20 40 60"),
+        "moe_dff": ("D_FF", "1024 2048 3072"),
+        "stage2": ("LR", "0.0036 0.00396 0.00432 0.00468"),
+    }
     for name, (setting, wanted) in values.items():
-        assert {settings[setting] for settings in load_stage(name).variants.values()} == set(wanted.split())
-    shapes = [tuple(settings[name] for name in ("BATCH_SIZE", "SEQUENCE_LENGTH", "MUON_LR"))
-              for settings in load_stage("batch_vs_seqlen").variants.values()]
-    assert shapes == [(b, t, rate) for b, t in (("64", "256"), ("8", "1024"), ("24", "512"))
-                      for rate in ("0.005", "0.01", "0.02")]
+        assert {settings[setting] for settings in load_stage(name).variants.values()} == set(
+            wanted.split()
+        )
+    shapes = [
+        tuple(settings[name] for name in ("BATCH_SIZE", "SEQUENCE_LENGTH", "MUON_LR"))
+        for settings in load_stage("batch_vs_seqlen").variants.values()
+    ]
+    assert shapes == [
+        (b, t, rate)
+        for b, t in (("64", "256"), ("8", "1024"), ("24", "512"))
+        for rate in ("0.005", "0.01", "0.02")
+    ]
     names = {*published, *values, "moe_depth", "half_params", "batch_vs_seqlen"}
     assert {*stages.stage_names()} >= names | {f"{name}_cpu" for name in names} | {"smoke"}
 
 
 def row(variant, seed, loss, **more):
-    return {"run_id": f"{variant[0]}{variant[-1]}{seed}{more.get('source_sha', 'new')}", "stage": "toy",
-            "variant": variant, "seed": seed, "status": "ok", "source_sha": "new", "data_fingerprint": "d1",
-            "config_hash": "c", "changes": f"PRESET=small N_LAYER=2 LR={variant.split('=')[1]} SEED={seed}",
-            "started": f"2026-01-0{seed}",
-            "final_loss": loss, "train_time": 60.0 + seed, "tokens_per_sec": 1000.0, "params_total": 1234567,
-            "params_active": 1234567, "device_name": "cpu: toy", "torch": "2", "attngate": variant.split(" LR")[0],
-            "lr": float(variant.split("=")[1]), "error": ""} | more
+    return {
+        "run_id": f"{variant[0]}{variant[-1]}{seed}{more.get('source_sha', 'new')}",
+        "stage": "toy",
+        "variant": variant,
+        "seed": seed,
+        "status": "ok",
+        "source_sha": "new",
+        "data_fingerprint": "d1",
+        "config_hash": "c",
+        "changes": f"PRESET=small N_LAYER=2 LR={variant.split('=')[1]} SEED={seed}",
+        "started": f"2026-01-0{seed}",
+        "final_loss": loss,
+        "train_time": 60.0 + seed,
+        "tokens_per_sec": 1000.0,
+        "params_total": 1234567,
+        "params_active": 1234567,
+        "device_name": "cpu: toy",
+        "torch": "2",
+        "attngate": variant.split(" LR")[0],
+        "lr": float(variant.split("=")[1]),
+        "error": "",
+    } | more
 
 
-ROWS = [*(row("none LR=0.1", seed, loss) for seed, loss in enumerate((3.0, 3.1, 3.2), 1)),
-        *(row("a gate LR=0.1", seed, loss) for seed, loss in enumerate((2.8, 2.9, 2.7), 1)),
-        row("none LR=0.00396", 1, 4.0), row("none LR=0.00396", 2, None, status="diverged"),
-        row("none LR=0.1", 1, 9.0, source_sha="old", started="2025-01-01"),
-        row("none LR=0.1", 4, 9.0, status="running"),
-        row("none LR=0.1", 5, 9.0, data_fingerprint="d0", started="2025-01-01")]
+ROWS = [
+    *(row("none LR=0.1", seed, loss) for seed, loss in enumerate((3.0, 3.1, 3.2), 1)),
+    *(row("a gate LR=0.1", seed, loss) for seed, loss in enumerate((2.8, 2.9, 2.7), 1)),
+    row("none LR=0.00396", 1, 4.0),
+    row("none LR=0.00396", 2, None, status="diverged"),
+    row("none LR=0.1", 1, 9.0, source_sha="old", started="2025-01-01"),
+    row("none LR=0.1", 4, 9.0, status="running"),
+    row("none LR=0.1", 5, 9.0, data_fingerprint="d0", started="2025-01-01"),
+]
 
 
 def results(rows, path="experiments/results.csv"):
@@ -157,36 +227,64 @@ def curve(folder, run_id, text):
 def test_only_one_source_and_one_dataset_are_compared_and_a_seed_once(folder):
     results([*ROWS, row("none LR=0.1", 1, 3.05, run_id="again", started="2026-02-01")])
     runs = split_results.comparable(split_results.read_results(), load_stage("toy"))
-    assert sorted(runs.run_id) == ["a11new", "a12new", "a13new", "again", "n12new", "n13new", "n61new"]
+    assert sorted(runs.run_id) == [
+        "a11new",
+        "a12new",
+        "a13new",
+        "again",
+        "n12new",
+        "n13new",
+        "n61new",
+    ]
     assert (runs[runs.variant == "none LR=0.1"].final_loss.sort_values() == [3.05, 3.1, 3.2]).all()
 
 
 def test_only_one_setting_of_what_does_not_vary_is_compared(folder):
     """N_LAYER is the same in all variants, whoever gives it, and LOG_EVERY changes no result; LR varies."""
+
     def of(layers, *more):
         return "PRESET=small LR=0.1 " + " ".join([f"N_LAYER={layers}", *more])
 
-    results([row("none LR=0.1", 1, 3.0, changes=of(2)), row("none LR=0.1", 2, 3.0, changes=of(2, "LOG_EVERY=5")),
-             row("a gate LR=0.1", 2, 3.0, changes=of(2, "ATTNGATE=headwise")),
-             row("a gate LR=0.1", 1, 2.0, changes=of(4), started="2025"),  # left from before the stage was edited
-             row("none LR=0.00396", 1, 2.0, changes=of(2, "BATCH_SIZE=9"), started="2025")])
+    results(
+        [
+            row("none LR=0.1", 1, 3.0, changes=of(2)),
+            row("none LR=0.1", 2, 3.0, changes=of(2, "LOG_EVERY=5")),
+            row("a gate LR=0.1", 2, 3.0, changes=of(2, "ATTNGATE=headwise")),
+            row(
+                "a gate LR=0.1", 1, 2.0, changes=of(4), started="2025"
+            ),  # left from before the stage was edited
+            row("none LR=0.00396", 1, 2.0, changes=of(2, "BATCH_SIZE=9"), started="2025"),
+        ]
+    )
     stage, rows = load_stage("toy"), split_results.read_results()
     assert sorted(split_results.comparable(rows, stage).run_id) == ["a12new", "n11new", "n12new"]
     rows.loc[2, ["config_hash", "started"]] = "edited", "2027"
     rows = pd.concat([rows, rows[2:3].assign(seed=5, config_hash="before", started="2026")])
-    assert sorted(split_results.comparable(rows, stage).seed) == [1, 2, 2], "a variant has the settings it had last"
+    assert sorted(split_results.comparable(rows, stage).seed) == [1, 2, 2], (
+        "a variant has the settings it had last"
+    )
 
 
 def test_what_makes_no_other_run_is_what_the_trainer_says():
-    assert {name.lower() for name in split_results.UNTRAINED} == {*train_gpt.UNTRAINED, "seed"} - {*train_gpt.LABELS}
+    assert {name.lower() for name in split_results.UNTRAINED} == {*train_gpt.UNTRAINED, "seed"} - {
+        *train_gpt.LABELS
+    }
 
 
 def test_curves_of_live_and_of_resumed_runs(folder):
     """Half a line is not read, of a step that was run twice the later line holds, numbers come back to the last bit."""
-    curve(folder, "n11new", f"step,val_loss,lr\n1,,{1 / 3!r}\n10,5.0,0.1\n12,4.9,0.1\n10,4.5,0.1\n11,4.4")
+    curve(
+        folder,
+        "n11new",
+        f"step,val_loss,lr\n1,,{1 / 3!r}\n10,5.0,0.1\n12,4.9,0.1\n10,4.5,0.1\n11,4.4",
+    )
     path = folder / "logs" / "n11new.csv"
     read = split_results.read_curve(path)
-    assert read.step.tolist() == [1, 10, 12] and read.val_loss.tolist()[1:] == [4.5, 4.9] and read.lr[0] == 1 / 3
+    assert (
+        read.step.tolist() == [1, 10, 12]
+        and read.val_loss.tolist()[1:] == [4.5, 4.9]
+        and read.lr[0] == 1 / 3
+    )
     results(ROWS)
     assert split_results.main(["toy"]) == 0
     kept = split_results.read_curves("toy")
@@ -202,10 +300,15 @@ def test_curves_of_live_and_of_resumed_runs(folder):
 
 
 def test_results_that_are_not_there(folder, capsys):
-    assert split_results.main([]) == 2 and "or rebuild_results.py from logs" in capsys.readouterr().err
+    assert (
+        split_results.main([]) == 2 and "or rebuild_results.py from logs" in capsys.readouterr().err
+    )
     results(ROWS)
     assert split_results.main(["tou"]) == 2 and "STAGE tou has no run" in capsys.readouterr().err
-    assert make_tables.main(["toy"]) == 2 and "python scripts/run_stage.py toy makes them" in capsys.readouterr().err
+    assert (
+        make_tables.main(["toy"]) == 2
+        and "python scripts/run_stage.py toy makes them" in capsys.readouterr().err
+    )
 
 
 def welch_by_hand(a, b):
@@ -213,7 +316,11 @@ def welch_by_hand(a, b):
     va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
     dof = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
     difference, error = np.mean(a) - np.mean(b), (va + vb) ** 0.5
-    return (difference, scipy_stats.t.ppf(0.975, dof) * error, 2 * scipy_stats.t.sf(abs(difference / error), dof))
+    return (
+        difference,
+        scipy_stats.t.ppf(0.975, dof) * error,
+        2 * scipy_stats.t.sf(abs(difference / error), dof),
+    )
 
 
 def test_tables_are_what_the_rows_say(folder):
@@ -223,18 +330,32 @@ def test_tables_are_what_the_rows_say(folder):
     table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
     assert list(table.columns[:4]) == ["attn_gate", "learning_rate", "seeds", "final_loss"]
     gate, reference = table.loc["a gate LR=0.1"], table.loc["none LR=0.1"]
-    assert (gate.seeds, gate.attn_gate, gate.learning_rate, gate.params_total) == (3, "a gate", 0.1, 1234567)
-    assert gate.final_loss == pytest.approx(2.8) and gate.sd == pytest.approx(0.1) and gate.train_time == 62
+    assert (gate.seeds, gate.attn_gate, gate.learning_rate, gate.params_total) == (
+        3,
+        "a gate",
+        0.1,
+        1234567,
+    )
+    assert (
+        gate.final_loss == pytest.approx(2.8)
+        and gate.sd == pytest.approx(0.1)
+        and gate.train_time == 62
+    )
     difference, half, p = welch_by_hand([2.8, 2.9, 2.7], [3.0, 3.1, 3.2])
     assert [gate.difference, gate.low, gate.high, gate.p] == pytest.approx(
-        [difference, difference - half, difference + half, p])
-    assert reference[["difference", "low", "p"]].isna().all() and reference.unfinished == "1 running"
+        [difference, difference - half, difference + half, p]
+    )
+    assert (
+        reference[["difference", "low", "p"]].isna().all() and reference.unfinished == "1 running"
+    )
     lone = table.loc["none LR=0.00396"]
     assert lone.seeds == 1 and pd.isna(lone.p) and lone.difference == pytest.approx(0.9)
     assert lone.unfinished == "1 diverged"
     assert table.loc["a gate LR=0.00396"].seeds == 0
     lines = text.splitlines()
-    assert lines[0].startswith("| variant | attn_gate | learning_rate | seeds | final_loss | sd | difference | 95 % ")
+    assert lines[0].startswith(
+        "| variant | attn_gate | learning_rate | seeds | final_loss | sd | difference | 95 % "
+    )
     assert "| a gate LR=0.1 | a gate | 0.1 | 3 | 2.8000 | 0.1000 | -0.3000 |" in text
     assert "| 1m 2.0s |" in text and "1,234,567" in text
     assert "| none LR=0.1 | none | 0.1 | 3 | 3.1000 | 0.1000 | reference |" in text
@@ -246,16 +367,24 @@ STUDIED = [path.stem.removeprefix("results_") for path in committed("experiments
 
 
 @pytest.mark.parametrize("name", STUDIED)
-def test_committed_tables_and_verdicts_are_those_of_the_committed_rows_and_curves(name, tmp_path, monkeypatch):
+def test_committed_tables_and_verdicts_are_those_of_the_committed_rows_and_curves(
+    name, tmp_path, monkeypatch
+):
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     monkeypatch.chdir(tmp_path)
     assert split_results.main([name]) == 0
     make_tables.write_tables(name)
     stage_gate.write_gate(name)
-    for path in (f"results_{name}.csv", f"log_curves_{name}.csv", f"tables/{name}.csv", f"tables/{name}.md",
-                 f"tables/{name}_gate.csv"):
+    for path in (
+        f"results_{name}.csv",
+        f"log_curves_{name}.csv",
+        f"tables/{name}.csv",
+        f"tables/{name}.md",
+        f"tables/{name}_gate.csv",
+    ):
         assert Path("experiments", path).read_text() == (ROOT / "experiments" / path).read_text(), (
-            f"{path} is stale: python scripts/run_stage.py {name} --no-run")
+            f"{path} is stale: python scripts/run_stage.py {name} --no-run"
+        )
 
 
 def test_readme_tables_are_those_of_the_rows(monkeypatch):

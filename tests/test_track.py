@@ -23,10 +23,22 @@ import train_gpt
 from scripts import track
 
 HEAD = "step,tokens,epoch,train_loss,val_loss,lr,grad_norm,train_time,tokens_per_sec,data_wait"
-ROWS = ["0,0,0.0,,7.5,,,0.0,,0.0", "1,64,0.125,7.25,,0.01,3.5,0.5,128.0,0.25",
-        "2,128,0.25,6.5,6.75,0.01,inf,1.0,128.0,0.25"]
-RUNNING = {"run_id": "toy", "stage": "first", "status": "running", "started": "2026-01-01T00:00:00+00:00",
-           "error": None, "lr": 0.01, "ffn": "moe", "bias": False, "embed_lr": None}
+ROWS = [
+    "0,0,0.0,,7.5,,,0.0,,0.0",
+    "1,64,0.125,7.25,,0.01,3.5,0.5,128.0,0.25",
+    "2,128,0.25,6.5,6.75,0.01,inf,1.0,128.0,0.25",
+]
+RUNNING = {
+    "run_id": "toy",
+    "stage": "first",
+    "status": "running",
+    "started": "2026-01-01T00:00:00+00:00",
+    "error": None,
+    "lr": 0.01,
+    "ffn": "moe",
+    "bias": False,
+    "embed_lr": None,
+}
 ENDED = RUNNING | {"status": "ok", "final_loss": 6.75, "moe_dead": 0, "mfu": None}
 FAST = "--follow", "--every", "0.05", "--patience"
 
@@ -43,10 +55,30 @@ def tracking(tmp_path, *args, to="tensorboard", env=None):
     for name in "torch", "train_gpt":
         (tmp_path / f"fakes/{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"fakes/{name}.py").write_text("raise SystemExit('slow to import')\n")
-    command = [sys.executable, ROOT / "scripts/track.py", "toy", "--to", to, "--log-dir", "logs", *args]
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "fakes")} | (env or {})
-    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, start_new_session=True) as process:
+    command = [
+        sys.executable,
+        ROOT / "scripts/track.py",
+        "toy",
+        "--to",
+        to,
+        "--log-dir",
+        "logs",
+        *args,
+    ]
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(tmp_path / "fakes"),
+    } | (env or {})
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
         try:
             yield process
         finally:
@@ -62,11 +94,15 @@ def tracked(*args, **kwargs):
 
 def scalars(tmp_path):
     """{tag: [(step, value), ...]} of the event files, in the order in which they came."""
-    return {tag: [(event.step, event.value) for event in events] for tag, events in events_of(tmp_path)[0].items()}
+    return {
+        tag: [(event.step, event.value) for event in events]
+        for tag, events in events_of(tmp_path)[0].items()
+    }
 
 
 def events_of(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     found = EventAccumulator(str(tmp_path / "logs/toy/tb"), {"scalars": 0}).Reload()
     return {tag: found.Scalars(tag) for tag in found.Tags()["scalars"]}, found
 
@@ -83,35 +119,62 @@ def wait_for(condition, seconds=10):
 
 
 def hashes(tmp_path):
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "logs").glob("toy.*")}
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (tmp_path / "logs").glob("toy.*")
+    }
 
 
 def test_tensorboard_has_what_the_curve_has(tmp_path):
     head = HEAD + ",aux_coef,aux_0,load_min_0,dead_0"
-    leave(tmp_path, [row + cells for row, cells in zip(ROWS, [",,,,", ",,,,", ",0.01,1.0,0.125,2"])], head)
+    leave(
+        tmp_path,
+        [row + cells for row, cells in zip(ROWS, [",,,,", ",,,,", ",0.01,1.0,0.125,2"])],
+        head,
+    )
     before = hashes(tmp_path)
     assert tracked(tmp_path) == (0, "toy (ok): tensorboard has it up to step 2\n", "")
     assert hashes(tmp_path) == before and len(before) == 2
     assert [path.name for path in (tmp_path / "logs/toy").iterdir()] == ["tb"]
     known, found = events_of(tmp_path)
     assert scalars(tmp_path) == {
-        "tokens": [(0, 0), (1, 64), (2, 128)], "epoch": [(0, 0), (1, 0.125), (2, 0.25)],
-        "train/loss": [(1, 7.25), (2, 6.5)], "val/loss": [(0, 7.5), (2, 6.75)],
-        "lr": [(1, pytest.approx(0.01)), (2, pytest.approx(0.01))], "grad_norm": [(1, 3.5), (2, float("inf"))],
-        "train_time": [(0, 0), (1, 0.5), (2, 1)], "tokens_per_sec": [(1, 128), (2, 128)],
-        "data_wait": [(0, 0), (1, 0.25), (2, 0.25)], "moe/aux_coef": [(2, pytest.approx(0.01))],
-        "moe/aux_0": [(2, 1)], "moe/load_min_0": [(2, 0.125)], "moe/dead_0": [(2, 2)],
-        "final/final_loss": [(2, 6.75)], "final/moe_dead": [(2, 0)]}
+        "tokens": [(0, 0), (1, 64), (2, 128)],
+        "epoch": [(0, 0), (1, 0.125), (2, 0.25)],
+        "train/loss": [(1, 7.25), (2, 6.5)],
+        "val/loss": [(0, 7.5), (2, 6.75)],
+        "lr": [(1, pytest.approx(0.01)), (2, pytest.approx(0.01))],
+        "grad_norm": [(1, 3.5), (2, float("inf"))],
+        "train_time": [(0, 0), (1, 0.5), (2, 1)],
+        "tokens_per_sec": [(1, 128), (2, 128)],
+        "data_wait": [(0, 0), (1, 0.25), (2, 0.25)],
+        "moe/aux_coef": [(2, pytest.approx(0.01))],
+        "moe/aux_0": [(2, 1)],
+        "moe/load_min_0": [(2, 0.125)],
+        "moe/dead_0": [(2, 2)],
+        "final/final_loss": [(2, 6.75)],
+        "final/moe_dead": [(2, 0)],
+    }
     assert [event.wall_time for event in known["train/loss"]] == [1767225600.5, 1767225601]
     hparams = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    assert b"embed_lr" not in hparams and b"final_loss" not in hparams and b"bias" in hparams and b"moe" in hparams
+    assert (
+        b"embed_lr" not in hparams
+        and b"final_loss" not in hparams
+        and b"bias" in hparams
+        and b"moe" in hparams
+    )
     files = sorted((tmp_path / "logs/toy/tb").iterdir())
     assert tracked(tmp_path)[0] == 0 and sorted((tmp_path / "logs/toy/tb").iterdir()) == files
 
 
 def test_a_live_run_arrives_once_and_the_follower_ends_with_it(tmp_path):
     """It starts before the run, and meets lines of which it sees one half first."""
-    rows = [ROWS[0], *(f"{step},{64 * step},0.1,{step / 8},,0.01,1.0,{step / 2},128.0,0.0" for step in range(1, 30))]
+    rows = [
+        ROWS[0],
+        *(
+            f"{step},{64 * step},0.1,{step / 8},,0.01,1.0,{step / 2},128.0,0.0"
+            for step in range(1, 30)
+        ),
+    ]
 
     def train():
         time.sleep(0.3)
@@ -166,7 +229,11 @@ def test_a_killed_run_ends_and_one_that_is_quiet_does_not(tmp_path):
     (tmp_path / "logs/toy/live.lock").unlink()
     with tracking(tmp_path, *FAST, "0.6") as process:
         out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (0, "toy (killed): tensorboard has it up to step 2\n", "")
+    assert (process.returncode, out, err) == (
+        0,
+        "toy (killed): tensorboard has it up to step 2\n",
+        "",
+    )
     assert not (tmp_path / "logs/toy/live.lock").exists()
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1, 2]
 
@@ -178,18 +245,23 @@ def test_a_signal_ends_the_follower_in_good_order(tmp_path, number):
         wait_for(lambda: read(tmp_path / "logs/toy/tb/sent.csv"))
         os.killpg(process.pid, number)  # as a terminal does: every process of it
         out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (0, "toy (running): tensorboard has it up to step 2\n", "")
+    assert (process.returncode, out, err) == (
+        0,
+        "toy (running): tensorboard has it up to step 2\n",
+        "",
+    )
 
 
 def wandb_records(path):
     """Of a .wandb file: chunks in blocks of 32 KiB, as in LevelDB's log, each with checksum, size and kind."""
     from wandb.proto.wandb_internal_pb2 import Record
+
     data, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 2**15 - at % 2**15 < 7:
             at += -at % 2**15
-        size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
-        record, at = record + data[at + 7:at + 7 + size], at + 7 + size
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record, at = record + data[at + 7 : at + 7 + size], at + 7 + size
         if kind in (1, 4):  # whole, last
             yield Record.FromString(record)
             record = b""
@@ -198,26 +270,60 @@ def wandb_records(path):
 def test_wandb_offline(tmp_path):
     leave(tmp_path, summary=ENDED | {"status": "diverged"})
     before = hashes(tmp_path)
-    code, out, err = tracked(tmp_path, to="wandb", env={"WANDB_MODE": "offline", "WANDB_NAME": "mine"})
+    code, out, err = tracked(
+        tmp_path, to="wandb", env={"WANDB_MODE": "offline", "WANDB_NAME": "mine"}
+    )
     assert code == 0 and out == "toy (diverged): wandb has it up to step 2\n", err
     assert hashes(tmp_path) == before
     (file,) = (tmp_path / "logs/toy/wandb").glob("offline-run-*/*.wandb")
     records = [*wandb_records(file)]
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (run.project, run.run_id, run.display_name, run.run_group) == ("train_gpt", "toy", "mine", "first")
+    assert (run.project, run.run_id, run.display_name, run.run_group) == (
+        "train_gpt",
+        "toy",
+        "mine",
+        "first",
+    )
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config.pop("_wandb") is not None
-    assert config == {"run_id": "toy", "stage": "first", "started": RUNNING["started"], "lr": 0.01, "ffn": "moe",
-                      "bias": False}
-    history = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-               for record in records if record.WhichOneof("record_type") == "history"]
-    assert [(row["step"], row["tokens"], row.get("train/loss"), row.get("val/loss")) for row in history] == [
-        (0, 0, None, 7.5), (1, 64, 7.25, None), (2, 128, 6.5, 6.75)]
-    summary = {item.key: json.loads(item.value_json) for record in records for item in record.summary.update}
+    assert config == {
+        "run_id": "toy",
+        "stage": "first",
+        "started": RUNNING["started"],
+        "lr": 0.01,
+        "ffn": "moe",
+        "bias": False,
+    }
+    history = [
+        {
+            "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [
+        (row["step"], row["tokens"], row.get("train/loss"), row.get("val/loss")) for row in history
+    ] == [(0, 0, None, 7.5), (1, 64, 7.25, None), (2, 128, 6.5, 6.75)]
+    summary = {
+        item.key: json.loads(item.value_json)
+        for record in records
+        for item in record.summary.update
+    }
     assert summary["final_loss"] == 6.75 and summary["status"] == "diverged"
-    assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [1]
-    assert not {record.WhichOneof("record_type") for record in records} & {"files", "environment", "stats"}
-    left = [path for path in file.parent.rglob("*") if path.is_file() and not path.match("logs/debug*.log")]
+    assert [
+        record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"
+    ] == [1]
+    assert not {record.WhichOneof("record_type") for record in records} & {
+        "files",
+        "environment",
+        "stats",
+    }
+    left = [
+        path
+        for path in file.parent.rglob("*")
+        if path.is_file() and not path.match("logs/debug*.log")
+    ]
     assert left == [file]
 
 
@@ -231,14 +337,42 @@ def init(**kwargs): return Run()
 """
 
 
-@pytest.mark.parametrize("module, code, says", [
-    (FAKE + "def init(**kwargs): raise OSError('no network\\nand more')\n", 1, "wandb failed (OSError: no network);"),
-    (FAKE + RUN.format(log="raise ValueError('no')", finish="pass"), 1, "wandb failed (ValueError: no);"),
-    (FAKE + RUN.format(log="pass", finish="raise SystemExit(3)"), 1, "wandb failed (SystemExit: 3);"),
-    (FAKE + RUN.format(log="import os; os.kill(os.getpid(), 9)", finish="pass"), 1, "wandb was ended by signal 9;"),
-    (FAKE + "import time\ndef init(**kwargs): time.sleep(60)\n", 1, "wandb hung and was ended;"),
-    ("raise ModuleNotFoundError('No module named wandb')\n", 2, "wandb cannot be imported (No module named wandb): pip "
-     "install wandb;")], ids=["init", "log", "finish", "killed", "hangs", "absent"])
+@pytest.mark.parametrize(
+    "module, code, says",
+    [
+        (
+            FAKE + "def init(**kwargs): raise OSError('no network\\nand more')\n",
+            1,
+            "wandb failed (OSError: no network);",
+        ),
+        (
+            FAKE + RUN.format(log="raise ValueError('no')", finish="pass"),
+            1,
+            "wandb failed (ValueError: no);",
+        ),
+        (
+            FAKE + RUN.format(log="pass", finish="raise SystemExit(3)"),
+            1,
+            "wandb failed (SystemExit: 3);",
+        ),
+        (
+            FAKE + RUN.format(log="import os; os.kill(os.getpid(), 9)", finish="pass"),
+            1,
+            "wandb was ended by signal 9;",
+        ),
+        (
+            FAKE + "import time\ndef init(**kwargs): time.sleep(60)\n",
+            1,
+            "wandb hung and was ended;",
+        ),
+        (
+            "raise ModuleNotFoundError('No module named wandb')\n",
+            2,
+            "wandb cannot be imported (No module named wandb): pip install wandb;",
+        ),
+    ],
+    ids=["init", "log", "finish", "killed", "hangs", "absent"],
+)
 def test_a_broken_tracker_costs_no_other_its_data(tmp_path, module, code, says):
     leave(tmp_path)
     before = hashes(tmp_path)
@@ -246,21 +380,39 @@ def test_a_broken_tracker_costs_no_other_its_data(tmp_path, module, code, says):
     (tmp_path / "fakes/wandb.py").write_text(module)
     found = tracked(tmp_path, "--patience", "0.8", to="wandb,tensorboard")
     command = "once that is mended, python scripts/track.py toy --to wandb --log-dir logs sends what it lacks"
-    assert found == (code, "toy (ok): tensorboard has it up to step 2\n", f"track.py: error: {says} {command}\n")
+    assert found == (
+        code,
+        "toy (ok): tensorboard has it up to step 2\n",
+        f"track.py: error: {says} {command}\n",
+    )
     assert scalars(tmp_path)["train/loss"] == [(1, 7.25), (2, 6.5)] and hashes(tmp_path) == before
 
 
 def test_a_second_follower_leaves_it_to_the_first(tmp_path):
     leave(tmp_path)
     with FileLock(tmp_path / "logs/toy/tb/track.lock"):
-        assert tracked(tmp_path, *FAST, "0.6") == (0, "toy: another follower feeds tensorboard\n", "")
+        assert tracked(tmp_path, *FAST, "0.6") == (
+            0,
+            "toy: another follower feeds tensorboard\n",
+            "",
+        )
     assert not [*(tmp_path / "logs/toy/tb").glob("events*")]
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    (["toy", "--to", "tensorboard,mlflow"], "--to 'mlflow': choose some of tensorboard,wandb"),
-    (["../toy", "--to", "wandb"], "RUN_ID '../toy': 1 to 100 letters, digits, _, and within . -"),
-    (["toy", "--to", "wandb", "--every", "0"], "--every 0 --patience 60: both must be more than 0 seconds")])
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["toy", "--to", "tensorboard,mlflow"], "--to 'mlflow': choose some of tensorboard,wandb"),
+        (
+            ["../toy", "--to", "wandb"],
+            "RUN_ID '../toy': 1 to 100 letters, digits, _, and within . -",
+        ),
+        (
+            ["toy", "--to", "wandb", "--every", "0"],
+            "--every 0 --patience 60: both must be more than 0 seconds",
+        ),
+    ],
+)
 def test_wrong_arguments_are_refused(capsys, argv, sentence):
     with pytest.raises(SystemExit) as stopped:
         track.main(argv)
@@ -270,8 +422,10 @@ def test_wrong_arguments_are_refused(capsys, argv, sentence):
 def test_a_run_that_is_not_there_is_told(tmp_path, capsys):
     argv = ["other", "--to", "tensorboard", "--log-dir", str(tmp_path / "logs")]
     assert track.main(argv) == 2
-    assert capsys.readouterr().err == (f"track.py: error: no run other in {tmp_path}/logs; the newest there: none; "
-                                       "name another --log-dir\n")
+    assert capsys.readouterr().err == (
+        f"track.py: error: no run other in {tmp_path}/logs; the newest there: none; "
+        "name another --log-dir\n"
+    )
     leave(tmp_path)
     (tmp_path / "logs/older.json").write_text("{}")
     os.utime(tmp_path / "logs/older.json", (1, 1))
@@ -283,7 +437,9 @@ def test_a_run_that_is_not_there_is_told(tmp_path, capsys):
 
 def test_the_trainers_own_files_are_understood(tmp_path, settings):
     """Every figure is told from the settings, and every column of experts is named so."""
-    code, output = launch(settings | {"FFN": "relu2,moe", "BALANCE_LOG_INTERVAL": 4, "RUN_ID": "toy"})
+    code, output = launch(
+        settings | {"FFN": "relu2,moe", "BALANCE_LOG_INTERVAL": 4, "RUN_ID": "toy"}
+    )
     assert code == [0], output
     assert tracked(tmp_path)[0] == 0
     found, log = scalars(tmp_path), (tmp_path / "logs/toy.txt").read_text()
@@ -294,12 +450,18 @@ def test_the_trainers_own_files_are_understood(tmp_path, settings):
     assert not {*figures} & {field.name for field in fields(train_gpt.Config)}
     header, *rows = (tmp_path / "logs/toy.csv").read_text().splitlines()
     experts = {tag for tag in found if tag.startswith("moe/")}
-    assert experts == {f"moe/{name}" for name in header.split(",")[len(CURVE):]} and len(experts) == 6
-    assert found["val/loss"][-1] == found["final/final_loss"][0] and len(found["tokens"]) == len(rows)
+    assert (
+        experts == {f"moe/{name}" for name in header.split(",")[len(CURVE) :]} and len(experts) == 6
+    )
+    assert found["val/loss"][-1] == found["final/final_loss"][0] and len(found["tokens"]) == len(
+        rows
+    )
     assert found["final/final_loss"][0][1] == pytest.approx(summary["final_loss"])
 
 
-def test_the_trainer_starts_it_beside_itself_and_ends_well_whatever_becomes_of_it(tmp_path, settings):
+def test_the_trainer_starts_it_beside_itself_and_ends_well_whatever_becomes_of_it(
+    tmp_path, settings
+):
     """tensorboard is fed to the end while wandb is broken; without TRACKERS nothing is started."""
     (tmp_path / "fakes").mkdir()
     (tmp_path / "fakes/wandb.py").write_text("raise OSError('no network')\n")

@@ -37,30 +37,47 @@ def curve(settings, *columns):
 
 
 def losses(settings):
-    return np.array([float(loss) for loss, in curve(settings, "train_loss") if loss])
+    return np.array([float(loss) for (loss,) in curve(settings, "train_loss") if loss])
 
 
 def test_a_run_leaves_log_curve_summary_and_row(settings):
-    codes, out = launch(settings | {"NUM_ITERATIONS": 30, "VAL_EVERY": 10, "STAGE": "s", "NOTE": 'a, "b"'})
+    codes, out = launch(
+        settings | {"NUM_ITERATIONS": 30, "VAL_EVERY": 10, "STAGE": "s", "NOTE": 'a, "b"'}
+    )
     assert codes == [0], out
     log = (settings["LOG_DIR"] / "toy.txt").read_text()
     assert train_gpt.SOURCE in log
-    line = re.compile(r"^step:(\d+)/30 (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", re.M)
+    line = re.compile(
+        r"^step:(\d+)/30 (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", re.M
+    )
     seen = [(int(step), kind) for step, kind in line.findall(out)]
     assert seen == [(int(step), kind) for step, kind in line.findall(log)]
     assert {step for step, kind in seen if kind == "val"} == {0, 10, 20, 30}
     assert {step for step, kind in seen if kind == "train"} == set(range(1, 31))
     steps = curve(settings, "step", "tokens", "val_loss")
-    assert [int(step) for step, _, _ in steps] == list(range(31)) and steps[30][1] == str(30 * 12 * 16)
+    assert [int(step) for step, _, _ in steps] == list(range(31)) and steps[30][1] == str(
+        30 * 12 * 16
+    )
     told = summary(settings)
-    assert told["status"] == "ok" and told["final_loss"] == float(steps[30][2]) < 0.8 * float(steps[0][2])
-    assert told["best_loss"] <= told["final_loss"] and told["ppl"] == pytest.approx(np.exp(told["final_loss"]))
-    row, = rows(settings)
-    assert row["status"] == "ok" and row["final_loss"] == str(told["final_loss"]) and row["note"] == 'a, "b"'
+    assert told["status"] == "ok" and told["final_loss"] == float(steps[30][2]) < 0.8 * float(
+        steps[0][2]
+    )
+    assert told["best_loss"] <= told["final_loss"] and told["ppl"] == pytest.approx(
+        np.exp(told["final_loss"])
+    )
+    (row,) = rows(settings)
+    assert (
+        row["status"] == "ok"
+        and row["final_loss"] == str(told["final_loss"])
+        and row["note"] == 'a, "b"'
+    )
     assert row["mfu"] == row["compile_time"] == row["bits_per_byte"] == ""  # not known, so blank
-    assert all(row[name] for name in "started source_sha config_hash host torch world_size params_total stage "
-               "flops_per_token tokens train_time eval_time step_avg tokens_per_sec peak_mem data_fingerprint "
-               "changes".split())
+    assert all(
+        row[name]
+        for name in "started source_sha config_hash host torch world_size params_total stage "
+        "flops_per_token tokens train_time eval_time step_avg tokens_per_sec peak_mem data_fingerprint "
+        "changes".split()
+    )
     assert out.rstrip().split("---")[1].split() and f"row: {settings['RESULTS_CSV']}" in out
 
 
@@ -80,24 +97,39 @@ def test_several_ranks_give_the_curve_of_one(settings, world):
 
 def test_same_seed_same_curve(settings):
     runs = {}
-    for name, changes in {"a": {}, "b": {}, "seed": {"SEED": 1}, "rare": {"VAL_EVERY": 0, "LOG_EVERY": 1},
-                          "shuffled": {"SHUFFLE": 1}}.items():
+    for name, changes in {
+        "a": {},
+        "b": {},
+        "seed": {"SEED": 1},
+        "rare": {"VAL_EVERY": 0, "LOG_EVERY": 1},
+        "shuffled": {"SHUFFLE": 1},
+    }.items():
         assert launch(settings | changes | {"RUN_ID": name, "DROPOUT": 0.1})[0] == [0]
         runs[name] = losses(settings | {"RUN_ID": name})
     assert np.array_equal(runs["a"], runs["b"]) and np.array_equal(runs["a"], runs["rare"])
-    assert not np.array_equal(runs["a"], runs["seed"]) and not np.array_equal(runs["a"], runs["shuffled"])
+    assert not np.array_equal(runs["a"], runs["seed"]) and not np.array_equal(
+        runs["a"], runs["shuffled"]
+    )
 
 
 def test_golden_losses(settings):
     """100 deterministic steps: the same bits again, others for another seed, and those that this kind of machine had
     when tests/golden_losses.json was written. A change that is meant to change them: UPDATE_GOLDEN=1."""
-    settings |= {"NUM_ITERATIONS": 100, "DETERMINISTIC": 1, "SHUFFLE": 1, "DROPOUT": 0.1, "VAL_EVERY": 0}
+    settings |= {
+        "NUM_ITERATIONS": 100,
+        "DETERMINISTIC": 1,
+        "SHUFFLE": 1,
+        "DROPOUT": 0.1,
+        "VAL_EVERY": 0,
+    }
     seen = {}
     for name, seed in ("a", 0), ("b", 0), ("c", 1):
         assert launch(settings | {"RUN_ID": name, "SEED": seed})[0] == [0]
         seen[name] = [float(loss).hex() for loss in losses(settings | {"RUN_ID": name})]
     assert len(seen["a"]) == 100 and seen["a"] == seen["b"] and not set(seen["a"]) & set(seen["c"])
-    traits = re.findall(r"^(?:model|stepping|cpu family|cache size|flags).*", CPUINFO.split("\n\n")[0], re.M)
+    traits = re.findall(
+        r"^(?:model|stepping|cpu family|cache size|flags).*", CPUINFO.split("\n\n")[0], re.M
+    )
     cpu = device_name(torch.device("cpu"))
     machine = f"torch {torch.__version__}, {cpu}, {hashlib.sha256(repr(traits).encode()).hexdigest()[:12]}"
     file = ROOT / "tests/golden_losses.json"
@@ -112,7 +144,9 @@ def test_golden_losses(settings):
 def test_accumulation_does_not_change_the_curve(settings):
     for size in (1, 12):
         assert launch(settings | {"RUN_ID": f"micro{size}", "DEVICE_BATCH_SIZE": size})[0] == [0]
-    assert np.allclose(losses(settings | {"RUN_ID": "micro1"}), losses(settings | {"RUN_ID": "micro12"}), atol=1e-4)
+    assert np.allclose(
+        losses(settings | {"RUN_ID": "micro1"}), losses(settings | {"RUN_ID": "micro12"}), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -124,7 +158,11 @@ def test_half_precision_learns(settings, dtype):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_run_equals_eager(settings):
-    short = settings | {"NUM_ITERATIONS": 3, "N_LAYER": 1, "VAL_TOKENS": 80}  # 80 / 16 = 5 samples: a last batch of one
+    short = settings | {
+        "NUM_ITERATIONS": 3,
+        "N_LAYER": 1,
+        "VAL_TOKENS": 80,
+    }  # 80 / 16 = 5 samples: a last batch of one
     assert launch(short | {"RUN_ID": "eager"})[0] == [0]
     compiled = short | {"RUN_ID": "compiled", "COMPILE": 1, "PATH": os.environ["PATH"]}
     codes, out = launch(compiled)
@@ -138,11 +176,16 @@ REFUSED = [  # settings, exit code, what the one sentence says
     ({"BATCH_SIZE": 7}, 2, ["BATCH_SIZE=7", "DEVICE_BATCH_SIZE=2", "4 or 8"]),
     ({"LEARNING_RATE": 1}, 2, ["LEARNING_RATE", "LR"]),
     ({"DEVICE": "cuda"}, 2, ["DEVICE=cuda"]),
-    ({"MAX_EPOCHS": 1, "NUM_ITERATIONS": 1000}, 3, ["NUM_ITERATIONS=1000", "12,000 samples", "prepare_data.py"]),
+    (
+        {"MAX_EPOCHS": 1, "NUM_ITERATIONS": 1000},
+        3,
+        ["NUM_ITERATIONS=1000", "12,000 samples", "prepare_data.py"],
+    ),
     ({"VAL_TOKENS": 10**6}, 3, ["VAL_TOKENS=1000000", "62,500 samples"]),
     ({"INPUT_BIN": "nowhere/fineweb_train_*.bin"}, 3, ["nowhere", "python cached_fineweb10B.py"]),
     ({"VOCAB_SIZE": 63}, 3, ["token 63", "VOCAB_SIZE=63"]),
-    ({"VOCAB_SIZE": 0}, 3, ["VOCAB_SIZE=0", "index.json"])]
+    ({"VOCAB_SIZE": 0}, 3, ["VOCAB_SIZE=0", "index.json"]),
+]
 
 
 @pytest.mark.skipif(train_gpt.torch.cuda.is_available(), reason="DEVICE=cuda is no mistake here")
@@ -152,8 +195,12 @@ def test_a_refused_run_says_why_in_one_line_and_leaves_a_row(settings, changes, 
     codes, out = launch(settings | changes, world=2)
     assert codes == [code] * 2 and time.perf_counter() - began < 15
     assert len(out.splitlines()) == 1 and all(word in out for word in words), out
-    row, = rows(settings)
-    assert row["status"] == {2: "config", 3: "data"}[code] and row["run_id"] == "toy" and words[0] in row["error"]
+    (row,) = rows(settings)
+    assert (
+        row["status"] == {2: "config", 3: "data"}[code]
+        and row["run_id"] == "toy"
+        and words[0] in row["error"]
+    )
 
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00"], ids=["columns", "bytes"])
@@ -162,7 +209,10 @@ def test_a_table_that_is_none_is_refused_and_left_alone(settings, content):
     codes, out = launch(settings)
     said = "cannot be written as a table with a column run_id"
     assert codes == [2] and len(out.splitlines()) == 1 and said in out, out
-    assert settings["RESULTS_CSV"].read_bytes() == content and not (settings["LOG_DIR"] / "toy.txt").exists()
+    assert (
+        settings["RESULTS_CSV"].read_bytes() == content
+        and not (settings["LOG_DIR"] / "toy.txt").exists()
+    )
 
 
 def test_a_bad_shard_ends_every_rank(settings, tmp_path):
@@ -179,13 +229,24 @@ def test_a_finished_run_id_is_not_used_again(settings):
     assert (rows(settings), (settings["LOG_DIR"] / "toy.txt").read_text()) == before
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"LR": 1e30, "MUON_LR": 1e30}, "not finite 21 times in a row"),
-    ({"LR": 1e15, "MUON_LR": 1e15, "NORM": "layer", "QK_NORM": 0, "INIT": "gpt2"}, "val_loss is nan")], ids=str)
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"LR": 1e30, "MUON_LR": 1e30}, "not finite 21 times in a row"),
+        (
+            {"LR": 1e15, "MUON_LR": 1e15, "NORM": "layer", "QK_NORM": 0, "INIT": "gpt2"},
+            "val_loss is nan",
+        ),
+    ],
+    ids=str,
+)
 def test_divergence_ends_the_run(settings, changes, reason):
     codes, out = launch(settings | changes | {"NUM_ITERATIONS": 1000}, world=2)
     assert codes == [4, 4] and reason in out and "lower LR" in out
-    assert rows(settings)[0]["status"] == "diverged" and int(rows(settings)[0]["tokens"]) < 100 * 12 * 16
+    assert (
+        rows(settings)[0]["status"] == "diverged"
+        and int(rows(settings)[0]["tokens"]) < 100 * 12 * 16
+    )
 
 
 def test_a_gradient_that_reaches_nothing_ends_the_run(settings, monkeypatch):
@@ -198,8 +259,12 @@ def test_gradients_that_stay_bad_end_the_run(settings, monkeypatch):
     """Each is left out of the update and counted."""
     monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: train_gpt.torch.tensor(np.nan))
     codes, out = launch(settings | {"NUM_ITERATIONS": 1000})
-    assert codes == [4] and "not finite 21 times in a row" in out and rows(settings)[0]["bad_steps"] == "21"
-    validations = {loss for loss, in curve(settings, "val_loss") if loss}
+    assert (
+        codes == [4]
+        and "not finite 21 times in a row" in out
+        and rows(settings)[0]["bad_steps"] == "21"
+    )
+    validations = {loss for (loss,) in curve(settings, "val_loss") if loss}
     assert len(validations) == 1  # no update was made
 
 
@@ -212,25 +277,37 @@ def test_a_crash_leaves_its_traceback_and_a_row(settings, monkeypatch):
 def test_out_of_memory_has_its_own_status(settings, monkeypatch):
     def fail(*args):
         raise train_gpt.torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setattr(train_gpt, "train_step", fail)
     assert launch(settings)[0] == [5] and rows(settings)[0]["status"] == "oom"
 
 
 def run(*command, **env):
-    return subprocess.run(command, cwd=ROOT, env={"PATH": os.environ["PATH"]} | env, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env={"PATH": os.environ["PATH"]} | env, capture_output=True, text=True
+    )
 
 
 def test_dry_run_prints_the_plan_without_data_or_device():
     result = run(sys.executable, "train_gpt.py", DRY_RUN="1")
     told = dict(line.split(":", 1) for line in result.stdout.splitlines())
     assert result.returncode == 0 and told["params_total"] == told["params_active"] == "123568128"
-    assert told["flops_per_token"] == "854654976" and told["tokens_needed"] == str(5100 * 524288 + 1)
+    assert told["flops_per_token"] == "854654976" and told["tokens_needed"] == str(
+        5100 * 524288 + 1
+    )
     assert told["n_layer"] == "12" and told["tokens_on_disk"].isdigit()
 
 
 def test_torchrun_trains_on_two_ranks(settings):
     """The launcher itself; what the ranks compute is tested above without its four seconds."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train_gpt.py",
+    ]
     result = run(*torchrun, **{name: str(value) for name, value in settings.items()})
     assert result.returncode == 0, result.stderr
     assert rows(settings)[0]["status"] == "ok" and rows(settings)[0]["world_size"] == "2"

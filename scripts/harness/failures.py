@@ -1,4 +1,5 @@
 """How a run ends that went wrong."""
+
 import contextlib, json, re, sys, time, traceback
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from harness.provenance import new_run_id, utc_now
 from harness.records import update_results
 from harness.settings import redact
 import platform
+
 
 def record_failure(records, status, reason, trace):
     """Ends the records of a run that went wrong. The rank that fails first says why, for the others fail of it."""
@@ -35,10 +37,19 @@ def refuse(env, error, cls):
     """Leaves a summary and a row for a run that did not start, with what is known of it."""
     labels = "run_id", "stage", "variant", "preset", "note", "log_dir", "results_csv"
     row = {name: redact(env.get(name.upper()) or getattr(cls, name), env) for name in labels}
-    row |= {"status": error.status, "error": redact(str(error), env), "started": utc_now(), "host": platform.node()}
-    row["run_id"] = row["run_id"] if re.fullmatch(RUN_ID_PATTERN, row["run_id"]) else new_run_id("refused")
+    row |= {
+        "status": error.status,
+        "error": redact(str(error), env),
+        "started": utc_now(),
+        "host": platform.node(),
+    }
+    row["run_id"] = (
+        row["run_id"] if re.fullmatch(RUN_ID_PATTERN, row["run_id"]) else new_run_id("refused")
+    )
     summary = Path(row["log_dir"]) / f"{row['run_id']}.json"
-    with contextlib.suppress(OSError, ConfigError):  # where nothing can be written, the terminal has to do
+    with contextlib.suppress(
+        OSError, ConfigError
+    ):  # where nothing can be written, the terminal has to do
         if not summary.exists():  # no finished run is touched
             write_whole(summary, json.dumps(row, indent=1) + "\n")
             update_results(row["results_csv"], [row])
@@ -46,17 +57,31 @@ def refuse(env, error, cls):
 
 def report(error, ranks, records, env, store, cls):
     """Says why a run ended, on the terminal and in its records; returns the exit code."""
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    status = getattr(error, "status", "oom" if full else "stopped" if isinstance(error, KeyboardInterrupt) else "crash")
+    full = isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)
+    status = getattr(
+        error,
+        "status",
+        "oom" if full else "stopped" if isinstance(error, KeyboardInterrupt) else "crash",
+    )
     reason, trace = redact(str(error) or "interrupted", env), redact(traceback.format_exc(), env)
     if full and records:
-        reason = (f"out of memory, peak {peak_memory(ranks.device(records.cfg)):.2f} GiB; lower DEVICE_BATCH_SIZE="
-                  f"{records.cfg.device_batch_size}, which leaves the result as it is, or SEQUENCE_LENGTH, or N_LAYER")
+        reason = (
+            f"out of memory, peak {peak_memory(ranks.device(records.cfg)):.2f} GiB; lower DEVICE_BATCH_SIZE="
+            f"{records.cfg.device_batch_size}, which leaves the result as it is, or SEQUENCE_LENGTH, or N_LAYER"
+        )
     if status == "crash":
         reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
-        reason += f"; {records.folder}/stacks_rank*.txt say where" if records and "imed out" in reason else ""
+        reason += (
+            f"; {records.folder}/stacks_rank*.txt say where"
+            if records and "imed out" in reason
+            else ""
+        )
         print(trace, file=sys.stderr)
-    elif ranks.local_rank == 0 or records and status in ("data", "oom"):  # others would say the same
+    elif (
+        ranks.local_rank == 0 or records and status in ("data", "oom")
+    ):  # others would say the same
         print(f"{status}: {reason}", file=sys.stderr)
     if records and records.live:
         status = record_failure(records, status, reason, trace)

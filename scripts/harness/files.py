@@ -1,6 +1,8 @@
 """Files that are whole or not there, and their hashes."""
+
 import hashlib, os
 from pathlib import Path
+
 
 def sha256sum(path):
     """The line that `sha256sum` prints for a file."""
@@ -21,7 +23,9 @@ def write_whole(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp_{path.name}.{os.getpid()}.tmp")
     try:
-        content = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
+        content = (
+            content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
+        )
         temporary.write_bytes(content)
         sync(temporary)
         os.replace(temporary, path)

@@ -1,4 +1,5 @@
 """Where a run comes from: git, machine, versions, and the data it sees."""
+
 import contextlib, hashlib, json, os, platform, re, subprocess, sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,15 +24,22 @@ def output_of(*command):
 def git_state():
     """(commit, whether tracked files but results, log_curves, figures, tables differ); blanks outside a repository."""
     commit = output_of("git", "-C", ROOT, "rev-parse", "--verify", "--quiet", "HEAD")
-    changed = output_of("git", "-C", ROOT, "status", "-suno", "--", ".", ":!experiments/[rlft]*", ":!logs")
+    changed = output_of(
+        "git", "-C", ROOT, "status", "-suno", "--", ".", ":!experiments/[rlft]*", ":!logs"
+    )
     return commit, bool(changed) if commit else ""
 
 
 def machine_text():
     """Versions and the device, as the log shows them: nvidia-smi where it runs, else the CPU's name."""
-    device = output_of("nvidia-smi") or f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-    return (f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-            f"numpy {np.__version__}\n{device}")
+    device = (
+        output_of("nvidia-smi")
+        or f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    )
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"numpy {np.__version__}\n{device}"
+    )
 
 
 def device_name(device):
@@ -64,7 +72,9 @@ def dataset_index(pattern):
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError:
-        raise DataError(f"{path}: expected JSON, found something else; {how_to_get(pattern)}") from None
+        raise DataError(
+            f"{path}: expected JSON, found something else; {how_to_get(pattern)}"
+        ) from None
 
 
 def fingerprint(loaders, folder):
