@@ -1,7 +1,10 @@
-"""Fetches GPT-2 tokens of FineWeb from the Hugging Face hub: python cached_fineweb10B.py 9, for 9 of 103 shards.
+"""Fetches GPT-2 tokens of FineWeb from the Hugging Face hub.
 
-Environment: DATA_DIR, the folder (data/fineweb10B); REVISION, a branch, tag or commit (the folder's own, else main);
-HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, as in the hub's client. Shards that are whole already are kept.
+    python cached_fineweb10B.py 9      # 9 of 103 shards
+
+Environment: DATA_DIR, the folder (data/fineweb10B); REVISION, a branch, tag or commit (the folder's
+own, else main); HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, as in the hub's client. Shards
+that are whole already are kept.
 Exit codes: 0 all shards are whole, 1 failed, 2 wrong arguments, 3 no network, 130 interrupted.
 """
 
@@ -13,13 +16,15 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from filelock import (
-    FileLock,
-)  # the hub's client and train_gpt are imported where they are used: they take seconds
+# the hub's client and train_gpt are imported where they are used: they take seconds
+from filelock import FileLock
 
-REPO, TRAIN_SHARDS = "kjj0/fineweb10B-gpt2", 103
+REPO = "kjj0/fineweb10B-gpt2"
+TRAIN_SHARDS = 103
 SHARD_BYTES = 200_001_024  # of a full one: 1,024 of header and 100,000,000 uint16 tokens
 INDEX = {
     "source": REPO,
@@ -31,50 +36,51 @@ INDEX = {
     "bytes_per_token": None,
     "shards": [],
 }
-ATTEMPTS, BACKOFF_S = 5, 1.0
-ADVICE = {
+ATTEMPTS = 5
+BACKOFF_S = 1.0
+ADVICE = {  # by HTTP status, None without an answer
     401: "set a valid HF_TOKEN",
     403: "set an HF_TOKEN with access",
     404: "check REVISION and HF_ENDPOINT",
-    None: "fetch on a machine with network and copy the folder, set HF_ENDPOINT to a mirror, or train on the "
-    "embedded dataset with `bash scripts/quickstart.sh`",
+    None: "fetch on a machine with network and copy the folder, set HF_ENDPOINT to a mirror, or "
+    "train on the embedded dataset with `bash scripts/quickstart.sh`",
 }
+Result = TypeVar("Result")
 
 
 class FetchError(RuntimeError):
     """A sentence for the user (what was expected, what was found, what to do) and the exit code."""
 
 
-def attempt(what: str, call):
-    """Result of call() to the hub, repeated after transient failures. Raises FetchError, OSError (of this disk)."""
+def cause_of(error: Exception) -> Exception:
+    """With force_download the client wraps the failure of its first request in a ValueError."""
+    if isinstance(error, ValueError) and error.__cause__:
+        return error.__cause__
+    return error
+
+
+def attempt(what: str, call: Callable[[], Result]) -> Result:
+    """Result of call() to the hub, repeated after transient failures. Raises FetchError, OSError
+    (of this disk)."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     for number in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except (
-            Exception
-        ) as error:  # the client's transports, HTTP and xet, have no error class in common
-            if (
-                isinstance(error, OSError) and error.errno
-            ):  # from this machine's disk: the client's have no errno
-                raise
-            # With force_download the client wraps the failure of its first request in a ValueError.
-            cause = error.__cause__ if isinstance(error, ValueError) and error.__cause__ else error
+        except Exception as error:  # the client's transports, HTTP and xet, share no error class
+            if isinstance(error, OSError) and error.errno:
+                raise  # from this machine's disk: the client's have no errno
+            cause = cause_of(error)
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            transient = (
-                status >= 500 or status in (408, 429)
-                if status
-                else not isinstance(cause, OfflineModeIsEnabled)
-            )
+            if status:
+                transient = status >= 500 or status in (408, 429)
+                answer = f"HTTP {status}"
+            else:
+                transient = not isinstance(cause, OfflineModeIsEnabled)
+                answer = f"{type(cause).__name__}: {cause}".splitlines()[0].rstrip(".")
             if number == ATTEMPTS or not transient:
-                found = (
-                    f"HTTP {status}"
-                    if status
-                    else f"{type(cause).__name__}: {cause}".splitlines()[0].rstrip(".")
-                )
                 raise FetchError(
-                    f"{what}: expected an answer of the hub for {REPO}, found {found}: "
+                    f"{what}: expected an answer of the hub for {REPO}, found {answer}: "
                     f"{ADVICE.get(status, 'start again later')}",
                     1 if status else 3,
                 ) from error
@@ -82,11 +88,13 @@ def attempt(what: str, call):
 
 
 def inspect(path: Path, record: dict, sha256: str | None = None) -> tuple[dict | None, str | None]:
-    """(index entry, None) of a whole shard, hashed unless `record` is of the same bytes; else (None, what is wrong)."""
+    """(index entry, None) of a whole shard, hashed unless `record` is of the same bytes; else
+    (None, what is wrong)."""
     from train_gpt import DataError, shard_tokens
 
     try:
-        tokens, stat = shard_tokens(path), path.stat()
+        tokens = shard_tokens(path)
+        stat = path.stat()
     except DataError as error:
         return None, str(error)
     entry = {
@@ -106,34 +114,37 @@ def inspect(path: Path, record: dict, sha256: str | None = None) -> tuple[dict |
 
 
 def fetch(path: Path, commit: str, sha256: str | None) -> dict:
-    """Index entry of a shard fetched from the hub, a second time if it came wrong. Raises FetchError, OSError."""
+    """Index entry of a shard fetched from the hub, a second time if it came wrong. Raises
+    FetchError, OSError."""
     from huggingface_hub import hf_hub_download
 
-    for _ in range(2):
+    def download() -> str:
         # Forced, because the client's own records vouch for a file that was damaged after it came.
-        attempt(
+        return hf_hub_download(
+            REPO,
             path.name,
-            lambda: hf_hub_download(
-                REPO,
-                path.name,
-                repo_type="dataset",
-                revision=commit,
-                local_dir=path.parent,
-                force_download=True,
-            ),
+            repo_type="dataset",
+            revision=commit,
+            local_dir=path.parent,
+            force_download=True,
         )
+
+    for _ in range(2):
+        attempt(path.name, download)
         entry, fault = inspect(path, {}, sha256)
         if entry:
             return entry
         path.unlink()
     raise FetchError(
-        f"{fault} (fetched twice, then removed): set HF_ENDPOINT or REVISION to a source that is whole",
+        f"{fault} (fetched twice, then removed): "
+        "set HF_ENDPOINT or REVISION to a source that is whole",
         1,
     )
 
 
 def read_index(folder: Path) -> tuple[str | None, dict[str, dict]]:
-    """Commit and shard entries by name in the index.json of a folder, if there is one. Raises FetchError, OSError."""
+    """Commit and shard entries by name in the index.json of a folder, if there is one. Raises
+    FetchError, OSError."""
     path = folder / "index.json"
     with contextlib.suppress(ValueError, KeyError, TypeError):
         index = json.loads(path.read_text()) if path.exists() else INDEX
@@ -145,7 +156,8 @@ def read_index(folder: Path) -> tuple[str | None, dict[str, dict]]:
 
 
 def write_index(folder: Path, commit: str | None, records: dict[str, dict]) -> None:
-    """Write tokenizer.json and index.json, each in one step so that no reader sees half of it. Raises OSError."""
+    """Write tokenizer.json and index.json, each in one step so that no reader sees half of it.
+    Raises OSError."""
     tokenizer = {
         "kind": INDEX["tokenizer"],
         "vocab_size": INDEX["vocab_size"],
@@ -161,60 +173,93 @@ def write_index(folder: Path, commit: str | None, records: dict[str, dict]) -> N
         os.replace(temporary, folder / name)
 
 
-def fetch_all(folder: Path, names: list[str], revision: str | None) -> None:
-    """Make the named shards of a folder whole, record them, and print what was done. Raises FetchError, OSError."""
-    from huggingface_hub import HfApi
-
-    (held, records), sha256s = read_index(folder), {}
-    revision = revision or held or "main"
-    whole = {
-        name: entry for name in names if (entry := inspect(folder / name, records.get(name, {}))[0])
-    }
-    commit, missing = held, len(names) - len(whole)
-    needed, free = missing * SHARD_BYTES / 1e9, shutil.disk_usage(folder).free / 1e9
+def check_space(folder: Path, missing: int) -> None:
+    """Raises FetchError where the disk has no room for so many shards."""
+    needed = missing * SHARD_BYTES / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
     if needed > free:
         raise FetchError(
             f"{folder}: expected {needed:.2f} GB free for {missing} shards, found {free:.2f} GB: "
             "free some, ask for fewer shards or set DATA_DIR to a folder on a larger disk",
             1,
         )
+
+
+def ask_hub(revision: str) -> tuple[str, dict[str, str]]:
+    """(commit of a revision, {file: its SHA-256}). Raises FetchError, OSError."""
+    from huggingface_hub import HfApi
+
+    def dataset_info() -> object:
+        return HfApi().dataset_info(REPO, revision=revision, files_metadata=True, timeout=30)
+
+    hub = attempt(revision, dataset_info)
+    return hub.sha, {file.rfilename: file.lfs.sha256 for file in hub.siblings or () if file.lfs}
+
+
+def fetch_all(folder: Path, names: list[str], revision: str | None) -> None:
+    """Make the named shards of a folder whole, record them, and print what was done. Raises
+    FetchError, OSError."""
+    held, records = read_index(folder)
+    revision = revision or held or "main"
+    entries = {name: inspect(folder / name, records.get(name, {}))[0] for name in names}
+    whole = {name: entry for name, entry in entries.items() if entry}
+    missing = len(names) - len(whole)
+    check_space(folder, missing)
+
+    commit = held
+    sha256s = {}
     if missing:
-        hub = attempt(
-            revision,
-            lambda: HfApi().dataset_info(REPO, revision=revision, files_metadata=True, timeout=30),
-        )
-        commit, sha256s = (
-            hub.sha,
-            {file.rfilename: file.lfs.sha256 for file in hub.siblings or () if file.lfs},
-        )
+        commit, sha256s = ask_hub(revision)
         whole = {
             name: entry
             for name, entry in whole.items()
             if sha256s.get(name) in (None, entry["sha256"])
         }
-    asked = (
-        revision if len(revision) == 40 else commit
-    )  # a full hash is compared without network, too
+    # a full hash is compared without network, too
+    asked = revision if len(revision) == 40 else commit
     if held not in (None, asked):
         raise FetchError(
-            f"{folder}: expected commit {asked}, found {held}: unset REVISION or set another DATA_DIR",
+            f"{folder}: expected commit {asked}, found {held}: "
+            "unset REVISION or set another DATA_DIR",
             1,
         )
+
     for number, name in enumerate(names, 1):
-        print(f"{number}/{len(names)} {name}{' is already whole' * (name in whole)}", flush=True)
+        note = " is already whole" if name in whole else ""
+        print(f"{number}/{len(names)} {name}{note}", flush=True)
         entry = whole.get(name) or fetch(folder / name, commit, sha256s.get(name))
         if entry != records.get(name):
             records[name] = entry
             write_index(folder, commit, records)
+    size = sum(records[name]["bytes"] for name in names) / 1e9
+    skipped = f"{len(whole)} skipped" if missing else f"{len(whole)} skipped without network"
     print(
-        f"{len(names) - len(whole)} shards fetched, {len(whole)} skipped{'' if missing else ' without network'}: "
-        f"{sum(records[name]['bytes'] for name in names) / 1e9:.2f} GB in {folder}, commit {commit or 'unknown'}"
+        f"{len(names) - len(whole)} shards fetched, {skipped}: "
+        f"{size:.2f} GB in {folder}, commit {commit or 'unknown'}"
     )
     print("next: torchrun --standalone --nproc_per_node=8 train_gpt.py")
 
 
+def fetch_locked(folder: Path, names: list[str]) -> None:
+    """Make the named shards of a folder whole, once no other fetch into it runs. Raises FetchError,
+    OSError."""
+    if folder.is_symlink() and not folder.exists():
+        raise FetchError(
+            f"{folder}: expected a folder, found a dead link: make {folder.readlink()} or relink", 1
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{folder}: checking {len(names)} shards, once no other fetch into this folder runs",
+        flush=True,
+    )
+    can_lock = os.access(folder, os.W_OK)
+    with FileLock(folder / ".fetch.lock") if can_lock else contextlib.nullcontext():
+        fetch_all(folder, names, os.environ.get("REVISION"))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit code of one run with command line arguments; environment as in the docstring of the module."""
+    """Exit code of one run with command line arguments; environment as in the docstring of the
+    module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -224,34 +269,17 @@ def main(argv: list[str] | None = None) -> int:
     count = parser.parse_args(argv).N
     if not 1 <= count <= TRAIN_SHARDS:
         parser.error(f"N: expected 1 to {TRAIN_SHARDS} training shards, found {count}")
-    names = [
-        "fineweb_val_000000.bin",
-        *(f"fineweb_train_{number:06d}.bin" for number in range(1, count + 1)),
-    ]
+    train_names = [f"fineweb_train_{number:06d}.bin" for number in range(1, count + 1)]
     folder = Path(os.environ.get("DATA_DIR") or "data/fineweb10B")
     try:
-        if folder.is_symlink() and not folder.exists():
-            raise FetchError(
-                f"{folder}: expected a folder, found a dead link: make {folder.readlink()} or relink",
-                1,
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        print(
-            f"{folder}: checking {len(names)} shards, once no other fetch into this folder runs",
-            flush=True,
-        )
-        with (
-            FileLock(folder / ".fetch.lock")
-            if os.access(folder, os.W_OK)
-            else contextlib.nullcontext()
-        ):
-            fetch_all(folder, names, os.environ.get("REVISION"))
-    except (FetchError, OSError) as error:
-        sentence, code = (
-            error.args if isinstance(error, FetchError) else (f"{error}: set another DATA_DIR", 1)
-        )
+        fetch_locked(folder, ["fineweb_val_000000.bin", *train_names])
+    except FetchError as error:
+        sentence, code = error.args
         print(f"error: {sentence}", file=sys.stderr)
         return code
+    except OSError as error:
+        print(f"error: {error}: set another DATA_DIR", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             "interrupted: start it again to continue, shards that are whole stay", file=sys.stderr

@@ -1,28 +1,33 @@
 """
-Trains a GPT on token shards with Muon + AdamW; every setting is an environment variable, every run leaves a row.
-    python train_gpt.py --help                                # the settings: default, choices, meaning
-    DRY_RUN=1 python train_gpt.py                             # the plan: parameters, FLOPs, tokens (no GPU, no data)
-    PRESET=quickstart python train_gpt.py                     # one process on whatever device is there
-    torchrun --standalone --nproc_per_node=8 train_gpt.py     # the default: GPT-2 small on FineWeb-10B, 8 GPUs
+Trains a GPT on token shards with Muon + AdamW; every setting is an environment variable.
+    python train_gpt.py --help                              # settings: default, choices, meaning
+    DRY_RUN=1 python train_gpt.py                           # the plan: parameters, FLOPs, tokens
+    PRESET=quickstart python train_gpt.py                   # one process on the device there is
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   # the default: GPT-2 small, 8 GPUs
 
-Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Health, Training.
-Shapes: B sequences, T positions, C channels (n_embd), H heads, D head size, F hidden units (d_ff), V vocabulary,
-N = B * T tokens. A suffix gives the layout where it is not plain: q_BTHD.
+Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Training. What keeps a run,
+its log, checkpoints and records, is scripts/harness/, and has to lie beside this file.
+Shapes: B sequences, T positions, C channels (n_embd), H heads, D head size, F hidden units (d_ff),
+V vocabulary, E experts, N = B * T tokens. A suffix gives the layout where it is not plain: q_BTHD.
 """
 
 import sys
 from pathlib import Path
 
-SOURCE = Path(
-    __file__
-).read_text()  # before torch loads: the log must hold the text that runs, not a later edit
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent / "scripts")
-)  # ours comes before any other package `harness`
+SOURCE = Path(__file__).read_text()  # before torch loads: the log has the text that runs
+sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))  # our harness, no other
 
-import concurrent.futures, contextlib, dataclasses, functools, glob, itertools, math, os, re, shlex, time
-from collections import deque
-from datetime import timedelta
+import concurrent.futures
+import contextlib
+import dataclasses
+import glob
+import itertools
+import math
+import os
+import re
+import time
+from collections import Counter, deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,35 +36,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from harness.checkpoints import Checkpoints, export_weights
-from harness.contract import CURVE, RUN_ID_PATTERN, ConfigError, DataError, Diverged
-from harness.failures import report
-from harness.meter import Clock, model_flops_utilization, peak_memory
-from harness.provenance import CPUINFO, dataset_index, device_name, fingerprint, how_to_get
-from harness.ranks import Ranks, agree, setup
-from harness.records import Records
+from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
+from harness.provenance import CPUINFO, dataset_index, fingerprint, how_to_get
+from harness.run import Run
 from harness.settings import Settings, near_misses, settings_table
-from harness.watch import Watch
 
-################ Config ################
-SYNONYMS = {
-    "LEARNING_RATE": "LR",
-    "EPOCHS": "MAX_EPOCHS",
-    "BLOCK_SIZE": "SEQUENCE_LENGTH",
-    "EXPERTS": "NUM_EXPERTS",
-    "N_EXPERTS": "NUM_EXPERTS",
-    "D_MODEL": "N_EMBD",
-    "MAX_ITERS": "NUM_ITERATIONS",
-}
+########################################
+#                Config                #
+########################################
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """Every setting of a run. The environment variable is the field's name in capitals."""
 
-    preset: str = (
-        "gpt2_small"  # experiments/presets/<name>.env is read first; the environment wins over it
-    )
+    preset: str = "gpt2_small"  # experiments/presets/<name>.env is read first; the environment wins
     run_id: str = ""  # names the log, curve and row; blank: <preset>-<UTC time>-<4 hex>
     stage: str = ""  # label of a series of runs
     variant: str = ""  # label within the stage
@@ -67,35 +58,31 @@ class Config(Settings):
     seed: int = 0  # of initialisation, dropout and shuffling
     dry_run: bool = False  # print the plan and stop
     input_bin: str = "data/fineweb10B/fineweb_train_*.bin"  # glob of the training shards
-    max_train_tokens: int = (
-        0  # train on so many tokens from the start of the training shards; 0: on all
-    )
+    max_train_tokens: int = 0  # train on so many tokens, from the start of the shards; 0: on all
     input_val_bin: str = "data/fineweb10B/fineweb_val_*.bin"  # glob of the validation shards
     shuffle: bool = False  # visit the samples of each epoch in a seeded random order
     batch_size: int = 512  # sequences a step, over all ranks; gradient accumulation follows from it
     device_batch_size: int = 64  # sequences a forward pass, per rank
     sequence_length: int = 1024  # tokens
     num_iterations: int = 5100  # optimizer steps
-    max_epochs: int = (
-        1  # passes over the training data that NUM_ITERATIONS may take; 0: as many as it takes
-    )
+    max_epochs: int = 1  # passes over the data that NUM_ITERATIONS may take; 0: as many as it takes
     val_every: int = 125  # steps between validations; 0: only the last
     val_tokens: int = 10485760  # tokens of each validation, from the start of the validation shards
     vocab_size: int = 50304  # rows of the embedding; 0: what the dataset's index.json says
     n_layer: int = 12  # blocks, or visits of shared ones
     n_head: int = 6  # attention heads; head size n_embd / n_head
     n_embd: int = 768  # channels of the residual stream
-    d_ff: int = 0  # hidden units of the FFN or of an expert; 0: 4 n_embd (swiglu 8/3), over all experts of a token
+    d_ff: int = 0  # hidden units of an FFN or expert; 0: 4 n_embd (swiglu 8/3), experts share it
     mixer: str = "attention"  # a comma list tiles over the layers
-    ffn: str = "relu2"  # relu2: arXiv 2109.08668; swiglu: arXiv 2002.05202; a comma list tiles over the layers
+    ffn: str = "relu2"  # relu2: 2109.08668; swiglu: 2002.05202; a comma list tiles over the layers
     norm: str = "rms"  # rms has no gains; rms_gain has; layer has a gain, and a bias if BIAS=1
     pos: str = "rotary"  # rotary: arXiv 2104.09864; learned: an embedding a position
     qk_norm: bool = True  # RMS norm of every query and key head
     bias: bool = False  # biases in linear layers and layer norms
     tie_embeddings: bool = True  # one matrix for embedding and head
     dropout: float = 0.0  # probability, on embeddings, attention weights and branches
-    init: str = "zero_proj"  # zero_proj: uniform 1/sqrt(fan in), projections 0; gpt2: normal 0.02, projections scaled
-    attngate: str = "none"  # attention gate (arXiv 2505.06708) for each channel, each head, or a learned constant
+    init: str = "zero_proj"  # uniform 1/sqrt(fan in), projections 0; gpt2: normal, they scaled
+    attngate: str = "none"  # attention gate (2505.06708): for each channel, each head, or constant
     gatepos: str = "sdpa"  # on the attention output, or on the values before it
     gateact: str = "sigmoid"  # ns_sigmoid: 0.5 + 0.5 sigmoid
     num_experts: int = 8  # with FFN=moe: experts that a router chooses from
@@ -104,243 +91,121 @@ class Config(Settings):
     shared_expert: bool = False  # one more expert, beside the router, for every token
     balance: str = "aux"  # aux: arXiv 2101.03961, a loss; quantile: a bias on the choice; none
     aux_loss_coef: float = 0.01  # of the balance loss, which is 1 in balance
-    aux_loss_coef_start: float | None = (
-        None  # in its place: held for AUX_WARMUP_FRAC, then linear to
-    )
+    aux_loss_coef_start: float | None = None  # instead: until AUX_WARMUP_FRAC, then linear to
     aux_loss_coef_end: float | None = None  # this, which is reached at AUX_DECAY_END_FRAC
     aux_warmup_frac: float = 0.05  # fraction of the steps
     aux_decay_end_frac: float = 0.3  # fraction of the steps
     balance_log_interval: int = 20  # steps between lines on the experts' load
     router_optimizer: str = "adamw"  # of the routers' matrices
-    recurrence: str = "stacked"  # indexed: the same model, one block over banks of weights; shared: one block revisited
+    recurrence: str = "stacked"  # indexed: the same, one block over banks; shared: blocks revisited
     n_unique: int = 1  # blocks that RECURRENCE=shared visits in turn
     unshared_ends: int = 0  # blocks at either end of them that are visited once
-    per_step: str = "none"  # what each visit of a shared block has for itself, a comma list: norm gains, router, scale
+    per_visit: str = "none"  # what each visit of a shared block has for itself, a comma list
     optimizer: str = "muon"  # of the matrices inside the blocks; AdamW has the rest
     lr: float = 0.0036  # AdamW learning rate
     embed_lr: float | None = None  # of the embedding; blank: LR
     head_lr: float | None = None  # of an untied head; blank: LR
     muon_lr: float | None = None  # blank: 0.1 LR
-    muon_scale: str = "unit"  # of Muon's update: unit mean square; torch's max(1, rows/cols)^.5, .2 max(rows, cols)^.5
+    muon_scale: str = "unit"  # of Muon's update: unit mean square, or one of torch.optim.Muon's two
     muon_momentum: float = 0.95  # Nesterov momentum of Muon
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     weight_decay: float = 0.0  # decoupled, on matrices and embeddings
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
-    lr_schedule: str = (
-        "trapezoid"  # flat then linear to zero over WARMDOWN_ITERS, or cosine over the run
-    )
+    lr_schedule: str = "trapezoid"  # flat, then linear to zero over WARMDOWN_ITERS; or cosine
     warmup_iters: int = 0  # steps of linear warm-up
     warmdown_iters: int = 1450  # steps of the trapezoid's linear decay
     min_lr_frac: float = 0.0  # fraction of the peak at which cosine ends
-    deterministic: bool = (
-        False  # the same bits on the same machine, also on cuda, at some cost of speed
-    )
+    deterministic: bool = False  # the same bits on the same machine, on cuda at some cost of speed
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    dtype: str = (
-        "auto"  # of activations and matrix products; auto: bfloat16 on cuda, float32 on cpu
-    )
+    dtype: str = "auto"  # of activations and products; auto: bfloat16 on cuda, float32 on cpu
     compile: str = "auto"  # torch.compile of the blocks and the loss; auto: on cuda
-    peak_tflops: float | None = (
-        None  # of one device, for mfu; blank: from the table of known devices
-    )
-    resume: str = "none"  # auto: from the newest valid checkpoint of RUN_ID, if there is one; or the path of one
-    init_from: str = (
-        ""  # safetensors file, or folder with model.safetensors, that gives a new run its weights
-    )
+    peak_tflops: float | None = None  # of one device, for mfu; blank: from a table of devices
+    resume: str = "none"  # auto: from the newest valid checkpoint of RUN_ID, if any; or a path
+    init_from: str = ""  # safetensors file, or folder with model.safetensors: weights to start with
     save_every: int = 500  # steps between checkpoints; 0: only when the run ends
     keep_last: int = 2  # checkpoints that stay; at least 2, since the newest may be damaged
-    max_bad_steps: int = (
-        20  # non-finite gradients in a row that are left out; more end the run as diverged
-    )
-    hang_timeout: int = 300  # seconds without a step, after the first, until the ranks write their stacks and give up
+    max_bad_steps: int = 20  # non-finite gradients in a row that are left out; more: diverged
+    hang_timeout: int = 300  # seconds without a step, after the first, until stacks are written
     log_dir: str = "logs"  # folder of logs, curves and summaries
     results_csv: str = "experiments/results.csv"  # the table that gets a row
     log_every: int = 10  # steps between lines of the training loss
     trackers: str = "none"  # a comma list: scripts/track.py shows them the run, from beside it
 
+    SYNONYMS = {
+        "LEARNING_RATE": "LR",
+        "EPOCHS": "MAX_EPOCHS",
+        "BLOCK_SIZE": "SEQUENCE_LENGTH",
+        "EXPERTS": "NUM_EXPERTS",
+        "N_EXPERTS": "NUM_EXPERTS",
+        "D_MODEL": "N_EMBD",
+        "MAX_ITERS": "NUM_ITERATIONS",
+        "PER_STEP": "PER_VISIT",  # its name in earlier versions
+    }
+    LISTS = ("mixer", "ffn", "per_visit", "trackers")
+    BOUNDS = {  # inclusive
+        "batch_size device_batch_size sequence_length num_iterations log_every": (1, 2**31),
+        "n_layer n_head n_embd n_unique": (1, 2**31),
+        "num_experts top_k balance_log_interval hang_timeout": (1, 2**31),
+        "val_every save_every max_epochs d_ff warmup_iters warmdown_iters": (0, 2**31),
+        "seed max_bad_steps": (0, 2**31),
+        "keep_last": (2, 2**31),
+        "unshared_ends max_train_tokens": (0, 2**40),
+        "val_tokens": (1, 2**40),
+        "vocab_size": (0, 65536),
+        "lr embed_lr head_lr muon_lr": (1e-12, 1e30),
+        "beta1 beta2 muon_momentum": (0, 0.9999999),
+        "dropout": (0, 0.99),
+        "aux_warmup_frac aux_decay_end_frac min_lr_frac": (0, 1),
+        "aux_loss_coef aux_loss_coef_start aux_loss_coef_end grad_clip": (0, 1e6),
+        "weight_decay": (0, 1e3),
+        "peak_tflops": (1e-6, 1e6),
+    }
+    LABELS = "run_id stage variant note dry_run log_dir results_csv resume trackers".split()
+    NOT_HASHED = """
+        preset run_id stage variant note dry_run input_bin input_val_bin peak_tflops resume
+        save_every keep_last max_bad_steps hang_timeout balance_log_interval log_dir results_csv
+        log_every trackers
+    """.split()
+    SCHEDULED = """
+        num_iterations lr_schedule warmup_iters warmdown_iters min_lr_frac aux_loss_coef
+        aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac
+    """.split()
+    OF_EXPERTS = """
+        num_experts top_k expert shared_expert aux_loss_coef aux_loss_coef_start aux_loss_coef_end
+        aux_warmup_frac aux_decay_end_frac router_optimizer
+    """.split()  # without effect unless FFN=moe
+
+    @classmethod
+    def choices(cls):
+        return axes()
+
     def check(self):
-        check(self)
+        check_run(self)
+        check_model(self)
+        check_moe(self)
+        check_depth(self)
 
     def scheduled(self, step):
-        """What schedules say of a step."""
         return lr_factor(step, self), aux_coef(step, self)
 
     def resumable(self):
-        """Settings with which a run may go on that has begun with others: what it learns does not change."""
-        return {*RESUMABLE} - {"device_batch_size" * (self.balance == "quantile")}
+        free = {"val_every", "val_tokens", "max_epochs", "device", "compile", "deterministic"}
+        free |= {"init_from", *self.NOT_HASHED}
+        if self.balance != "quantile":  # which takes its quantiles within a micro-batch
+            free.add("device_batch_size")
+        return free
 
+    def advice(self, status):
+        if status == "diverged":
+            return "lower LR or MUON_LR, or set GRAD_CLIP=1"
+        return (
+            f"lower DEVICE_BATCH_SIZE={self.device_batch_size}, which leaves the result as it is, "
+            "or SEQUENCE_LENGTH, or N_LAYER"
+        )
 
-LABELS = (
-    "run_id",
-    "stage",
-    "variant",
-    "note",
-    "dry_run",
-    "log_dir",
-    "results_csv",
-    "resume",
-    "trackers",
-)
-UNTRAINED = (
-    *LABELS,
-    "preset",
-    "input_bin",
-    "input_val_bin",
-    "peak_tflops",
-    "log_every",
-    "save_every",
-    "keep_last",
-    "max_bad_steps",
-    "hang_timeout",
-    "balance_log_interval",
-)  # say nothing of what is trained and how
-LISTS = ("mixer", "ffn", "per_step", "trackers")  # separated by commas
-BOUNDS = {  # inclusive
-    "batch_size device_batch_size sequence_length num_iterations n_layer n_head n_embd log_every": (
-        1,
-        2**31,
-    ),
-    "num_experts top_k balance_log_interval n_unique": (1, 2**31),
-    "unshared_ends max_train_tokens": (0, 2**40),
-    "aux_loss_coef aux_loss_coef_start aux_loss_coef_end": (0, 1e6),
-    "aux_warmup_frac aux_decay_end_frac": (0, 1),
-    "val_every save_every max_epochs d_ff warmup_iters warmdown_iters seed max_bad_steps": (
-        0,
-        2**31,
-    ),
-    "keep_last": (2, 2**31),
-    "hang_timeout": (1, 2**31),
-    "vocab_size": (0, 65536),
-    "peak_tflops": (1e-6, 1e6),
-    "lr embed_lr head_lr muon_lr": (1e-12, 1e30),
-    "beta1 beta2 muon_momentum": (0, 0.9999999),
-    "dropout": (0, 0.99),
-    "val_tokens": (1, 2**40),
-    "weight_decay": (0, 1e3),
-    "grad_clip": (0, 1e6),
-    "min_lr_frac": (0, 1),
-}
-
-
-def check(cfg):
-    """Raises ConfigError for a value that no run can use, and for values that have no meaning together."""
-    for name, choices in axes().items():
-        for value in getattr(cfg, name).split(",") if name in LISTS else [getattr(cfg, name)]:
-            if value not in choices:
-                raise ConfigError(f"{name.upper()}={value}: choose one of {', '.join(choices)}")
-    for names, (low, high) in BOUNDS.items():
-        for name in names.split():
-            if (value := getattr(cfg, name)) is not None and not low <= value <= high:
-                raise ConfigError(f"{name.upper()}={value}: must lie between {low} and {high}")
-    unit = cfg.n_head * (
-        2 if cfg.pos == "rotary" else 1
-    )  # rotary turns the channels of a head in pairs
-    moe, shared, own = (
-        "moe" in cfg.ffn.split(","),
-        cfg.recurrence == "shared",
-        cfg.per_step.split(","),
-    )
-    ends, order = (cfg.aux_loss_coef_start, cfg.aux_loss_coef_end), RECURRENCES[cfg.recurrence](cfg)
-    for name, sound, needed in (
-        (
-            "run_id",
-            re.fullmatch(f"({RUN_ID_PATTERN})?", cfg.run_id),
-            "1 to 100 letters, digits, _, and within . -",
-        ),
-        (
-            "n_embd",
-            cfg.n_embd % unit == 0,
-            f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: "
-            f"{max(unit, cfg.n_embd - cfg.n_embd % unit)} or {max(unit, cfg.n_embd - cfg.n_embd % unit) + unit}",
-        ),
-        (
-            "val_tokens",
-            cfg.val_tokens >= cfg.sequence_length,
-            f"at least SEQUENCE_LENGTH={cfg.sequence_length}",
-        ),
-        (
-            "router_optimizer",
-            cfg.router_optimizer in ("adamw", cfg.optimizer),
-            "OPTIMIZER=muon as well",
-        ),
-        (
-            "deterministic",
-            cfg.compile != "1" or not cfg.deterministic,
-            "COMPILE=0 or auto: 1 times its kernels",
-        ),
-        (
-            "top_k",
-            cfg.top_k <= cfg.num_experts or not moe,
-            f"at most NUM_EXPERTS={cfg.num_experts}",
-        ),
-        ("balance", moe or cfg.balance == "aux", "FFN=moe, or the default aux"),
-        (
-            "aux_loss_coef_start",
-            ends == (None, None) or None not in ends,
-            "AUX_LOSS_COEF_END beside it",
-        ),
-        (
-            "aux_decay_end_frac",
-            cfg.aux_warmup_frac <= cfg.aux_decay_end_frac,
-            "at least AUX_WARMUP_FRAC",
-        ),
-        *(
-            (name, shared or getattr(cfg, name) == getattr(Config, name), "RECURRENCE=shared")
-            for name in ("n_unique", "unshared_ends", "per_step")
-        ),
-        ("per_step", "router" not in own or moe, "FFN=moe"),
-        (
-            "per_step",
-            "norm" not in own or cfg.norm != "rms",
-            "a NORM with gains: rms_gain or layer",
-        ),
-        (
-            "n_layer",
-            not shared or cfg.n_layer >= cfg.n_unique + 2 * cfg.unshared_ends,
-            f"at least N_UNIQUE={cfg.n_unique} + 2 UNSHARED_ENDS={cfg.unshared_ends}",
-        ),
-        (
-            "n_unique",
-            not any((layer - order.index(i)) % period(cfg) for layer, i in enumerate(order)),
-            f"a multiple of {period(cfg)}, the layers after which MIXER={cfg.mixer} and FFN={cfg.ffn} repeat",
-        ),
-    ):
-        if not sound:
-            raise ConfigError(
-                f"{name.upper()}={repr(str(getattr(cfg, name)))[1:-1]} needs {needed}"
-            )
-
-
-SCHEDULED = (
-    "num_iterations",
-    "lr_schedule",
-    "warmup_iters",
-    "warmdown_iters",
-    "min_lr_frac",
-    "aux_loss_coef",
-    "aux_loss_coef_start",
-    "aux_loss_coef_end",
-    "aux_warmup_frac",
-    "aux_decay_end_frac",
-)
-RESUMABLE = (
-    *UNTRAINED,
-    "device_batch_size",
-    "val_every",
-    "val_tokens",
-    "max_epochs",
-    "device",
-    "compile",
-    "deterministic",
-    "init_from",
-)  # a run may go on with other values: what it learns does not change
-Config.SYNONYMS, Config.LABELS, Config.UNTRAINED, Config.SCHEDULED = (
-    SYNONYMS,
-    LABELS,
-    UNTRAINED,
-    SCHEDULED,
-)
+    def has_moe(self):
+        return "moe" in self.ffn.split(",")
 
 
 def axes():
@@ -357,7 +222,7 @@ def axes():
         "expert": EXPERTS,
         "balance": BALANCES,
         "recurrence": RECURRENCES,
-        "per_step": PER_STEP,
+        "per_visit": PER_VISIT,
         "optimizer": OPTIMIZERS,
         "router_optimizer": OPTIMIZERS,
         "muon_scale": MUON_SCALES,
@@ -369,125 +234,252 @@ def axes():
     }
 
 
-def cautions(env, cfg):
-    """One sentence for every variable that is nearly one of ours, and for a schedule that never reaches its peak."""
-    found = near_misses(env, Config)
-    if cfg.resume == "auto" and not cfg.run_id:
-        found.append("RESUME=auto goes on with a RUN_ID; without one, every start is a new run")
-    if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
-        found.append(
-            f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {lr_factor(0, cfg):.0%}"
+def check_run(cfg):
+    cfg.require(re.fullmatch(f"({RUN_ID_PATTERN})?", cfg.run_id), "run_id", RUN_ID_RULE)
+    cfg.require(
+        cfg.val_tokens >= cfg.sequence_length,
+        "val_tokens",
+        f"at least SEQUENCE_LENGTH={cfg.sequence_length}",
+    )
+    cfg.require(
+        not (cfg.deterministic and cfg.compile == "1"),
+        "deterministic",
+        "COMPILE=0 or auto: 1 times its kernels",
+    )
+    cfg.require(
+        cfg.router_optimizer in ("adamw", cfg.optimizer),
+        "router_optimizer",
+        f"OPTIMIZER={cfg.router_optimizer} as well",
+    )
+
+
+def check_model(cfg):
+    unit = cfg.n_head
+    if cfg.pos == "rotary":
+        unit *= 2  # it turns the channels of a head in pairs
+    lower = max(unit, cfg.n_embd - cfg.n_embd % unit)
+    cfg.require(
+        cfg.n_embd % unit == 0,
+        "n_embd",
+        f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: "
+        f"{lower} or {lower + unit}",
+    )
+
+
+def check_moe(cfg):
+    if cfg.has_moe():
+        cfg.require(cfg.top_k <= cfg.num_experts, "top_k", f"at most NUM_EXPERTS={cfg.num_experts}")
+    else:
+        cfg.require(cfg.balance == Config.balance, "balance", "FFN=moe, or the default aux")
+    both = (cfg.aux_loss_coef_start is None) == (cfg.aux_loss_coef_end is None)
+    cfg.require(both, "aux_loss_coef_start", "AUX_LOSS_COEF_END beside it")
+    cfg.require(
+        cfg.aux_warmup_frac <= cfg.aux_decay_end_frac,
+        "aux_decay_end_frac",
+        "at least AUX_WARMUP_FRAC",
+    )
+
+
+def check_depth(cfg):
+    if cfg.recurrence != "shared":
+        for name in ("n_unique", "unshared_ends", "per_visit"):
+            default = getattr(Config, name)
+            cfg.require(getattr(cfg, name) == default, name, "RECURRENCE=shared")
+        return
+
+    own = cfg.per_visit.split(",")
+    cfg.require("router" not in own or cfg.has_moe(), "per_visit", "FFN=moe")
+    has_gains = cfg.norm != "rms"
+    cfg.require("norm" not in own or has_gains, "per_visit", "a NORM with gains: rms_gain or layer")
+    cfg.require(
+        cfg.n_layer >= cfg.n_unique + 2 * cfg.unshared_ends,
+        "n_layer",
+        f"at least N_UNIQUE={cfg.n_unique} + 2 UNSHARED_ENDS={cfg.unshared_ends}",
+    )
+    # A block has one mixer and one FFN, so the layers that visit it must agree in both.
+    order = visit_order(cfg)
+    for layer, block in enumerate(order):
+        layers_since_first = layer - order.index(block)
+        cfg.require(
+            layers_since_first % period(cfg) == 0,
+            "n_unique",
+            f"a multiple of {period(cfg)}, the layers after which MIXER={cfg.mixer} and "
+            f"FFN={cfg.ffn} repeat",
         )
-    return found + [
-        f"{name} has no effect without FFN=moe"
-        for name in cfg.changes()
-        if "moe" not in cfg.ffn and re.search("EXPERT|TOP_K|^AUX_|ROUTER", name)
-    ]
+
+
+def cautions(env, cfg):
+    """A sentence for everything that is allowed and hardly meant."""
+    sentences = near_misses(env, Config)
+    if cfg.resume == "auto" and not cfg.run_id:
+        sentences.append("RESUME=auto goes on with a RUN_ID; without, every start is a new run")
+    if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
+        start = f"{lr_factor(0, cfg):.0%}"
+        sentences.append(
+            f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {start}"
+        )
+    if not cfg.has_moe():
+        for name in cfg.changes():
+            if name.lower() in cfg.OF_EXPERTS:
+                sentences.append(f"{name} has no effect without FFN=moe")
+    return sentences
 
 
 def help_text():
-    """The table of settings, read from the source."""
-    return settings_table(Config, __doc__, SOURCE, axes())
+    """What `--help` prints: the head of this file and a line for each setting."""
+    head = "Settings (environment variables; a blank one counts as not set):"
+    return "\n".join([__doc__.strip(), "", head, settings_table(Config, SOURCE)])
 
 
-################ Layers ################
-def normal_(w, std):
-    """Fills w with normal numbers, but on the meta device, where it would load seconds of code to do nothing."""
-    return w if w.is_meta else nn.init.normal_(w, std=std)
+########################################
+#                Layers                #
+########################################
 
 
-INITS = {  # how a weight (..., rows, fan in) starts: (cfg, weight, whether it ends a residual branch or is the head)
-    "zero_proj": lambda cfg, w, ends: (
-        nn.init.zeros_(w)
-        if ends or w.is_meta
-        # uniform within 1 / sqrt(fan in)
-        else nn.init.uniform_(w, -(w.size(-1) ** -0.5), w.size(-1) ** -0.5)
-    ),
-    "gpt2": lambda cfg, w, ends: normal_(w, 0.02 / (2 * cfg.n_layer) ** 0.5 if ends else 0.02),
-}
-
-# On AMD's AVX-512 processors MKL, torch's default, runs AVX2 code: oneDNN multiplies float32 matrices twice as fast.
-ONEDNN = "AuthenticAMD" in CPUINFO and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def init_zero_proj(cfg, weight, to_residual):
+    """Uniform within 1 / sqrt(fan in); zeros where the output is added to the residual stream."""
+    bound = 0.0 if to_residual else weight.size(-1) ** -0.5
+    if bound:
+        nn.init.uniform_(weight, -bound, bound)
+    else:
+        nn.init.zeros_(weight)
 
 
-def product(a, b):
-    """a (..., k) @ b (n, k).T by the faster of two CPU libraries; torch.compile lowers oneDNN's only for constant b."""
-    if (
-        ONEDNN
-        and a.is_cpu
-        and a.dtype == torch.float32
-        and a.numel()
-        and not torch.compiler.is_compiling()
-    ):
+def init_gpt2(cfg, weight, to_residual):
+    """Normal; less where 2 n_layer outputs are added up in the residual stream."""
+    nn.init.normal_(weight, std=0.02 / (2 * cfg.n_layer) ** 0.5 if to_residual else 0.02)
+
+
+INITS = {"zero_proj": init_zero_proj, "gpt2": init_gpt2}
+
+
+def init_weight(cfg, weight, to_residual=False):
+    """Fills weight (..., rows, fan_in) as INIT says, and returns it."""
+    if not weight.is_meta:  # where it would load seconds of code to do nothing
+        INITS[cfg.init](cfg, weight, to_residual)
+    return weight
+
+
+def normal_(weight, std):
+    """Fills weight with normal numbers, and returns it."""
+    return weight if weight.is_meta else nn.init.normal_(weight, std=std)
+
+
+# On AMD's AVX-512 processors MKL, torch's default, runs AVX2 code: oneDNN is twice as fast there.
+CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+ONEDNN = "AuthenticAMD" in CPUINFO and CPU_CAPABILITY == "AVX512"
+
+
+def matmul_nt(a, b):
+    """a (..., k) times b (n, k) transposed: (..., n), by the faster of two CPU libraries."""
+    eager = not torch.compiler.is_compiling()  # which lowers oneDNN's only for constant b
+    if ONEDNN and eager and a.is_cpu and a.dtype == torch.float32 and a.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.mT
 
 
-def grouped(a, b, ends):
-    """Rows a (..., k) by b (m, k), or, in groups ending at `ends` (E,), each's by its own of b (E, m, k): (..., m).
-    Outer products of rows a (n, m) and b (n, k), summed over each group, zero where it is empty: (E, m, k)."""
-    if ends is None:
-        return product(a, b)
-    if torch.compiler.is_compiling():
-        return grouped_op(a, b, ends)
-    if (
-        a.is_cuda and not (a.size(-1) | b.size(1) | b.size(-1)) * a.element_size() % 16
-    ):  # bytes, as its rows must be
-        return F.grouped_mm(a, b.mT, offs=ends) if b.ndim == 3 else F.grouped_mm(a.mT, b, offs=ends)
-    splits = ends[:-1].tolist()
-    if b.ndim == 3:
-        return torch.cat([product(rows, matrix) for rows, matrix in zip(a.tensor_split(splits), b)])
-    return torch.stack(
-        [product(x.mT, y.mT) for x, y in zip(a.tensor_split(splits), b.tensor_split(splits))]
-    )
-
-
-# opaque to torch.compile, which traces neither sizes that data decide nor grouped_mm in float32
-grouped_op = torch.library.custom_op(
-    f"{__name__}::grouped",
-    grouped,
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor ends) -> Tensor",
-)
-grouped_op.register_fake(
-    lambda a, b, ends: a.new_empty(
-        (len(a), b.size(1)) if b.ndim == 3 else (len(ends), a.size(1), b.size(1))
-    )
-)
-
-
-class Product(torch.autograd.Function):
-    """`grouped` of x and weight with the gradient that oneDNN's operator lacks and grouped_mm wants contiguous."""
+class MatmulNT(torch.autograd.Function):
+    """matmul_nt of x (..., k) and weight (n, k), with the gradient that oneDNN's operator lacks."""
 
     @staticmethod
-    def forward(ctx, x, weight, ends=None):
-        ctx.save_for_backward(x, weight, ends)
-        return grouped(x, weight, ends)
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return matmul_nt(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weight, ends), grad = ctx.saved_tensors, grad.contiguous()
-        grad_x, y, x = grouped(grad, weight.mT, ends), grad.flatten(0, -2), x.flatten(0, -2)
-        return grad_x, product(y.mT, x.mT) if ends is None else grouped(y, x, ends), None
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_weight = matmul_nt(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)
+        return matmul_nt(grad, weight.mT), grad_weight
+
+
+def can_group_on_cuda(*tensors):
+    """Whether torch has a fast product for these: on CUDA, rows of a multiple of 16 bytes."""
+    return all(t.is_cuda and t.size(-1) * t.element_size() % 16 == 0 for t in tensors)
+
+
+def grouped_matmul(x, weight, offsets):
+    """Rows x (n, k), in groups that end at offsets (E,), by weight (E, m, k) of theirs: (n, m)."""
+    if torch.compiler.is_compiling():
+        return grouped_matmul_op(x, weight, offsets)
+    if can_group_on_cuda(x, weight, weight.mT):
+        return F.grouped_mm(x, weight.mT, offs=offsets)
+    groups = x.tensor_split(offsets[:-1].tolist())
+    return torch.cat([matmul_nt(rows, matrix) for rows, matrix in zip(groups, weight)])
+
+
+def grouped_outer(y, x, offsets):
+    """Outer products of rows y (n, m) and x (n, k), summed over each group: (E, m, k)."""
+    if torch.compiler.is_compiling():
+        return grouped_outer_op(y, x, offsets)
+    if can_group_on_cuda(y, x):
+        return F.grouped_mm(y.mT, x, offs=offsets)
+    splits = offsets[:-1].tolist()
+    groups = zip(y.tensor_split(splits), x.tensor_split(splits))
+    return torch.stack([matmul_nt(ys.mT, xs.mT) for ys, xs in groups])
+
+
+# Opaque to torch.compile, which traces neither sizes that data decide nor grouped_mm in float32.
+grouped_matmul_op = torch.library.custom_op(
+    f"{__name__}::grouped_matmul",
+    grouped_matmul,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
+)
+grouped_outer_op = torch.library.custom_op(
+    f"{__name__}::grouped_outer",
+    grouped_outer,
+    mutates_args=(),
+    schema="(Tensor y, Tensor x, Tensor offsets) -> Tensor",
+)
+
+
+@grouped_matmul_op.register_fake
+def _(x, weight, offsets):
+    return x.new_empty(len(x), weight.size(1))
+
+
+@grouped_outer_op.register_fake
+def _(y, x, offsets):
+    return y.new_empty(len(offsets), y.size(1), x.size(1))
+
+
+class GroupedMatmul(torch.autograd.Function):
+    """grouped_matmul with its gradients, of which an expert without rows gets zeros."""
+
+    @staticmethod
+    def forward(ctx, x, weight, offsets):
+        ctx.save_for_backward(x, weight, offsets)
+        return grouped_matmul(x, weight, offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, offsets = ctx.saved_tensors
+        grad = grad.contiguous()  # or grouped_mm refuses it
+        grad_x = grouped_matmul(grad, weight.mT, offsets)
+        return grad_x, grouped_outer(grad, x, offsets), None
 
 
 class Linear(nn.Module):
-    """(..., fan_in) -> (..., parts * fan_out) in the input's dtype: one product, yet Muon takes each part by itself."""
+    """(..., fan_in) -> (..., parts * fan_out) in the input's dtype.
 
-    def __init__(self, cfg, fan_in, fan_out, parts=1, ends=False, bias=None, experts=()):
+    One product, yet Muon takes each of the parts by itself: their weights are (parts, fan_out,
+    fan_in). `to_residual` says that the output is added to the residual stream.
+    """
+
+    def __init__(self, cfg, fan_in, fan_out, parts=1, to_residual=False, bias=None, experts=()):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*experts, *[parts] * (parts > 1), fan_out, fan_in))
-        self.bias = (
-            nn.Parameter(torch.zeros(*experts, parts * fan_out))
-            if bias or bias is None and cfg.bias
-            else None
-        )
-        INITS[cfg.init](cfg, self.weight, ends)
+        shape = (fan_out, fan_in) if parts == 1 else (parts, fan_out, fan_in)
+        has_bias = cfg.bias if bias is None else bias
+        self.weight = nn.Parameter(torch.empty(*experts, *shape))
+        self.bias = nn.Parameter(torch.zeros(*experts, parts * fan_out)) if has_bias else None
+        init_weight(cfg, self.weight, to_residual)
         self.flops_per_token = 6 * self.weight.numel()
 
     def forward(self, x):
         weight = self.weight.flatten(0, -2).type_as(x)
-        y = Product.apply(x, weight) if ONEDNN and x.is_cpu else F.linear(x, weight)
+        y = MatmulNT.apply(x, weight) if ONEDNN and x.is_cpu else F.linear(x, weight)
         return y if self.bias is None else y + self.bias.type_as(x)
 
 
@@ -499,7 +491,7 @@ class RMSNorm(nn.Identity):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm with a gain, and a bias if cfg.bias, computed in float32 (arXiv 1607.06450): (..., C) -> same."""
+    """Layer norm with a gain, and a bias if BIAS=1, in float32 (1607.06450): (..., C) -> same."""
 
     def __init__(self, cfg):
         super().__init__(cfg.n_embd, bias=cfg.bias)
@@ -519,30 +511,42 @@ class Scale(nn.Module):
         return x * self.weight.type_as(x)
 
 
-NORMS = {
-    "rms": RMSNorm,
-    "layer": LayerNorm,
-    "rms_gain": lambda cfg: nn.Sequential(RMSNorm(cfg), Scale(torch.ones(cfg.n_embd))),
-}
+def rms_norm_with_gain(cfg):
+    return nn.Sequential(RMSNorm(cfg), Scale(torch.ones(cfg.n_embd)))
+
+
+NORMS = {"rms": RMSNorm, "rms_gain": rms_norm_with_gain, "layer": LayerNorm}
+
+
+class Context(NamedTuple):
+    """What blocks and mixers are given beside the hidden state."""
+
+    positions: Tensor  # (T,) of the tokens in their sequences
+
+
+class NoPosition(nn.Identity):
+    """Leaves its input as it is."""
+
+    def forward(self, x, ctx):
+        return x
 
 
 class Rotary(nn.Module):
-    """Rotary embedding, base 10000, halves paired as in GPT-NeoX, arXiv 2104.09864: (B, T, ..., D) -> same."""
+    """Rotary embedding (arXiv 2104.09864) of (B, T, ..., D), base 10000, paired as in GPT-NeoX."""
 
     def __init__(self, cfg):
         super().__init__()
         half = cfg.n_embd // cfg.n_head // 2
-        with torch.device("cpu"):  # on the meta device, these operators would load seconds of code
-            angles = torch.outer(
-                torch.arange(cfg.sequence_length), 10000 ** -(torch.arange(half) / half)
-            ).repeat(1, 2)
+        with torch.device("cpu"):  # on meta these operators would load seconds of code
+            frequencies = 10000 ** -(torch.arange(half) / half)
+            angles = torch.outer(torch.arange(cfg.sequence_length), frequencies).repeat(1, 2)
             signs = torch.tensor([1.0, -1.0]).repeat_interleave(half)
-        self.register_buffer(
-            "turn", torch.stack((angles.cos(), angles.sin() * signs)), persistent=False
-        )
+            cos_sin = torch.stack((angles.cos(), angles.sin() * signs))
+        self.register_buffer("cos_sin", cos_sin, persistent=False)  # (2, T, D)
 
-    def forward(self, x):
-        cos, sin = self.turn[:, : x.size(1)].view(2, x.size(1), *[1] * (x.ndim - 3), -1)
+    def forward(self, x, ctx):
+        shape = (*ctx.positions.shape, *[1] * (x.ndim - 3), x.size(-1))
+        cos, sin = self.cos_sin[:, ctx.positions].view(2, *shape)
         x1, x2 = x.chunk(2, dim=-1)
         return torch.addcmul(x * cos, torch.cat((x2, x1), dim=-1), sin).type_as(x)
 
@@ -554,21 +558,34 @@ class LearnedPosition(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(normal_(torch.empty(cfg.sequence_length, cfg.n_embd), 0.02))
 
-    def forward(self, x):
-        return x + self.weight[: x.size(1)].type_as(x)
+    def forward(self, x, ctx):
+        return x + F.embedding(ctx.positions, self.weight).type_as(x)
 
 
-POSITIONS = {
-    "rotary": (nn.Identity, Rotary),
-    "learned": (LearnedPosition, nn.Identity),
-}  # (on embeddings, on q and k)
-################ Gates #################
-GATE_ACTS = {"sigmoid": torch.sigmoid, "ns_sigmoid": lambda x: 0.5 + 0.5 * torch.sigmoid(x)}
+POSITIONS = {  # (what embeddings go through, what queries and keys go through)
+    "rotary": (NoPosition, Rotary),
+    "learned": (LearnedPosition, NoPosition),
+}
+
+
+########################################
+#                Gates                 #
+########################################
+
+# Every gate takes y (B, T, H, D) and the normed hidden state x (B, T, C), and returns gated y.
+
+
+def ns_sigmoid(x):
+    """A sigmoid that never closes: between 0.5 and 1."""
+    return 0.5 + 0.5 * torch.sigmoid(x)
+
+
+GATE_ACTS = {"sigmoid": torch.sigmoid, "ns_sigmoid": ns_sigmoid}
 GATE_POSITIONS = ("sdpa", "value")
 
 
 class NoGate(nn.Identity):
-    """Leaves y (B, T, H, D) as it is. Every gate takes y and the normed hidden state x (B, T, C), returns gated y."""
+    """Leaves y as it is."""
 
     def forward(self, y, x):
         return y
@@ -577,15 +594,17 @@ class NoGate(nn.Identity):
 class ElementwiseGate(nn.Module):
     """One gate for each channel of each head, computed from x."""
 
-    def __init__(self, cfg, gates=None):
+    def __init__(self, cfg):
         super().__init__()
-        self.act, self.score = (
-            GATE_ACTS[cfg.gateact],
-            Linear(cfg, cfg.n_embd, gates or cfg.n_embd, bias=False),
-        )
+        self.act = GATE_ACTS[cfg.gateact]
+        self.score = Linear(cfg, cfg.n_embd, self.n_gates(cfg), bias=False)
+
+    def n_gates(self, cfg):
+        return cfg.n_embd
 
     def forward(self, y, x):
-        return y * self.act(self.score(x)).view(*y.shape[:3], -1)
+        B, T, H, D = y.shape
+        return y * self.act(self.score(x)).view(B, T, H, -1)
 
 
 class HeadwiseGate(ElementwiseGate):
@@ -593,21 +612,19 @@ class HeadwiseGate(ElementwiseGate):
 
     optim = "adamw"  # (heads, n_embd) is too flat to be orthogonalised
 
-    def __init__(self, cfg):
-        super().__init__(cfg, cfg.n_head)
+    def n_gates(self, cfg):
+        return cfg.n_head
 
 
 class ConstGate(nn.Module):
-    """One learned gate for each channel of each head, the same for every input; starts at act(0)."""
+    """One learned gate for each channel of each head, the same for every x; starts at act(0)."""
 
     optim = "adamw"
 
     def __init__(self, cfg):
         super().__init__()
-        self.act, self.score = (
-            GATE_ACTS[cfg.gateact],
-            nn.Parameter(torch.zeros(cfg.n_head, cfg.n_embd // cfg.n_head)),
-        )
+        self.act = GATE_ACTS[cfg.gateact]
+        self.score = nn.Parameter(torch.zeros(cfg.n_head, cfg.n_embd // cfg.n_head))
 
     def forward(self, y, x):
         return y * self.act(self.score).type_as(y)
@@ -621,52 +638,74 @@ GATES = {
 }
 
 
-################ Mixers ################
+########################################
+#                Mixers                #
+########################################
+
+# Every mixer takes the normed hidden state x (B, T, C) and a Context, and returns (B, T, C).
+
+
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention with optional QK norm and gate: (B, T, C) -> same."""
+    """Multi-head causal attention with optional QK norm and gate."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.n_head, self.dropout = cfg.n_head, cfg.dropout
-        self.flops_per_token = (
-            12 * cfg.n_embd * cfg.sequence_length
-        )  # scores and values, both ways, no causal halving
+        self.n_head = cfg.n_head
+        self.dropout = cfg.dropout
+        # Scores and values, forward and backward; causality is not taken into account.
+        self.flops_per_token = 12 * cfg.n_embd * cfg.sequence_length
         self.qkv = Linear(cfg, cfg.n_embd, cfg.n_embd, parts=3)
-        self.proj = Linear(cfg, cfg.n_embd, cfg.n_embd, ends=True)
+        self.proj = Linear(cfg, cfg.n_embd, cfg.n_embd, to_residual=True)
         self.qk_norm = RMSNorm(cfg) if cfg.qk_norm else nn.Identity()
         self.rotate = POSITIONS[cfg.pos][1](cfg)
-        self.gate_value = GATES[cfg.attngate if cfg.gatepos == "value" else "none"](cfg)
-        self.gate_output = GATES[cfg.attngate if cfg.gatepos == "sdpa" else "none"](cfg)
+        gates = dict.fromkeys(GATE_POSITIONS, "none") | {cfg.gatepos: cfg.attngate}
+        self.gate_value = GATES[gates["value"]](cfg)
+        self.gate_output = GATES[gates["sdpa"]](cfg)
 
-    def forward(self, x):
+    def forward(self, x, ctx):
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)
-        q, k = self.rotate(self.qk_norm(qk)).transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        q, k = self.rotate(self.qk_norm(qk), ctx).transpose(1, 3).unbind(2)  # (B, H, T, D) each
         v = self.gate_value(v.squeeze(2), x).transpose(1, 2)
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.proj(self.gate_output(y.transpose(1, 2), x).reshape(B, T, C))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = self.gate_output(y.transpose(1, 2), x)  # (B, T, H, D)
+        return self.proj(y.reshape(B, T, C))
 
 
 MIXERS = {"attention": CausalSelfAttention}
 
 
-################# FFNs #################
+########################################
+#                 FFNs                 #
+########################################
+
+# Every FFN takes the normed hidden state x (..., C); it returns (..., C) and a list of routings.
+
+
+def ffn_width(cfg, parts, active=1):
+    """Hidden units of an FFN with `parts` input matrices: D_FF, or 4 C, 8/3 C with two of them.
+
+    `active` experts that see the same token share these, in multiples of 64.
+    """
+    if cfg.d_ff:
+        return cfg.d_ff
+    width = (4 if parts == 1 else 8 / 3) * cfg.n_embd
+    if parts == active == 1:
+        return width
+    return 64 * math.ceil(width / active / 64)
+
+
 class MLP(nn.Module):
-    """Two-layer FFN, the base of the kinds below: (..., C) -> same, and the list of its routings, which is empty."""
+    """Two-layer FFN, the base of the kinds below. Experts are built with another `linear`."""
 
     parts = 1  # matrices that read the input
 
-    def __init__(self, cfg, linear=Linear, share=1):
+    def __init__(self, cfg, linear=Linear, active=1):
         super().__init__()
-        width, multiple = (
-            (4 if self.parts == 1 else 8 / 3) * cfg.n_embd,
-            1 if self.parts == share == 1 else 64,
-        )
-        width = cfg.d_ff or multiple * math.ceil(width / share / multiple)
+        width = ffn_width(cfg, self.parts, active)
         self.fc = linear(cfg, cfg.n_embd, width, parts=self.parts)
-        self.proj = linear(cfg, width, cfg.n_embd, ends=True)
+        self.proj = linear(cfg, width, cfg.n_embd, to_residual=True)
 
     def transform(self, x, *groups):
         return self.proj(self.act(self.fc(x, *groups)), *groups)
@@ -676,18 +715,23 @@ class MLP(nn.Module):
 
 
 class ReLU2(MLP):
+    """Squared ReLU, arXiv 2109.08668."""
+
     def act(self, h):
         positive = F.relu(h)
-        return (
-            positive * positive
-        )  # several times faster on a CPU than a power, whose gradient is another
+        return positive * positive  # on a CPU several times faster than a power
 
 
 class GELU(MLP):
-    act = staticmethod(functools.partial(F.gelu, approximate="tanh"))
+    """GELU in its tanh form, as GPT-2 has it."""
+
+    def act(self, h):
+        return F.gelu(h, approximate="tanh")
 
 
 class SwiGLU(MLP):
+    """Gated by SiLU, arXiv 2002.05202."""
+
     parts = 2
 
     def act(self, h):
@@ -699,126 +743,146 @@ EXPERTS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU}
 
 
 class ExpertLinear(Linear):
-    """One linear layer an expert: rows (n, fan_in) sorted by their expert (n,) -> (n, parts * fan_out)."""
+    """A linear layer for each expert: rows (n, fan_in), sorted by it -> (n, parts * fan_out)."""
 
-    def __init__(self, cfg, *sizes, **kinds):
-        super().__init__(cfg, *sizes, **kinds, experts=(cfg.num_experts,))
+    def __init__(self, cfg, fan_in, fan_out, **kinds):
+        super().__init__(cfg, fan_in, fan_out, **kinds, experts=(cfg.num_experts,))
         self.flops_per_token = self.flops_per_token * cfg.top_k // cfg.num_experts
 
-    def forward(self, x, expert, ends):
-        y = Product.apply(x, self.weight.flatten(1, -2).type_as(x), ends)
-        return (
-            y
-            if self.bias is None
-            else y + F.one_hot(expert, len(ends)).type_as(x) @ self.bias.type_as(x)
-        )
+    def forward(self, x, expert, offsets):
+        """`expert` (n,) is that of each row; the rows of each expert end at `offsets` (E,)."""
+        y = GroupedMatmul.apply(x, self.weight.flatten(1, -2).type_as(x), offsets)
+        if self.bias is not None:
+            y = y + F.one_hot(expert, len(offsets)).type_as(x) @ self.bias.type_as(x)
+        return y
 
 
-def quantile_bias(p, bias, k):
-    """The bias (E,), zero in the mean, with which k / E of the tokens, given their p (N, E), choose each expert: those
-    where p + bias exceeds their (k + 1)-th largest; kexue.fm/archives/11619."""
-    missing = (p + bias).topk(min(k + 1, p.size(1))).values[:, -1:] - p
-    bias = missing.sort(dim=0).values[max(1, round(p.size(0) * k / p.size(1))) - 1]
+# What a step leaves (E,) for the router of the next: from the step's load (E,), its probabilities
+# (N, E), what the step before left (E,), and TOP_K.
+
+
+def leave_load(load, p, state, k):
+    """The load, against which the balance loss holds the probabilities of the next step."""
+    return load
+
+
+def leave_bias(load, p, state, k):
+    """The bias, zero in the mean, with which k / E of the tokens would have chosen each expert.
+
+    These are the tokens where p + bias exceeds their (k + 1)-th largest; kexue.fm/archives/11619.
+    """
+    N, E = p.shape
+    largest_others = (p + state).topk(min(k + 1, E)).values[:, -1:]
+    missing = (largest_others - p).sort(dim=0).values
+    bias = missing[max(1, round(N * k / E)) - 1]
     return bias - bias.mean()
 
 
-BALANCES = {  # what a step leaves (E,) for the next, from its load (E,), its p (N, E), what it found (E,) and TOP_K
-    "aux": lambda load, p, found, k: load,  # to which the loss holds the next p
-    "quantile": lambda load, p, found, k: quantile_bias(
-        p, found, k
-    ),  # which the next choice adds to p
-    "none": lambda load, p, found, k: found,
-}
+def leave_state(load, p, state, k):
+    """What was there."""
+    return state
+
+
+BALANCES = {"aux": leave_load, "quantile": leave_bias, "none": leave_state}
+LOAD, IMPORTANCE, NEXT_STATE, STATE = range(4)  # the rows of a routing (4, E)
 
 
 class MoE(nn.Module):
-    """Token-choice mixture of experts without capacity: (..., C) -> same, and a list of its routing (4, E).
-    A token's TOP_K experts are those of the highest probability p, a softmax over all E, which also weights their
-    outputs; if TOP_K > 1 these weights are made to sum to 1 (arXiv 2101.03961, 2401.04088). The routing's rows: load f,
-    the share of all choices; importance P, the mean p, with its gradient; what is left in `balance`; what was there."""
+    """Token-choice mixture of experts without capacity (arXiv 2101.03961, 2401.04088).
+
+    A token's TOP_K experts are those of the highest probability p, a softmax over all E, which also
+    weights their outputs; if TOP_K > 1 these weights are made to sum to 1. Its routing (4, E) has
+    the load f, a fraction of all choices; the importance P, the mean p, with its gradient; what it
+    leaves in router_state; and what it found there.
+    """
 
     def __init__(self, cfg):
         super().__init__()
-        self.top_k, self.biased, self.left = (
-            cfg.top_k,
-            cfg.balance == "quantile",
-            BALANCES[cfg.balance],
-        )
-        kind, share = EXPERTS[cfg.expert], cfg.top_k + cfg.shared_expert
+        self.top_k = cfg.top_k
+        self.biases_choice = cfg.balance == "quantile"
+        self.next_state = BALANCES[cfg.balance]
         self.router = Linear(cfg, cfg.n_embd, cfg.num_experts, bias=False)
         self.router.optim = cfg.router_optimizer
-        self.experts = kind(cfg, ExpertLinear, share)
-        self.always = nn.ModuleList(kind(cfg, share=share) for _ in range(cfg.shared_expert))
-        self.register_buffer("balance", torch.zeros(cfg.num_experts))
+        active = cfg.top_k + cfg.shared_expert
+        self.experts = EXPERTS[cfg.expert](cfg, ExpertLinear, active)
+        self.always = nn.ModuleList()
+        if cfg.shared_expert:
+            self.always.append(EXPERTS[cfg.expert](cfg, active=active))
+        self.register_buffer("router_state", torch.zeros(cfg.num_experts))
+
+    def route(self, x):
+        """Of rows (N, C): probabilities (N, E), chosen experts (N, k), their weights (N, k)."""
+        p = self.router(x.to(torch.promote_types(x.dtype, torch.float32))).softmax(-1)
+        chosen = (p + self.router_state if self.biases_choice else p).topk(self.top_k).indices
+        weight = p.gather(-1, chosen)
+        if self.top_k > 1:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return p, chosen, weight
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        N, E, k = len(rows), len(self.balance), self.top_k
-        p = self.router(rows.to(torch.promote_types(x.dtype, torch.float32))).softmax(-1)
-        chosen = (p + self.balance if self.biased else p).topk(k).indices
-        weight = p.gather(-1, chosen)
-        weight = weight / weight.sum(-1, keepdim=True) if k > 1 else weight
+        p, chosen, weight = self.route(rows)
+        N, E = p.shape
+
+        # Choices sorted by expert, and where those of each expert end.
         expert, order = chosen.flatten().sort(stable=True)
-        ends = torch.searchsorted(
-            expert, torch.arange(E, device=x.device), right=True, out_int32=True
-        )
-        y = self.experts.transform(rows.index_select(0, order // k), expert, ends).index_select(
-            0, order.argsort()
-        )
-        y = (y.view(N, k, -1) * weight.unsqueeze(-1).type_as(y)).sum(1)
-        y = sum((each.transform(rows) for each in self.always), y)
-        load = ends.diff(prepend=ends.new_zeros(1)) / (N * k)
-        left = self.left(load, p.detach(), self.balance, k) if self.training else self.balance
-        return y.view_as(x), [torch.stack([load, p.mean(0), left, self.balance])]
+        every_expert = torch.arange(E, device=x.device)
+        offsets = torch.searchsorted(expert, every_expert, right=True, out_int32=True)
+
+        # Each expert on its rows, and back into the order of the tokens.
+        token = order // self.top_k
+        back = order.argsort()  # the inverse permutation
+        y = self.experts.transform(rows.index_select(0, token), expert, offsets)
+        y = y.index_select(0, back).view(N, self.top_k, -1)
+        y = (y * weight.unsqueeze(-1).type_as(y)).sum(1)
+        for ffn in self.always:
+            y = y + ffn.transform(rows)
+
+        load = offsets.diff(prepend=offsets.new_zeros(1)) / (N * self.top_k)
+        state = self.router_state
+        if self.training:
+            state = self.next_state(load, p.detach(), state, self.top_k)
+        return y.view_as(x), [torch.stack([load, p.mean(0), state, self.router_state])]
 
 
 FFNS = {**EXPERTS, "moe": MoE}
+HEALTH = ("aux", "entropy", "load_min", "load_max", "dead")  # what is logged of a routing
+
+
+def aux_loss(load, importance):
+    """E sum f P over the last dimension (..., E): 1 in balance, E / TOP_K where TOP_K have all."""
+    return load.size(-1) * (load * importance).sum(-1)
 
 
 def expert_health(routing):
-    """What a routing (..., 4, E) says of the load: each (...,), the entropy in units of that of an even one."""
-    load, importance = routing[..., 0, :], routing[..., 1, :]
-    entropy = torch.special.entr(load).sum(-1) / math.log(max(2, load.size(-1)))
+    """HEALTH of routings (..., 4, E), each (...,); the entropy is 1 for an even load."""
+    load, importance = routing[..., LOAD, :], routing[..., IMPORTANCE, :]
+    even = math.log(max(2, load.size(-1)))
     return {
         "aux": aux_loss(load, importance),
-        "entropy": entropy,
+        "entropy": torch.special.entr(load).sum(-1) / even,
         "load_min": load.amin(-1),
         "load_max": load.amax(-1),
         "dead": (load == 0).sum(-1),
     }
 
 
-def aux_loss(load, importance):
-    """E sum f P over the last dimension (..., E): 1 in balance, E / TOP_K where TOP_K experts have all; 2101.03961."""
-    return load.size(-1) * (load * importance).sum(-1)
+def health_columns(cfg):
+    """Columns of the curve: the coefficient, then HEALTH of each layer with experts."""
+    layers = [layer for layer in range(cfg.n_layer) if tiled(cfg.ffn, layer) == "moe"]
+    columns = [f"{name}_{layer}" for layer in layers for name in HEALTH]
+    return ["aux_coef", *columns] if columns else []
 
 
-################ Model #################
-class Block(nn.Module):
-    """A mixer and an FFN, each a residual branch behind a norm: (B, T, C) -> same, and the routing of the FFN."""
+########################################
+#                Model                 #
+########################################
 
-    def __init__(self, cfg, layer):
-        super().__init__()
-        mixers, ffns, order = (
-            cfg.mixer.split(","),
-            cfg.ffn.split(","),
-            RECURRENCES[cfg.recurrence](cfg),
-        )
-        self.mixer_norm, self.mixer = NORMS[cfg.norm](cfg), MIXERS[mixers[layer % len(mixers)]](cfg)
-        self.ffn_norm, self.ffn = NORMS[cfg.norm](cfg), FFNS[ffns[layer % len(ffns)]](cfg)
-        self.dropout = nn.Dropout(cfg.dropout)
-        start, scaled = (
-            torch.tensor(1 / order.count(order[layer])),
-            "scale" in cfg.per_step.split(","),
-        )
-        self.mixer_scale, self.ffn_scale = (
-            Scale(start.clone()) if scaled else nn.Identity() for _ in range(2)
-        )
 
-    def forward(self, x):
-        x = x + self.mixer_scale(self.dropout(self.mixer(self.mixer_norm(x))))
-        y, routing = self.ffn(self.ffn_norm(x))
-        return x + self.ffn_scale(self.dropout(y)), routing
+def tiled(names, layer):
+    """The name that a comma list has for a layer."""
+    names = names.split(",")
+    return names[layer % len(names)]
 
 
 def period(cfg):
@@ -826,170 +890,211 @@ def period(cfg):
     return math.lcm(len(cfg.mixer.split(",")), len(cfg.ffn.split(",")))
 
 
-def revisits(cfg):
-    """Blocks in the order in which RECURRENCE=shared visits them: ends once, and in turn those between."""
-    ends, between = cfg.unshared_ends, range(cfg.n_layer - 2 * cfg.unshared_ends)
-    return (
-        *range(ends),
-        *(ends + i % cfg.n_unique for i in between),
-        *(ends + cfg.n_unique + i for i in range(ends)),
-    )
+def stacked(cfg):
+    return tuple(range(cfg.n_layer))
 
 
-RECURRENCES = {  # the block of each visit
-    "stacked": lambda cfg: tuple(range(cfg.n_layer)),
-    "indexed": lambda cfg: tuple(
-        i % period(cfg) for i in range(cfg.n_layer)
-    ),  # the same model: all weights in banks
-    "shared": revisits,
+def indexed(cfg):
+    """The same model as stacked: one block a period, all weights in banks."""
+    return tuple(layer % period(cfg) for layer in range(cfg.n_layer))
+
+
+def shared(cfg):
+    """Blocks at both ends once, and between them N_UNIQUE blocks in turn."""
+    n_ends = cfg.unshared_ends
+    first = range(n_ends)
+    between = [n_ends + i % cfg.n_unique for i in range(cfg.n_layer - 2 * n_ends)]
+    last = range(n_ends + cfg.n_unique, 2 * n_ends + cfg.n_unique)
+    return (*first, *between, *last)
+
+
+RECURRENCES = {"stacked": stacked, "indexed": indexed, "shared": shared}
+PER_VISIT = {  # the modules of a block of which each visit has its own
+    "none": (),
+    "norm": ("mixer_norm", "ffn_norm"),
+    "router": ("router",),
+    "scale": ("mixer_scale", "ffn_scale"),
 }
-PER_STEP = {
-    "none": "?",
-    "norm": "_norm.",
-    "router": ".router.",
-    "scale": "_scale.",
-}  # in the names of what it banks
+
+
+def visit_order(cfg):
+    """The index of the block of each visit, (n_layer,)."""
+    return RECURRENCES[cfg.recurrence](cfg)
+
+
+def is_banked(cfg, name):
+    """Whether a block has a slice of its tensor `name` for each visit."""
+    if cfg.recurrence == "indexed":
+        return True
+    modules = {module for kind in cfg.per_visit.split(",") for module in PER_VISIT[kind]}
+    return not modules.isdisjoint(name.split("."))
+
+
+class Block(nn.Module):
+    """A mixer and an FFN, each a residual branch behind a norm."""
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        order = visit_order(cfg)
+        self.mixer_norm = NORMS[cfg.norm](cfg)
+        self.mixer = MIXERS[tiled(cfg.mixer, layer)](cfg)
+        self.ffn_norm = NORMS[cfg.norm](cfg)
+        self.ffn = FFNS[tiled(cfg.ffn, layer)](cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.mixer_scale = self.ffn_scale = nn.Identity()
+        if "scale" in cfg.per_visit.split(","):
+            start = 1 / order.count(order[layer])  # all visits together add as much as one
+            self.mixer_scale = Scale(torch.tensor(start))
+            self.ffn_scale = Scale(torch.tensor(start))
+
+    def forward(self, x, ctx):
+        """x (B, T, C), Context -> (B, T, C) and the list of routings of the FFN."""
+        x = x + self.mixer_scale(self.dropout(self.mixer(self.mixer_norm(x), ctx)))
+        y, routings = self.ffn(self.ffn_norm(x))
+        return x + self.ffn_scale(self.dropout(y)), routings
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer, activations in `dtype`: tokens (B, T) -> float32 logits (B, T, V); with targets (B, T),
-    mean loss () and the routing (visits of an MoE, 4, E). The blocks are visited in `order`; a tensor named in `banked`
-    has a slice for each visit of its block."""
+    """Decoder-only transformer, activations in `dtype`.
+
+    Tokens (B, T) -> float32 logits (B, T, V); with targets (B, T): mean loss () and the routing
+    (visits of an MoE, 4, E). The blocks are visited in `order`; a tensor whose name is in `banked`
+    has a slice for each visit of its block.
+    """
 
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
-        self.dtype, self.loss_chunk = dtype, loss_chunk
+        self.dtype = dtype
+        self.loss_chunk = loss_chunk
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
-        self.head = (
-            None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
-        )
-        INITS[cfg.init](cfg, self.embed, False)
-        if self.head is not None:
-            INITS[cfg.init](cfg, self.head, cfg.init == "zero_proj")
-            normal_(
-                self.embed, 1.0 if cfg.init == "zero_proj" else 0.02
-            )  # rows that only a norm will read
+        self.head = None  # the embedding
+        init_weight(cfg, self.embed)
+        if not cfg.tie_embeddings:
+            self.head = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
+            init_weight(cfg, self.head, to_residual=cfg.init == "zero_proj")
+            # Only a norm reads the rows of the embedding.
+            normal_(self.embed, 1.0 if cfg.init == "zero_proj" else 0.02)
         self.add_position = POSITIONS[cfg.pos][0](cfg)
         self.dropout = nn.Dropout(cfg.dropout)
-        self.order = RECURRENCES[cfg.recurrence](cfg)
-        self.blocks, self.banked = self.build_blocks(cfg)
+        self.order = visit_order(cfg)
+        self.blocks, self.banked = build_blocks(cfg, self.order)
         self.norm = NORMS[cfg.norm](cfg)
 
-    def build_blocks(self, cfg):
-        """The blocks, and the names of those of their tensors that are banks: (visits of the block, ...)."""
-        firsts, indexed, banked = (
-            [self.order.index(i) for i in self.order],
-            cfg.recurrence == "indexed",
-            set(),
-        )
-        visits = [
-            Block(cfg, i) if indexed or i == first else None for i, first in enumerate(firsts)
-        ]
-        marks = ["."] if indexed else [PER_STEP[name] for name in cfg.per_step.split(",")]
-        for first in set(firsts):
-            alike = [
-                visits[i if indexed else first].state_dict()
-                for i in range(cfg.n_layer)
-                if firsts[i] == first
-            ]
-            for name in [name for name in alike[0] if any(mark in name for mark in marks)]:
-                part, _, leaf = name.rpartition(".")
-                module, bank = (
-                    visits[first].get_submodule(part),
-                    torch.stack([tensors[name] for tensors in alike]),
-                )
-                setattr(module, leaf, bank if leaf in module._buffers else nn.Parameter(bank))
-                banked.add(name)
-        return nn.ModuleList(visits[first] for first in dict.fromkeys(firsts)), banked
-
     def visits(self):
-        """The blocks in order, as functions; banks are read by one unbind each, whose gradient is written once."""
-        banks = [
-            {
-                name: iter(tensor.unbind(0))
-                for name, tensor in block.state_dict(keep_vars=True).items()
-                if name in self.banked
-            }
-            if self.banked
-            else {}
-            for block in self.blocks
-        ]
-        for i in self.order:
-            own = {name: next(slices) for name, slices in banks[i].items()}
-            yield (
-                functools.partial(torch.func.functional_call, self.blocks[i], own)
-                if own
-                else self.blocks[i]
-            )
+        """For each visit its block, and what the visit has for itself: {name: tensor}."""
+        banks = []
+        for block in self.blocks:
+            tensors = block.state_dict(keep_vars=True) if self.banked else {}
+            # One unbind for all visits: its gradient is written once.
+            banks.append({name: t.unbind(0) for name, t in tensors.items() if name in self.banked})
+        visits_until_now = Counter()
+        for index in self.order:
+            visit = visits_until_now[index]
+            visits_until_now[index] += 1
+            yield self.blocks[index], {name: parts[visit] for name, parts in banks[index].items()}
 
     def forward(self, tokens_BT, targets_BT=None):
-        x, routings = (
-            self.dropout(self.add_position(F.embedding(tokens_BT, self.embed).to(self.dtype))),
-            [],
-        )
-        for visit in self.visits():
-            x, routing = visit(x)
-            routings += routing
-        x, head = self.norm(x), self.embed if self.head is None else self.head
+        ctx = Context(positions=torch.arange(tokens_BT.size(1), device=tokens_BT.device))
+        x = F.embedding(tokens_BT, self.embed).to(self.dtype)
+        x = self.dropout(self.add_position(x, ctx))
+        routings = []
+        for block, own in self.visits():
+            x, of_block = torch.func.functional_call(block, own, (x, ctx)) if own else block(x, ctx)
+            routings += of_block
+        x = self.norm(x)
+        head = self.embed if self.head is None else self.head
         if targets_BT is None:
             return F.linear(x, head.type_as(x)).float()
-        loss = LinearCrossEntropy.apply(
-            x.flatten(0, 1), head, targets_BT.flatten(), self.loss_chunk
-        )
+        args = x.flatten(0, 1), head, targets_BT.flatten(), self.loss_chunk
+        loss = LinearCrossEntropy.apply(*args)
         return loss, torch.stack(routings) if routings else loss.new_zeros(0, 4, 0)
 
-    def balances(self):
-        """[(balance (E,) of an MoE, which of the visits of MoEs are its own)]: all those of a shared block."""
-        moe, found = [i for i in self.order if isinstance(self.blocks[i].ffn, MoE)], {}
-        for visit, i in enumerate(moe):
-            balance, turn = self.blocks[i].ffn.balance, moe[:visit].count(i)
-            turn, balance = (0, balance) if balance.ndim == 1 else (turn, balance[turn])
-            found.setdefault((i, turn), (balance, []))[1].append(visit)
-        return [*found.values()]
+    def router_states(self):
+        """[(router_state (E,) of an MoE, its visits among those of all MoEs)].
+
+        A block that is visited often pools its visits, unless its state is a bank.
+        """
+        blocks_of_visits = [i for i in self.order if isinstance(self.blocks[i].ffn, MoE)]
+        states = []
+        for index in dict.fromkeys(blocks_of_visits):
+            state = self.blocks[index].ffn.router_state
+            visits = [visit for visit, i in enumerate(blocks_of_visits) if i == index]
+            if state.ndim == 1:
+                states.append((state, visits))
+            else:
+                states += [(own, [visit]) for own, visit in zip(state, visits)]
+        return states
 
     def flops_per_token(self):
-        """Training FLOPs a token: 6 per weight of a matrix product, head included, and 12 C T per attention layer."""
-        parts = [
-            part
-            for i in self.order
-            for part in self.blocks[i].modules()
-            if hasattr(part, "flops_per_token")
-        ]
-        return 6 * self.embed.numel() + sum(part.flops_per_token for part in parts)
+        """Training FLOPs a token: 6 per weight of a product, head included, and attention."""
+        flops = 6 * self.embed.numel()
+        for index in self.order:
+            for part in self.blocks[index].modules():
+                flops += getattr(part, "flops_per_token", 0)
+        return flops
 
 
-LOSS_CHUNK = {
-    "cuda": 2**28,
-    "cpu": 2**23,
-}  # logits at a time: a large product on a GPU, the last-level cache on a CPU
+def build_blocks(cfg, order):
+    """The blocks of a GPT, and the names of those of their tensors that are banks."""
+    blocks, sources = {}, {}  # by index; for each visit the block that its slices start as
+    for layer, index in enumerate(order):
+        source = blocks.get(index)
+        if source is None or cfg.recurrence == "indexed":
+            source = Block(cfg, layer)  # indexed: each layer starts as it would in a stack
+        blocks.setdefault(index, source)
+        sources.setdefault(index, []).append(source)
+
+    banked = set()
+    for index, block in blocks.items():
+        tensors = [source.state_dict() for source in sources[index]]
+        for name in tensors[0]:
+            if is_banked(cfg, name):
+                make_bank(block, name, [of_visit[name] for of_visit in tensors])
+                banked.add(name)
+    return nn.ModuleList(blocks.values()), banked
+
+
+def make_bank(block, name, slices):
+    """Puts a bank of these slices in the place of a block's tensor."""
+    module_name, _, leaf = name.rpartition(".")
+    module, bank = block.get_submodule(module_name), torch.stack(slices)
+    is_parameter = leaf in module._parameters
+    setattr(module, leaf, nn.Parameter(bank) if is_parameter else bank)
+
+
+# Logits at a time: a large product on a GPU, the last-level cache on a CPU.
+LOGITS_PER_CHUNK = {"cuda": 2**28, "cpu": 2**23}
 
 
 def loss_chunk(x, head, targets):
-    """Summed loss () of x (n, C) against targets (n,), and its gradient softmax - onehot for the logits (n, V)."""
-    logp = F.log_softmax(product(x, head).float(), dim=-1)
+    """Summed loss () of x (n, C) against targets (n,), and its gradient for the logits (n, V)."""
+    logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
     target_logp = logp.gather(-1, targets[:, None])
-    grad = logp.exp_().type_as(x)
+    grad = logp.exp_().type_as(x)  # softmax - onehot
     return -target_logp.sum(), grad.scatter_(-1, targets[:, None], target_logp.expm1().type_as(x))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean loss () of x (N, C), head (V, C), targets (N,); gradients by chunk as in Liger-Kernel, arXiv 2410.10989."""
+    """Mean loss () of x (N, C), head (V, C), targets (N,), without all logits at once.
+
+    The gradients are computed with the loss, chunk by chunk, as in Liger-Kernel (arXiv 2410.10989).
+    """
 
     @staticmethod
-    def forward(ctx, x, head, targets, chunk):
-        weight, total, training = (
-            head.type_as(x),
-            x.new_zeros((), dtype=torch.float32),
-            ctx.needs_input_grad[0],
-        )
-        grad_x, grad_head = (torch.empty_like(x), torch.zeros_like(head)) if training else (x, None)
-        rows = math.ceil(len(x) / math.ceil(len(x) * len(head) / LOSS_CHUNK[x.device.type]))
+    def forward(ctx, x, head, targets, loss_chunk):
+        weight = head.type_as(x)
+        total = x.new_zeros((), dtype=torch.float32)
+        training = ctx.needs_input_grad[0]
+        grad_x = torch.empty_like(x) if training else x
+        grad_head = torch.zeros_like(head) if training else None
+        n_chunks = math.ceil(len(x) * len(head) / LOGITS_PER_CHUNK[x.device.type])
+        rows = math.ceil(len(x) / n_chunks)
         for xs, ts, grad_xs in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
-            loss, grad_logits = chunk(xs, weight, ts)
+            loss, grad_logits = loss_chunk(xs, weight, ts)
             total += loss
             if training:
-                grad_xs.copy_(product(grad_logits, weight.mT))
-                grad_head.add_(product(grad_logits.mT, xs.mT))
+                grad_xs.copy_(matmul_nt(grad_logits, weight.mT))
+                grad_head.add_(matmul_nt(grad_logits.mT, xs.mT))
         ctx.save_for_backward(grad_x, grad_head)
         return total / len(x)
 
@@ -1001,43 +1106,98 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def import_weights(model, path):
-    """Fills model from a safetensors file, or a folder with model.safetensors. Raises ConfigError."""
+    """Fills model from a safetensors file, or a folder that has one. Raises ConfigError."""
     import safetensors.torch
 
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
     try:
-        new = {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if name.endswith("ffn.balance")
-        }  # as is
-        model.load_state_dict(
-            safetensors.torch.load_file(file) | new, assign=model.embed.is_meta
-        )  # there a check
+        weights = safetensors.torch.load_file(file)
+        # Routers start anew; in files of earlier versions their state is called balance.
+        states = ("ffn.router_state", "ffn.balance")
+        weights = {name: t for name, t in weights.items() if not name.endswith(states)}
+        weights |= {name: t for name, t in model.state_dict().items() if name.endswith(states)}
+        model.load_state_dict(weights, assign=model.embed.is_meta)  # there it is only a check
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error)[:300].split())
         raise ConfigError(
-            f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of this "
-            f"shape, or the folder of a finished run; {' '.join(str(error)[:300].split())}"
+            f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of "
+            f"this shape, or the folder of a finished run; {reason}"
         ) from None
 
 
-############## Optimizers ##############
-MUON_SCALES = {  # factor on the orthogonalised update of a matrix (rows, cols)
-    "unit": lambda rows, cols: (
-        max(rows, cols) ** 0.5
-    ),  # unit mean square; modded-nanogpt, record of 2024-10-14
-    "original": lambda rows, cols: max(1, rows / cols) ** 0.5,  # torch.optim.Muon
-    "match_rms_adamw": lambda rows, cols: 0.2 * max(rows, cols) ** 0.5,
-}  # Moonlight, arXiv 2502.16982; torch.optim.Muon
+########################################
+#              Optimizers              #
+########################################
+
+
+class Hyper(NamedTuple):
+    """What may change from step to step for an update rule."""
+
+    lr: float  # learning rate
+    momentum: float  # of the first moment: AdamW's beta1, Muon's mu
+    weight_decay: float  # decoupled: a step takes lr * weight_decay of a weight
+
+
+def trapezoid(step, cfg):
+    return min(1.0, (cfg.num_iterations - step) / max(1, cfg.warmdown_iters))
+
+
+def cosine(step, cfg):
+    part = (step - cfg.warmup_iters) / max(1, cfg.num_iterations - cfg.warmup_iters)
+    return cfg.min_lr_frac + (1 - cfg.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * part))
+
+
+# Of (step, cfg): fraction of the peak learning rate, 0 to 1, in steps after the warm-up.
+SCHEDULES = {"trapezoid": trapezoid, "cosine": cosine}
+
+
+def lr_factor(step, cfg):
+    """Fraction of the peak learning rate for the update that follows `step` updates."""
+    if step < cfg.warmup_iters:
+        return (step + 1) / cfg.warmup_iters
+    return SCHEDULES[cfg.lr_schedule](step, cfg)
+
+
+def aux_coef(step, cfg):
+    """Weight of the balance loss in the step that follows `step` updates, 0 where there is none."""
+    if cfg.balance != "aux":
+        return 0.0
+    start, end = cfg.aux_loss_coef_start, cfg.aux_loss_coef_end
+    if start is None:
+        start = end = cfg.aux_loss_coef
+    fractions = (cfg.aux_warmup_frac, cfg.aux_decay_end_frac)
+    return float(np.interp(step / cfg.num_iterations, fractions, (start, end)))
+
+
+def unit_scale(rows, cols):
+    """A unit mean square; modded-nanogpt, record of 2024-10-14."""
+    return max(rows, cols) ** 0.5
+
+
+def original_scale(rows, cols):
+    """As Muon was published, and torch.optim.Muon's default."""
+    return max(1, rows / cols) ** 0.5
+
+
+def match_rms_adamw_scale(rows, cols):
+    """As large as AdamW's: Moonlight, arXiv 2502.16982; also in torch.optim.Muon."""
+    return 0.2 * max(rows, cols) ** 0.5
+
+
+MUON_SCALES = {  # factor on the orthogonalised update of a matrix
+    "unit": unit_scale,
+    "original": original_scale,
+    "match_rms_adamw": match_rms_adamw_scale,
+}
 
 
 def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
-    """Matrices (..., m, n) made nearly orthogonal, singular values 0.7 to 1.2; in bfloat16 torch's Muon bit for bit."""
-    a, b, c = (
-        3.4445,
-        -4.7750,
-        2.0315,
-    )  # quintic, steepest slope at zero: kellerjordan.github.io/posts/muon
+    """Matrices (..., m, n) made nearly orthogonal: singular values of 0.7 to 1.2.
+
+    The quintic has the steepest slope at zero: kellerjordan.github.io/posts/muon. In bfloat16 it is
+    torch.optim.Muon's to the last bit.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
     tall = G.size(-2) > G.size(-1)
     X = G.to(dtype).reshape(-1, *G.shape[-2:])
     X = X.mT if tall else X
@@ -1049,27 +1209,102 @@ def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
     return (X.mT if tall else X).reshape(G.shape)
 
 
-def exchange(names, tensor, rows, world):
-    """A collective by the first of these names that this torch has: tensor (n, ...) -> (rows, ...)."""
-    if world == 1:
-        return tensor
-    result = tensor.new_empty(rows, *tensor.shape[1:])
-    next(getattr(dist, name) for name in names if hasattr(dist, name))(
-        result, tensor.contiguous()
-    )  # or nccl refuses
+class UpdateRule:
+    """How parameters change in a step; the ranks' shares of work and state are Optimizer's."""
+
+    stacked = False  # True: params are stacks (n, rows, cols) of all matrices of one shape
+    factors = {"lr": lr_factor}  # of fields of Hyper, from (step, cfg)
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    @staticmethod
+    def peak(cfg):
+        """The Hyper that `factors` are applied to."""
+        return Hyper(cfg.lr, cfg.beta1, cfg.weight_decay)
+
+    def new_state(self, param):
+        """{name: tensor} for a tensor of parameters."""
+        return {"momentum": torch.zeros_like(param)}
+
+    def update(self, params, grads, state, hyper, skip):
+        """Changes params, a list of tensors, and state, {name: list}, in place; hyper is a Hyper.
+
+        Where skip () is 1, since a gradient is not finite, nothing may change.
+        """
+
+
+class Muon(UpdateRule):
+    """MomentUm Orthogonalized by Newton-Schulz (kellerjordan.github.io/posts/muon)."""
+
+    stacked = True
+
+    @staticmethod
+    def peak(cfg):
+        lr = 0.1 * cfg.lr if cfg.muon_lr is None else cfg.muon_lr
+        return Hyper(lr, cfg.muon_momentum, cfg.weight_decay)
+
+    def update(self, params, grads, state, hyper, skip):
+        scale = MUON_SCALES[self.cfg.muon_scale]
+        for p, grad, momentum in zip(params, grads, state["momentum"]):
+            # A non-finite gradient would poison the momentum for good; an expert without tokens,
+            # whose gradient is zero, would go on along an old one.
+            largest = torch.linalg.vector_norm(grad, math.inf, (-2, -1), keepdim=True)
+            frozen = (skip > 0) | (largest == 0)
+            grad = torch.where(frozen, momentum, grad)
+            momentum.lerp_(grad, 1 - hyper.momentum)
+            direction = grad.lerp_(momentum, hyper.momentum)
+            dtype = torch.bfloat16 if p.is_cuda else torch.float32  # few CPUs are fast in bfloat16
+            direction = zeropower_via_newtonschulz5(direction, dtype).masked_fill_(frozen, 0)
+            if hyper.weight_decay:
+                p.mul_(torch.where(frozen, 1, 1 - hyper.lr * hyper.weight_decay))
+            p.add_(direction, alpha=-hyper.lr * scale(*p.shape[-2:]))
+
+
+class AdamW(UpdateRule):
+    """AdamW (arXiv 1711.05101) as torch computes it, fused."""
+
+    def new_state(self, param):
+        moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+        return moments | {"step": torch.zeros((), device=param.device)}
+
+    def update(self, params, grads, state, hyper, skip):
+        adamw(
+            params,
+            grads,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            [],
+            state["step"],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=hyper.momentum,
+            beta2=self.cfg.beta2,
+            eps=1e-8,
+            lr=hyper.lr,
+            weight_decay=hyper.weight_decay,
+            found_inf=skip,
+        )
+
+
+# Of the matrices inside the blocks.
+OPTIMIZERS = {"muon": Muon, "adamw": AdamW}
+
+
+def collective(newer, older, result, tensor):
+    """Calls the collective of torch.distributed that this torch has; returns the result."""
+    call = getattr(dist, newer, None) or getattr(dist, older)
+    call(result, tensor.contiguous())  # nccl refuses others
     return result
 
 
 def reduce_scatter(full, world):
     """Sum over the ranks of full (world * n, ...), of which each keeps its own n rows."""
-    return exchange(
-        ("reduce_scatter_single", "reduce_scatter_tensor"), full, len(full) // world, world
-    )
-
-
-def all_gather(own, world):
-    """The ranks' own (n, ...) one after another: (world * n, ...)."""
-    return exchange(("all_gather_single", "all_gather_into_tensor"), own, len(own) * world, world)
+    if world == 1:
+        return full
+    own = full.new_empty(len(full) // world, *full.shape[1:])
+    return collective("reduce_scatter_single", "reduce_scatter_tensor", own, full)
 
 
 def squared_norm(tensors):
@@ -1077,181 +1312,174 @@ def squared_norm(tensors):
     return torch.stack(torch._foreach_norm(tensors)).square().sum() if tensors else 0.0
 
 
-def largest(matrices):
-    """Largest magnitude in each of the matrices (..., m, n): (..., 1, 1)."""
-    return torch.linalg.vector_norm(matrices, math.inf, (-2, -1), keepdim=True)
+@dataclasses.dataclass
+class Partition:
+    """Parameters that the ranks reduce and gather together, and what this rank updates of them."""
 
+    params: list  # Parameters
+    kind: str  # "own": a stack of matrices, "slice": one flat parameter, "copy": one, on all ranks
+    full: Tensor  # (world * n, ...): the parameters one after another, in the memory that they use
+    own: Tensor  # (n, ...): the rows of full that this rank updates
+    state: dict = dataclasses.field(default_factory=dict)  # of the rule, for own
+    grad: Tensor | None = None  # of own, summed over the ranks
 
-class Muon:
-    """MomentUm Orthogonalized by Newton-Schulz (kellerjordan.github.io/posts/muon) for matrices, sharded over ranks: of
-    those of one shape (..., m, n), each rank orthogonalises a share in one batched product and keeps its momentum."""
+    @classmethod
+    def stack(cls, params, ranks):
+        """Of matrices (..., rows, cols) of one shape; zeros fill up the last rank's share."""
+        matrices = [p.data.view(-1, *p.shape[-2:]) for p in params]
+        n_rows = sum(map(len, matrices))
+        n_own = math.ceil(n_rows / ranks.world_size)
+        padding = matrices[0].new_zeros(n_own * ranks.world_size - n_rows, *params[0].shape[-2:])
+        full = torch.cat([*matrices, padding])
+        for p, rows in zip(params, full.split([*map(len, matrices), len(padding)])):
+            p.data = rows.view(p.shape)
+        return cls(params, "own", full, full[ranks.rank * n_own :][:n_own])
 
-    def __init__(self, params, cfg, lr, ranks):
-        self.cfg, self.base_lr, self.world, self.rank, self.stacks = (
-            cfg,
-            lr,
-            ranks.world_size,
-            ranks.rank,
-            [],
-        )
-        for shape in dict.fromkeys(p.shape[-2:] for p in params):
-            members = [p for p in params if p.shape[-2:] == shape]
-            sizes = [p[..., 0, 0].numel() for p in members]
-            share = math.ceil(sum(sizes) / self.world)
-            padding = members[0].new_zeros(share * self.world - sum(sizes), *shape)
-            self.stacks.append(
-                {
-                    "params": members,
-                    "sizes": [*sizes, len(padding)],
-                    "padding": padding,
-                    "momentum": members[0].new_zeros(share, *shape),
-                    "grad": None,
-                }
-            )
-        self.dtype = (
-            torch.bfloat16 if params[0].is_cuda else torch.float32
-        )  # few CPUs multiply bfloat16 fast
+    @classmethod
+    def single(cls, p, ranks):
+        """A slice of a large parameter whose size the ranks divide, the whole of any other."""
+        flat = p.data.view(-1)
+        if len(flat) >= 2**16 and len(flat) % ranks.world_size == 0:
+            return cls([p], "slice", flat, flat.chunk(ranks.world_size)[ranks.rank])
+        return cls([p], "copy", p.data, p.data)
 
-    def reduce_grads(self):
-        """Sums the gradients over the ranks; returns the squared norm () of this rank's share."""
-        for stack in self.stacks:
-            grads = [p.grad.view(-1, *p.shape[-2:]) for p in stack["params"]]
-            stack["grad"] = reduce_scatter(torch.cat([*grads, stack["padding"]]), self.world)
-        return squared_norm([stack["grad"] for stack in self.stacks])
+    def full_grad(self):
+        """The gradients of the parameters, laid out as `full`."""
+        if self.kind != "own":
+            return self.params[0].grad.view(self.full.shape)
+        grads = [p.grad.view(-1, *self.full.shape[1:]) for p in self.params]
+        padding = self.full.new_zeros(len(self.full) - sum(map(len, grads)), *self.full.shape[1:])
+        return torch.cat([*grads, padding])
 
-    @torch.no_grad()
-    def step(self, factor, grad_scale, skip):
-        """One update at `factor` of the learning rate, of gradients over grad_scale (), none where skip () is 1."""
-        lr, mu = self.base_lr * factor, self.cfg.muon_momentum
-        for stack in self.stacks:
-            momentum = stack["momentum"]
-            grad = stack["grad"] if grad_scale is None else stack["grad"] / grad_scale
-            # a non-finite one would poison the momentum for good; an expert without tokens would go on along an old one
-            still = (skip > 0) | (largest(grad) == 0)
-            grad = torch.where(still, momentum, grad)
-            momentum.lerp_(grad, 1 - mu)
-            update = zeropower_via_newtonschulz5(grad.lerp_(momentum, mu), self.dtype).masked_fill_(
-                still, 0
-            )
-            scale = MUON_SCALES[self.cfg.muon_scale](*momentum.shape[-2:])
-            for p, u in zip(stack["params"], all_gather(update, self.world).split(stack["sizes"])):
-                if self.cfg.weight_decay:
-                    p.view_as(u).mul_(
-                        torch.where(largest(u) == 0, 1, 1 - lr * self.cfg.weight_decay)
-                    )
-                p.add_(u.view_as(p), alpha=-lr * scale)
-            stack["grad"] = None  # its memory is for the next backward pass
-
-    def tensors(self, names):
-        """For checkpoints: {key: (momentum of a matrix, "own")}, since one rank alone holds it."""
-        found = {}
-        for stack in self.stacks:
-            keys = [
-                f"muon.{names[p]}.{i}"
-                for p, size in zip(stack["params"], stack["sizes"])
-                for i in range(size)
-            ]
-            first = self.rank * len(stack["momentum"])
-            found |= {
-                key: (momentum, "own") for key, momentum in zip(keys[first:], stack["momentum"])
+    def tensors(self, rank, names):
+        """For checkpoints: {name of the parameter and of its state: (tensor, kind)}."""
+        if self.kind != "own":
+            name = names[self.params[0]]
+            return {
+                f"{name}.{state}": (tensor.view(-1), self.kind) if tensor.ndim else (tensor, "copy")
+                for state, tensor in self.state.items()
             }
-        return found
+        matrices = []
+        for p in self.params:
+            matrices += [f"{names[p]}.{i}" for i in range(p[..., 0, 0].numel())]
+        own = matrices[rank * len(self.own) :]
+        return {
+            f"{name}.{state}": (row, "own")
+            for state, tensor in self.state.items()
+            for name, row in zip(own, tensor)
+        }
 
 
-class AdamW:
-    """AdamW (arXiv 1711.05101) as torch computes it, fused, sharded over ranks, with the methods of Muon. Of a large
-    parameter whose size the ranks divide, each rank holds the moments of a slice; any other is whole on every rank."""
+class Optimizer:
+    """An update rule for some parameters, whose state and work the ranks share.
 
-    def __init__(self, params, cfg, lr, ranks, weight_decay=0.0):
-        self.cfg, self.base_lr, self.world, self.weight_decay = (
-            cfg,
-            lr,
-            ranks.world_size,
-            weight_decay,
-        )
-        self.sliced = [p for p in params if p.numel() >= 2**16 and p.numel() % self.world == 0]
-        self.whole = [p for p in params if p.numel() < 2**16 or p.numel() % self.world]
-        self.own = [p.data.view(-1).chunk(self.world)[ranks.rank] for p in self.sliced] + [
-            p.data for p in self.whole
-        ]
-        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.own] for _ in range(2))
-        self.steps = [torch.zeros((), device=p.device) for p in self.own]
-        self.grads = []
+    Gradients are reduce-scattered, each rank updates its part, parameters are all-gathered.
+    """
+
+    def __init__(self, params, rule, peak, cfg, ranks):
+        """`peak` is the Hyper that the rule's factors are applied to."""
+        self.rule = rule
+        self.peak = peak
+        self.cfg = cfg
+        self.rank, self.world = ranks.rank, ranks.world_size
+        if rule.stacked:
+            by_shape = {}
+            for p in params:
+                by_shape.setdefault(p.shape[-2:], []).append(p)
+            self.partitions = [Partition.stack(alike, ranks) for alike in by_shape.values()]
+        else:
+            partitions = [Partition.single(p, ranks) for p in params]
+            self.partitions = sorted(partitions, key=lambda part: part.kind == "copy")
+        for part in self.partitions:
+            part.state = rule.new_state(part.own)
+
+    def hyper_at(self, step):
+        """The Hyper for the update that follows `step` updates."""
+        now = self.peak._asdict()
+        for name, factor in self.rule.factors.items():
+            now[name] *= factor(step, self.cfg)
+        return Hyper(**now)
 
     def reduce_grads(self):
-        sliced = [reduce_scatter(p.grad.view(-1), self.world) for p in self.sliced]
-        whole = [p.grad for p in self.whole]
-        if self.whole and self.world > 1:
-            bucket = torch.cat([g.view(-1) for g in whole])
+        """Sums the gradients over the ranks; returns the squared norm () of this rank's part."""
+        split = [part for part in self.partitions if part.kind != "copy"]
+        copies = [part for part in self.partitions if part.kind == "copy"]
+        for part in split:
+            part.grad = reduce_scatter(part.full_grad(), self.world)
+        for part in copies:
+            part.grad = part.full_grad()
+        if copies and self.world > 1:
+            bucket = torch.cat([part.grad.view(-1) for part in copies])
             dist.all_reduce(bucket)
-            whole = [g.view_as(p) for g, p in zip(bucket.split([p.numel() for p in whole]), whole)]
-        self.grads = sliced + whole
-        return squared_norm(sliced) + squared_norm(whole) / self.world
+            for part, grad in zip(copies, bucket.split([part.own.numel() for part in copies])):
+                part.grad = grad.view(part.own.shape)
+        norms = [squared_norm([part.grad for part in partitions]) for partitions in (split, copies)]
+        return norms[0] + norms[1] / self.world
 
     @torch.no_grad()
-    def step(self, factor, grad_scale, skip):
-        adamw(
-            self.own,
-            self.grads,
-            self.exp_avg,
-            self.exp_avg_sq,
-            [],
-            self.steps,
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            beta1=self.cfg.beta1,
-            beta2=self.cfg.beta2,
-            eps=1e-8,
-            lr=self.base_lr * factor,
-            weight_decay=self.weight_decay,
-            grad_scale=grad_scale,
-            found_inf=skip,
-        )
-        self.grads = []  # their memory is for the next backward pass
-        if self.world > 1:
-            for p, own in zip(self.sliced, self.own):
-                p.data.view(-1).copy_(all_gather(own, self.world))
+    def step(self, step, grad_scale, skip):
+        """The update that follows `step` updates, of gradients over grad_scale () or None.
+
+        None is made where skip () is 1.
+        """
+        params = [part.own for part in self.partitions]
+        grads = [part.grad for part in self.partitions]
+        if grad_scale is not None:
+            torch._foreach_div_(grads, grad_scale)
+        names = self.partitions[0].state
+        state = {name: [part.state[name] for part in self.partitions] for name in names}
+        self.rule.update(params, grads, state, self.hyper_at(step), skip)
+        for part in self.partitions:
+            part.grad = None  # its memory is for the next backward pass
+            if self.world > 1 and part.kind != "copy":  # own is where it belongs in full
+                collective("all_gather_single", "all_gather_into_tensor", part.full, part.own)
 
     def tensors(self, names):
-        """For checkpoints: {key: (flat moment, "slice" or, where every rank has all of it, "copy")}."""
-        found = {}
-        for i, p in enumerate(self.sliced + self.whole):
-            kind = "slice" if i < len(self.sliced) else "copy"
-            found[f"adamw.{names[p]}.exp_avg"] = self.exp_avg[i].view(-1), kind
-            found[f"adamw.{names[p]}.exp_avg_sq"] = self.exp_avg_sq[i].view(-1), kind
-            found[f"adamw.{names[p]}.step"] = self.steps[i], "copy"
-        return found
+        """For checkpoints: {key: (tensor, kind)}, from {parameter: its name}."""
+        rule = type(self.rule).__name__.lower()
+        tensors = {}
+        for part in self.partitions:
+            for name, held in part.tensors(self.rank, names).items():
+                tensors[f"{rule}.{name}"] = held
+        return tensors
 
 
-OPTIMIZERS = {  # of the matrices inside the blocks
-    "muon": lambda params, cfg, ranks: Muon(
-        params, cfg, 0.1 * cfg.lr if cfg.muon_lr is None else cfg.muon_lr, ranks
-    ),
-    "adamw": lambda params, cfg, ranks: AdamW(params, cfg, cfg.lr, ranks, cfg.weight_decay),
-}
+def optimizer_choices(model):
+    """{id of a parameter: optimizer} where a part says so, by `optim`: the innermost part counts.
+
+    `optim` is a name for all parameters of the part, or {name of a parameter within it: name}:
+    "adamw", or another for those that OPTIMIZER is to have after all.
+    """
+    wanted = {}
+    for module in model.modules():
+        optim, params = getattr(module, "optim", {}), dict(module.named_parameters())
+        if isinstance(optim, str):
+            optim = dict.fromkeys(params, optim)
+        for name, choice in optim.items():
+            if name not in params or choice not in OPTIMIZERS:
+                raise ValueError(
+                    f"{type(module).__name__}.optim has {name}: {choice}; its parameters are "
+                    f"{', '.join(params)}, and optimizers {', '.join(OPTIMIZERS)}"
+                )
+            wanted[id(params[name])] = choice
+    return wanted
 
 
 def split_params(model):
-    """{"matrices", "embed", "head", "vectors": [Parameter]}; matrices of a module with optim = "adamw" are vectors."""
-    opted_out = {
-        id(p) for m in model.modules() if getattr(m, "optim", "") == "adamw" for p in m.parameters()
-    }
-    named = [
-        (name.partition(".")[2], p)
-        for name, p in model.blocks.named_parameters()
-        if id(p) not in opted_out
-    ]
-    matrices = [
-        p
-        for name, p in named
-        if p.ndim - (name in model.banked) >= 2 and not name.endswith(".bias")
-    ]
-    groups = {
-        "matrices": matrices,
-        "embed": [model.embed],
-        "head": [] if model.head is None else [model.head],
-    }
+    """{"matrices", "embed", "head", "vectors": [Parameter]}, each parameter in one of them.
+
+    Matrices are those inside the blocks, banks of them too, that no part wants AdamW to have.
+    """
+    wanted = optimizer_choices(model)
+    groups = {"matrices": [], "embed": [model.embed], "head": [], "vectors": []}
+    if model.head is not None:
+        groups["head"].append(model.head)
+    for block in model.blocks:
+        for name, p in block.named_parameters():
+            n_dims = p.ndim - 1 if name in model.banked else p.ndim
+            is_matrix = n_dims >= 2 and not name.endswith(".bias")
+            if is_matrix and wanted.get(id(p)) != "adamw":
+                groups["matrices"].append(p)
     taken = {id(p) for group in groups.values() for p in group}
     groups["vectors"] = [p for p in model.parameters() if id(p) not in taken]
     return groups
@@ -1259,52 +1487,25 @@ def split_params(model):
 
 def build_optimizers(model, cfg, ranks):
     """The optimizers of cfg over the groups of split_params, learning rates as in the settings."""
-    groups = split_params(model)
-    optimizers = [OPTIMIZERS[cfg.optimizer](groups["matrices"], cfg, ranks)]
-    for name, lr in ("embed", cfg.embed_lr), ("head", cfg.head_lr), ("vectors", None):
-        if groups[name]:
-            decay = cfg.weight_decay * (name != "vectors")
-            optimizers.append(AdamW(groups[name], cfg, cfg.lr if lr is None else lr, ranks, decay))
-    return optimizers
-
-
-SCHEDULES = {  # fraction of the peak after the warm-up
-    "trapezoid": lambda step, cfg: min(
-        1.0, (cfg.num_iterations - step) / max(1, cfg.warmdown_iters)
-    ),
-    "cosine": lambda step, cfg: (
-        cfg.min_lr_frac
-        + (1 - cfg.min_lr_frac)
-        * 0.5
-        * (
-            1
-            + math.cos(
-                math.pi * (step - cfg.warmup_iters) / max(1, cfg.num_iterations - cfg.warmup_iters)
-            )
-        )
-    ),
-}
-
-
-def lr_factor(step, cfg):
-    """Fraction of the peak learning rate for the update that follows `step` updates."""
-    return (
-        (step + 1) / cfg.warmup_iters
-        if step < cfg.warmup_iters
-        else SCHEDULES[cfg.lr_schedule](step, cfg)
-    )
-
-
-def aux_coef(step, cfg):
-    """Weight of the balance loss in the step that follows `step` updates, 0 where BALANCE is another."""
-    ends = cfg.aux_loss_coef_start, cfg.aux_loss_coef_end
-    ends = (cfg.aux_loss_coef, cfg.aux_loss_coef) if None in ends else ends
-    fractions = cfg.aux_warmup_frac, cfg.aux_decay_end_frac
-    return float(np.interp(step / cfg.num_iterations, fractions, ends)) * (cfg.balance == "aux")
+    rule = OPTIMIZERS[cfg.optimizer]
+    kinds = {
+        "matrices": (rule, rule.peak(cfg)),
+        "embed": (AdamW, AdamW.peak(cfg)),
+        "head": (AdamW, AdamW.peak(cfg)),
+        "vectors": (AdamW, AdamW.peak(cfg)._replace(weight_decay=0.0)),
+    }
+    for name, lr in (("embed", cfg.embed_lr), ("head", cfg.head_lr)):
+        if lr is not None:
+            kinds[name] = (AdamW, AdamW.peak(cfg)._replace(lr=lr))
+    return [
+        Optimizer(params, kinds[name][0](cfg), kinds[name][1], cfg, ranks)
+        for name, params in split_params(model).items()
+        if params
+    ]
 
 
 class LossScale:
-    """Factor on a float16 loss (arXiv 1710.03740), on the device: halved on overflow, doubled after 2000 good steps."""
+    """Factor on a float16 loss (1710.03740): halved on overflow, doubled after 2000 good steps."""
 
     def __init__(self, dtype, device):
         self.active = dtype == torch.float16
@@ -1315,109 +1516,135 @@ class LossScale:
         if self.active:
             torch._amp_update_scale_(self.value, self.good_steps, skip, 2.0, 0.5, 2000)
 
+    def tensors(self):
+        return {"value": self.value, "good_steps": self.good_steps}
 
-################# Data #################
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = (
-    20240520,
-    1,
-    256,
-)  # the shard format of llm.c and modded-nanogpt
+
+########################################
+#                 Data                 #
+########################################
+
+# The shard format of llm.c and modded-nanogpt: 256 int32, then tokens as uint16.
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_INTS = 256
 
 
 def shard_tokens(path):
     """Number of tokens of a shard, after its header and size are verified. Raises DataError."""
     try:
-        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        size = os.path.getsize(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    magic, version, tokens = [*header[:3].tolist(), 0, 0, 0][:3]  # a file may be shorter
-    whole = 4 * HEADER_INTS + 2 * tokens
-    if (magic, version, size) != (SHARD_MAGIC, SHARD_VERSION, whole) or tokens < 1:
+    first_words = [*header[:3].tolist(), 0, 0, 0]  # a file may be shorter
+    magic, version, tokens = first_words[:3]
+    expected_size = 4 * HEADER_INTS + 2 * tokens
+    good_header = magic == SHARD_MAGIC and version == SHARD_VERSION and tokens >= 1
+    if not good_header or size != expected_size:
         raise DataError(
-            f"{path}: expected magic {SHARD_MAGIC}, version {SHARD_VERSION}, a token or more and {whole} "
-            f"bytes for {tokens}, found {magic}, {version} and {size} bytes; fetch or make the shard again"
+            f"{path}: expected magic {SHARD_MAGIC}, version {SHARD_VERSION}, a token or more and "
+            f"{expected_size} bytes for {tokens}, found {magic}, {version} and {size} bytes; "
+            "fetch or make the shard again"
         )
     return tokens
 
 
 def load_shard(path):
     """Memory map of a shard's tokens, (n,) uint16. Raises DataError."""
-    return np.memmap(
-        path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(shard_tokens(path),)
-    )
+    shape = (shard_tokens(path),)
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=shape)
 
 
 class ShardLoader:
-    """Samples of T + 1 tokens, each from i * T of a shard, in a glob's order, epoch after epoch. Raises DataError."""
+    """Samples of T + 1 tokens, each from i * T of a shard, in a glob's order, epoch after epoch.
+
+    With `limit`, only samples within the first so many tokens. Raises DataError.
+    """
 
     def __init__(self, pattern, cfg, shuffle=False, limit=0):
         self.files = sorted(glob.glob(pattern))
         if not self.files:
-            shards = math.ceil(
-                cfg.num_iterations * cfg.batch_size * cfg.sequence_length / 1e8
-            )  # as FineWeb's are
+            tokens = cfg.num_iterations * cfg.batch_size * cfg.sequence_length
             raise DataError(
-                f"no file matches {pattern} (looked from {os.getcwd()}); {how_to_get(pattern, shards)}"
+                f"no file matches {pattern} (looked from {os.getcwd()}); "
+                + how_to_get(pattern, math.ceil(tokens / 1e8))  # FineWeb's shards have so many
             )
         self.shards = [load_shard(file) for file in self.files]
-        self.length, self.vocab_size, self.seed, self.shuffle = (
-            cfg.sequence_length,
-            cfg.vocab_size,
-            cfg.seed,
-            shuffle,
-        )
-        ends = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
-        self.ends = np.minimum(ends, limit // self.length) if limit else ends
-        self.samples, self.tokens = int(self.ends[-1]), sum(len(shard) for shard in self.shards)
-        self.order = functools.lru_cache(1)(
-            lambda epoch: np.random.default_rng((self.seed, int(epoch))).permutation(self.samples)
-        )
+        self.length = cfg.sequence_length
+        self.vocab_size = cfg.vocab_size
+        self.seed = cfg.seed
+        self.shuffle = shuffle
+        # The number of samples in this shard and all before it.
+        self.cumulative = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
+        if limit:
+            self.cumulative = np.minimum(self.cumulative, limit // self.length)
+        self.samples = int(self.cumulative[-1])
+        self.tokens = sum(len(shard) for shard in self.shards)
+        self.permutation = (-1, None)  # an epoch and the order of its samples
 
     def read(self, first, count):
-        """Samples first .. first + count - 1 of the global index: (count, T + 1) int64. Raises DataError."""
+        """Samples first .. first + count - 1 of all epochs: (count, T + 1) int64; or DataError."""
         which, index = self.place(first, count)
         batch = np.empty((count, self.length + 1), dtype=np.int64)
         for shard in np.unique(which):
-            windows = np.lib.stride_tricks.sliding_window_view(self.shards[shard], self.length + 1)[
-                :: self.length
-            ]
-            batch[which == shard] = windows[index[which == shard]]
+            windows = np.lib.stride_tricks.sliding_window_view(self.shards[shard], self.length + 1)
+            samples = windows[:: self.length]
+            batch[which == shard] = samples[index[which == shard]]
         if batch.max() >= self.vocab_size:
-            self.check_tokens({*which})
+            self.check_tokens(np.unique(which))
         return batch
 
     def place(self, first, count):
-        """Where these samples of the global index are: (number of the shard, index within it), (count,) each."""
+        """Where these samples are: (number of the shard, index within it), (count,) each."""
         epochs, index = np.divmod(np.arange(first, first + count), self.samples)
         if self.shuffle:
-            index = np.concatenate(
-                [self.order(epoch)[index[epochs == epoch]] for epoch in np.unique(epochs)]
-            )
-        which = np.searchsorted(self.ends, index, side="right")
-        return which, index - np.concatenate(([0], self.ends))[which]
+            for epoch in np.unique(epochs):
+                index[epochs == epoch] = self.epoch_order(int(epoch))[index[epochs == epoch]]
+        which = np.searchsorted(self.cumulative, index, side="right")
+        first_of_shard = np.concatenate(([0], self.cumulative))
+        return which, index - first_of_shard[which]
+
+    def epoch_order(self, epoch):
+        """The samples in the order of an epoch, (samples,); that of the last call is kept."""
+        kept_epoch, order = self.permutation  # read once: the prefetching thread sets it too
+        if kept_epoch != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
+            self.permutation = (epoch, order)
+        return order
 
     def require(self, name, value, samples):
         """Raises DataError where there are fewer samples than the setting `name` needs."""
-        if self.samples < (samples := max(1, samples)):
+        samples = max(1, samples)
+        if self.samples >= samples:
+            return
+        ways = f"lower {name}"
+        if name == "NUM_ITERATIONS":
             shards = math.ceil(len(self.shards) * samples / max(1, self.samples))
-            more = f", set MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS, or get more; {how_to_get(self.files[0], shards)}"
-            raise DataError(
-                f"{name}={value} needs {samples:,} samples of {self.length} tokens; {self.files[0]} "
-                f"and its like have {self.samples:,}; lower {name}{more * (name == 'NUM_ITERATIONS')}"
-            )
+            more = how_to_get(self.files[0], shards)
+            ways += f", set MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS, or get more; {more}"
+        raise DataError(
+            f"{name}={value} needs {samples:,} samples of {self.length} tokens; {self.files[0]} "
+            f"and its like have {self.samples:,}; {ways}"
+        )
 
-    def check_tokens(self, shards=()):
-        """Scans every token of the shards with these numbers, or of all. Raises DataError."""
-        for shard in shards or range(len(self.shards)):
-            bad = np.argmax(self.shards[shard] >= self.vocab_size)
-            if (token := self.shards[shard][bad]) >= self.vocab_size:
+    def check_tokens(self, shards):
+        """Scans every token of the shards with these numbers. Raises DataError."""
+        for shard in shards:
+            offset = np.argmax(self.shards[shard] >= self.vocab_size)
+            token = self.shards[shard][offset]
+            if token >= self.vocab_size:
                 raise DataError(
-                    f"{self.files[shard]}: token {token} at offset {bad} is not below VOCAB_SIZE="
-                    f"{self.vocab_size}; set VOCAB_SIZE to the tokenizer's size, or 0 to read it"
+                    f"{self.files[shard]}: token {token} at offset {offset} is not below "
+                    f"VOCAB_SIZE={self.vocab_size}; set VOCAB_SIZE to the tokenizer's size, or 0 "
+                    "to read it"
                 )
 
     def prefetch(self, slices, device, depth=4):
-        """Yields (inputs (n, T), targets (n, T), seconds waited) for each (first, count), read ahead by a thread."""
+        """Yields (inputs (n, T), targets (n, T), seconds waited) for each (first, count).
+
+        A thread reads ahead.
+        """
 
         def load(first, count):
             batch = torch.from_numpy(self.read(first, count))
@@ -1427,83 +1654,77 @@ class ShardLoader:
             batches = (pool.submit(load, *piece) for piece in slices)
             ahead = deque(itertools.islice(batches, depth))
             while ahead:
-                start, ready = time.perf_counter(), ahead[0].done()
+                began, ready = time.perf_counter(), ahead[0].done()
                 batch = ahead.popleft().result()
-                waited = 0.0 if ready else time.perf_counter() - start
+                waited = 0.0 if ready else time.perf_counter() - began
                 ahead.extend(itertools.islice(batches, 1))
                 batch = batch.to(device, non_blocking=True)
                 yield batch[:, :-1], batch[:, 1:], waited
 
 
-################ Health ################
-HEALTH = "aux entropy load_min load_max dead".split()  # of each layer with experts
+########################################
+#               Training               #
+########################################
 
-
-def curve_columns(cfg):
-    """Names of the columns of the curve: those of every run, and of experts the coefficient and each layer's health."""
-    ffns = itertools.islice(itertools.cycle(cfg.ffn.split(",")), cfg.n_layer)
-    names = [f"{name}_{layer}" for layer, ffn in enumerate(ffns) if ffn == "moe" for name in HEALTH]
-    return CURVE + ["aux_coef"] * bool(names) + names
-
-
-############### Training ###############
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve(cfg):
-    """cfg with what auto and 0 leave open: device, dtype, compile and vocab_size. Raises ConfigError, DataError."""
-    device = (
-        ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    )
-    if device == "cuda" and not (cfg.dry_run or torch.cuda.is_available()):
+    """cfg with what auto and 0 leave open: device, dtype, compile, vocab_size and run_id.
+
+    Raises ConfigError, DataError.
+    """
+    has_cuda = torch.cuda.is_available()
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    if device == "cuda" and not (cfg.dry_run or has_cuda):
         raise ConfigError("DEVICE=cuda: torch finds no CUDA device here; set DEVICE=cpu or auto")
-    old = (
-        device == "cuda"
-        and torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    dtype = (
-        {"cpu": "float32", "cuda": "float16" if old else "bfloat16"}[device]
-        if cfg.dtype == "auto"
-        else cfg.dtype
-    )
+
+    dtype = cfg.dtype
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    elif dtype == "auto":
+        old_gpu = has_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "float16" if old_gpu else "bfloat16"
+
+    compiled = cfg.compile
+    if compiled == "auto":
+        compiled = "1" if device == "cuda" and not cfg.deterministic else "0"
+
     vocab_size = cfg.vocab_size or dataset_index(cfg.input_bin).get("vocab_size")
     if not vocab_size:
         raise DataError(
-            f"VOCAB_SIZE=0 needs index.json beside {cfg.input_bin}; set it, or {how_to_get(cfg.input_bin)}"
+            f"VOCAB_SIZE=0 needs index.json beside {cfg.input_bin}; set it, or "
+            + how_to_get(cfg.input_bin)
         )
-    run_id = cfg.run_id or (
-        Path(cfg.resume).parent.name if cfg.resume not in ("auto", "none") else ""
-    )
-    compiled = (
-        str(int(device == "cuda" and not cfg.deterministic))
-        if cfg.compile == "auto"
-        else cfg.compile
-    )
+
+    run_id = cfg.run_id
+    if not run_id and cfg.resume not in ("auto", "none"):
+        run_id = Path(cfg.resume).parent.name
     return dataclasses.replace(
         cfg, device=device, dtype=dtype, compile=compiled, vocab_size=vocab_size, run_id=run_id
     )
 
 
 def make_plan(cfg, ranks):
-    """What a run of cfg on these ranks will be, without touching a device: counts as plain integers."""
+    """What a run of cfg on these ranks will be, without touching a device: counts as integers."""
     with torch.device("meta"):
         model = GPT(cfg)
-    total, E = sum(p.numel() for p in model.parameters()), cfg.num_experts
-    experts = sum(
-        p.numel()
-        for part in model.modules()
-        if isinstance(part, ExpertLinear)
-        for p in part.parameters()
-    )
+    total = sum(p.numel() for p in model.parameters())
+    in_experts = 0
+    for part in model.modules():
+        if isinstance(part, ExpertLinear):
+            in_experts += sum(p.numel() for p in part.parameters())
+    tokens_per_step = cfg.batch_size * cfg.sequence_length
     return {
         "world_size": ranks.world_size,
         "config_hash": cfg.hash(),
         "params_total": total,
-        "params_active": total - experts * (E - cfg.top_k) // E,
+        "params_active": total - in_experts * (cfg.num_experts - cfg.top_k) // cfg.num_experts,
         "flops_per_token": model.flops_per_token(),
-        "tokens_per_step": cfg.batch_size * cfg.sequence_length,
-        "tokens_needed": cfg.num_iterations * cfg.batch_size * cfg.sequence_length + 1,
+        "tokens_per_step": tokens_per_step,
+        "tokens_needed": cfg.num_iterations * tokens_per_step + 1,
         "tokens_on_disk": sum(shard_tokens(file) for file in glob.glob(cfg.input_bin)),
         "grad_accumulation": cfg.batch_size // (cfg.device_batch_size * ranks.world_size),
     }
@@ -1512,41 +1733,47 @@ def make_plan(cfg, ranks):
 def check_batch(cfg, ranks):
     """Raises ConfigError where the ranks cannot share the batch in whole micro-batches."""
     batch, micro, world = cfg.batch_size, cfg.device_batch_size, ranks.world_size
-    if batch % (micro * world):
-        able = " or ".join(str(n) for n in range(1, batch // micro + 1) if batch % (n * micro) == 0)
-        near = " or ".join(
-            str(n) for n in (batch - batch % (micro * world), batch + -batch % (micro * world)) if n
-        )
-        raise ConfigError(
-            f"BATCH_SIZE={batch}: must be a multiple of DEVICE_BATCH_SIZE={micro} x {world} ranks; "
-            f"choose {near}" + f", or {able} ranks" * bool(able)
-        )
+    step = micro * world
+    if batch % step == 0:
+        return
+    near = [size for size in (batch - batch % step, batch - batch % step + step) if size]
+    choices = " or ".join(map(str, near))
+    worlds = [str(n) for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]
+    if worlds:
+        choices += f", or {' or '.join(worlds)} ranks"
+    raise ConfigError(
+        f"BATCH_SIZE={batch}: must be a multiple of DEVICE_BATCH_SIZE={micro} x {world} ranks; "
+        f"choose {choices}"
+    )
 
 
 def preflight(cfg, ranks):
-    """Loaders for training and validation, after all that can be checked has been. Raises ConfigError, DataError."""
-    if cfg.device == "cuda" and ranks.local_world_size > (devices := torch.cuda.device_count()):
+    """Loaders for training and validation, after all that can be checked has been.
+
+    Raises ConfigError, DataError.
+    """
+    if cfg.device == "cuda" and ranks.local_world_size > torch.cuda.device_count():
+        devices = torch.cuda.device_count()
         raise ConfigError(
-            f"{ranks.local_world_size} ranks on this machine but {devices} CUDA devices; start torchrun "
-            f"with --nproc_per_node={devices}, or set DEVICE=cpu"
+            f"{ranks.local_world_size} ranks on this machine but {devices} CUDA devices; start "
+            f"torchrun with --nproc_per_node={devices}, or set DEVICE=cpu"
         )
-    train, val = (
-        ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens),
-        ShardLoader(cfg.input_val_bin, cfg),
-    )
+    train = ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens)
+    val = ShardLoader(cfg.input_val_bin, cfg)
     samples = cfg.num_iterations * cfg.batch_size
-    train.require(
-        "NUM_ITERATIONS", cfg.num_iterations, math.ceil(samples / (cfg.max_epochs or math.inf))
-    )
+    per_epoch = math.ceil(samples / cfg.max_epochs) if cfg.max_epochs else 1
+    train.require("NUM_ITERATIONS", cfg.num_iterations, per_epoch)
     val.require("VAL_TOKENS", cfg.val_tokens, cfg.val_tokens // cfg.sequence_length)
-    if both := {*map(os.path.realpath, train.files)} & {*map(os.path.realpath, val.files)}:
-        raise DataError(f"{min(both)} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
+    in_both = {*map(os.path.realpath, train.files)} & {*map(os.path.realpath, val.files)}
+    if in_both:
+        file = min(in_both)
+        raise DataError(f"{file} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
     if cfg.init_from:
         with torch.device("meta"):
             import_weights(GPT(cfg), cfg.init_from)
     for loader in (train, val):
         if 2 * loader.tokens < 2**30:  # bytes; larger data is checked batch by batch
-            loader.check_tokens()
+            loader.check_tokens(range(len(loader.shards)))
     return train, val
 
 
@@ -1558,45 +1785,45 @@ class State:
     optimizers: list
     loss_scale: LossScale
     step: int = 0  # updates made
-    skipped: list = dataclasses.field(
-        default_factory=list
-    )  # (1 + ranks,) a step: update left out, ranks not finite
+    bad: list = dataclasses.field(default_factory=list)  # (1 + ranks,) a step, see train_step
 
     @classmethod
     def build(cls, cfg, ranks):
         """Model and optimizers, the same on every rank because the seed is."""
         torch.manual_seed(cfg.seed)
-        model = GPT(cfg, DTYPES[cfg.dtype]).to(ranks.device(cfg))
-        return cls(
-            model,
-            build_optimizers(model, cfg, ranks),
-            LossScale(DTYPES[cfg.dtype], ranks.device(cfg)),
-        )
+        device, dtype = ranks.device(cfg), DTYPES[cfg.dtype]
+        model = GPT(cfg, dtype).to(device)
+        return cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device))
 
     def tensors(self):
-        """What a checkpoint holds: {key: (tensor, "copy" where every rank has the same, else "own" or "slice")}."""
+        """What a checkpoint holds: {key: (tensor, kind)}, kinds as in harness.checkpoints."""
         names = {p: name for name, p in self.model.named_parameters()}
-        found = {
-            f"model.{name}": (tensor, "copy") for name, tensor in self.model.state_dict().items()
-        }
+        tensors = {}
+        for name, tensor in self.model.state_dict().items():
+            tensors[f"model.{name}"] = (tensor, "copy")
         for optimizer in self.optimizers:
-            found |= optimizer.tensors(names)
-        return found | {
-            f"loss_scale.{n}": (getattr(self.loss_scale, n), "copy")
-            for n in ("value", "good_steps")
-        }
+            tensors |= optimizer.tensors(names)
+        for name, tensor in self.loss_scale.tensors().items():
+            tensors[f"loss_scale.{name}"] = (tensor, "copy")
+        return tensors
+
+
+class StepStats(NamedTuple):
+    """What a step measured, still on the device."""
+
+    loss: Tensor  # (), mean over the batch
+    grad_norm: Tensor  # ()
+    routing: Tensor  # (visits of an MoE, 4, E), mean over the batch
 
 
 def compile_model(model, cfg, device):
-    """Compiles blocks and loss, runs them once forward, backward and in evaluation, so that no step waits for it."""
+    """Compiles blocks and loss, and runs them once, so that no step waits for it."""
     for block in model.blocks:
         block.compile()
-    model.loss_chunk = torch.compile(
-        loss_chunk, dynamic=False
-    )  # two sizes, of which the last chunk has its own
-    tokens = torch.zeros(
-        cfg.device_batch_size, cfg.sequence_length, dtype=torch.int64, device=device
-    )
+    # Two sizes, since the last chunk has its own.
+    model.loss_chunk = torch.compile(loss_chunk, dynamic=False)
+    shape = cfg.device_batch_size, cfg.sequence_length
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     model(tokens, tokens)[0].backward()
     model.zero_grad()
     with torch.no_grad():
@@ -1605,305 +1832,261 @@ def compile_model(model, cfg, device):
     dist.barrier()
 
 
-def train_step(state, cfg, inputs, targets):
-    """One update from this rank's (n, T) of the batch: its mean loss, gradient norm, routing, still on the device."""
-    micro, scale, rank, world = (
-        cfg.device_batch_size,
-        state.loss_scale.value,
-        dist.get_rank(),
-        dist.get_world_size(),
-    )
-    if cfg.dropout:  # no generator has a state to save: every step and rank has its own seed
-        torch.manual_seed(
-            int(
-                np.random.SeedSequence((cfg.seed, state.step, rank)).generate_state(1, np.uint64)[0]
-            )
-        )
-    weight, losses, routings, coef = (
-        micro / (len(inputs) * world),
-        [],
-        [],
-        aux_coef(state.step, cfg),
-    )
+def seed_dropout(cfg, step, rank):
+    """Every step and rank has its own seed, so that no generator has a state to save."""
+    if cfg.dropout:
+        seed = np.random.SeedSequence((cfg.seed, step, rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
+
+
+def accumulate_gradients(state, cfg, inputs, targets):
+    """Forward and backward of this rank's (n, T) of the batch.
+
+    Returns its part of the mean loss () and of the mean routing.
+    """
+    micro, world = cfg.device_batch_size, dist.get_world_size()
+    weight = micro / (len(inputs) * world)  # of a micro-batch in the batch
+    coef = aux_coef(state.step, cfg)
+    loss_sum = routing_sum = 0.0
     for x, y in zip(inputs.split(micro), targets.split(micro)):
         loss, routing = state.model(x, y)
-        aux = aux_loss(routing[:, 3], routing[:, 1]).sum() / max(1, len(routing))
-        (loss + coef * aux).backward(scale * weight)
-        losses.append(loss.detach())
-        routings.append(routing.detach())
-    loss, routing, guilty = (
-        sum(losses) * weight,
-        sum(routings) * weight,
-        torch.zeros(world, device=scale.device),
-    )
+        # The load that the probabilities are held against is that of the step before, of all ranks.
+        aux = aux_loss(routing[:, STATE], routing[:, IMPORTANCE]).sum() / max(1, len(routing))
+        (loss + coef * aux).backward(state.loss_scale.value * weight)
+        loss_sum = loss_sum + loss.detach()
+        routing_sum = routing_sum + routing.detach()
+    return loss_sum * weight, routing_sum * weight
+
+
+def reduce_stats(loss, squares, routing, model):
+    """Sums of loss (), squares (), routing over the ranks, and whose were not finite (ranks,)."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = squares
+    if world > 1:  # squares are of gradients that were summed over the ranks
+        own = squared_norm([p.grad for p in model.parameters()])
+    not_finite = torch.zeros(world, device=loss.device)
+    not_finite[rank] = ~torch.isfinite(loss + own)
+    sums = torch.cat([torch.stack([loss, squares]), not_finite, routing.flatten()])
+    dist.all_reduce(sums)
+    loss, squares = sums[:2]
+    return loss, squares, sums[2 + world :].view_as(routing), sums[2 : 2 + world]
+
+
+def train_step(state, cfg, inputs, targets):
+    """One update from this rank's (n, T) of the batch; returns its StepStats.
+
+    An update whose loss or gradient is not finite is left out. state.bad gets (1 + ranks,): whether
+    it was, and on which ranks.
+    """
+    seed_dropout(cfg, state.step, dist.get_rank())
+    loss, routing = accumulate_gradients(state, cfg, inputs, targets)
     squares = sum(optimizer.reduce_grads() for optimizer in state.optimizers)
-    own = squares if world == 1 else squared_norm([p.grad for p in state.model.parameters()])
-    guilty[rank] = ~torch.isfinite(loss + own)
-    stats = torch.cat([torch.stack([loss, squares]), guilty, routing.flatten()])
-    dist.all_reduce(stats)
-    guilty, routing = stats[2 : 2 + world], stats[2 + world :].view_as(routing)
-    loss, norm = stats[0], stats[1].sqrt() / scale
-    skip, lost = (~torch.isfinite(norm + loss)).float(), (~torch.isfinite(loss)).float()
-    clip = (norm / cfg.grad_clip).clamp(min=1) if cfg.grad_clip else 1
-    grad_scale = scale * clip if cfg.grad_clip or state.loss_scale.active else None
+    loss, squares, routing, not_finite = reduce_stats(loss, squares, routing, state.model)
+
+    scale = state.loss_scale.value
+    norm = squares.sqrt() / scale
+    skip = (~torch.isfinite(norm + loss)).float()
+    grad_scale = None
+    if cfg.grad_clip:
+        grad_scale = scale * (norm / cfg.grad_clip).clamp(min=1)
+    elif state.loss_scale.active:
+        grad_scale = scale
     for optimizer in state.optimizers:
-        optimizer.step(lr_factor(state.step, cfg), grad_scale, skip)
+        optimizer.step(state.step, grad_scale, skip)
     state.model.zero_grad()
-    for balance, visits in state.model.balances():
-        balance.copy_(
-            torch.where(skip > 0, balance, sum(routing[visit, 2] for visit in visits) / len(visits))
-        )
-    bad = torch.where(
-        scale > 1, lost, skip
-    )  # an overflow is how a scale finds out how far it can go
-    state.skipped.append(torch.cat([bad.view(1), guilty]))
+    for router_state, visits in state.model.router_states():
+        new = sum(routing[visit, NEXT_STATE] for visit in visits) / len(visits)
+        router_state.copy_(torch.where(skip > 0, router_state, new))
+
+    # An overflow is how a loss scale finds out how far it can go; at 1 it is none.
+    bad = torch.where(scale > 1, (~torch.isfinite(loss)).float(), skip)
+    state.bad.append(torch.cat([bad.view(1), not_finite]))
     state.loss_scale.update(skip)
     state.step += 1
-    return loss, norm, routing
+    return StepStats(loss, norm, routing)
 
 
 @torch.no_grad()
-def evaluate(model, loader, cfg, ranks, watch):
-    """Mean loss of the first VAL_TOKENS, each rank taking a share of the samples; None where the run is to end."""
-    samples, device, micro = (
-        cfg.val_tokens // cfg.sequence_length,
-        ranks.device(cfg),
-        cfg.device_batch_size,
-    )
-    slices = [
-        (i, min(micro, samples - i))
-        for i in range(micro * ranks.rank, samples, micro * ranks.world_size)
-    ]
+def evaluate(model, loader, cfg, run, step):
+    """Mean loss of the first VAL_TOKENS; None where the run is to end.
+
+    Each rank takes its share of the samples.
+    """
+    samples = cfg.val_tokens // cfg.sequence_length
+    micro, world = cfg.device_batch_size, run.ranks.world_size
+    device = run.ranks.device(cfg)
+    starts = range(micro * run.ranks.rank, samples, micro * world)
+    slices = [(start, min(micro, samples - start)) for start in starts]
+    batches_of_every_rank = samples // (micro * world)
     total = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
     with contextlib.closing(loader.prefetch(slices, device)) as batches:
         for i, (x, y, _) in enumerate(batches):
-            if (
-                i < samples // (micro * ranks.world_size) and watch.agreed()
-            ):  # as often as every rank comes by here
-                break
-            odd = cfg.compile == "1" and len(x) < micro  # not worth a compilation
-            with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
+            if i < batches_of_every_rank:
+                status = run.poll(step)
+                if status:
+                    break
+            odd_size = cfg.compile == "1" and len(x) < micro  # not worth a compilation
+            stance = contextlib.nullcontext()
+            if odd_size:
+                stance = torch.compiler.set_stance("force_eager")
+            with stance:
                 total += model(x, y)[0] * len(x)
     model.train()
     dist.all_reduce(total)
-    return None if watch.status else total.item() / samples
+    return None if run.status else total.item() / samples
 
 
-class Meter(Clock):
-    """Turns what the loop measures into lines, points of the curve and the summary."""
-
-    def __init__(self, cfg, ranks, records, loader):
-        super().__init__(ranks.device(cfg))
-        self.cfg, self.records, self.loader = cfg, records, loader
-        self.flops = records.summary["flops_per_token"] / ranks.world_size
-        self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
-        self.last = 0, 0.0  # tokens and train time of the last point
-        self.bad_steps, self.figures = (
-            [0, 0],
-            {"train_time": 0.0},
-        )  # updates left out: in all, in a row until now
-
-    def facts(self, state, stats):
-        """What a checkpoint has to know of the measurements, and stats, which are those of the last step."""
-        self.count_bad_steps(state)
-        self.sum_up(state)
-        kept = {name: getattr(self, name) for name in ("seconds", "last", "bad_steps", "figures")}
-        return {"stats": stats and [stat.tolist() for stat in stats], "meter": kept}
-
-    def resume(self, facts):
-        """Goes on from facts; returns the stats of the step before."""
-        vars(self).update(facts["meter"])
-        self.records.summary |= self.figures
-        return facts["stats"] and [torch.tensor(stat) for stat in facts["stats"]]
-
-    def count_bad_steps(self, state):
-        """Logs whose gradient was not finite since the last call, and on what data. Raises Diverged after too many."""
-        steps, most = torch.stack(state.skipped).tolist() if state.skipped else [], 0
-        for step, (skipped, *ranks) in enumerate(steps, state.step - len(steps)):
-            self.bad_steps = [
-                self.bad_steps[0] + bool(skipped),
-                self.bad_steps[1] + 1 if skipped else 0,
-            ]
-            most, share = max(most, self.bad_steps[1]), self.cfg.batch_size // len(ranks)
-            for rank in (
-                [rank for rank, bad in enumerate(ranks) if bad or not any(ranks)] if skipped else []
-            ):
-                (shard,), (index,) = self.loader.place(step * self.cfg.batch_size + rank * share, 1)
-                self.records.print(
-                    f"step:{step + 1}/{self.cfg.num_iterations} bad_gradient rank:{rank} shard:"
-                    f"{self.loader.files[shard]!r} offset:{index * self.loader.length} samples:{share}"
-                )
-        state.skipped.clear()
-        if most > self.cfg.max_bad_steps:
-            self.sum_up(state)
-            raise Diverged(
-                f"loss or gradients were not finite {most} times in a row until step {state.step}; "
-                "lower LR or MUON_LR, or set GRAD_CLIP=1"
-            )
-
-    def point(self, state, stats, val_loss):
-        """Logs a step: stats (loss, gradient norm) of its update or None, and the validation loss after it or None."""
-        self.count_bad_steps(state)
-        cfg, step, seconds = self.cfg, state.step, self.now() - self.start if state.step else 0.0
-        tokens = step * cfg.batch_size * cfg.sequence_length
-        values = {
-            "step": step,
-            "tokens": tokens,
-            "epoch": step * cfg.batch_size / self.loader.samples,
-            "train_time": seconds,
-            "data_wait": self.seconds["data_wait"],
-        }
-        times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(1, step):.2f}ms"
-        if stats is not None:
-            loss, norm, routing = (
-                stats[0].item(),
-                stats[1].item(),
-                stats[2].cpu(),
-            )  # here alone the loop waits
-            values |= {
-                "train_loss": loss,
-                "grad_norm": norm,
-                "lr": cfg.lr * lr_factor(step - 1, cfg),
-                "tokens_per_sec": (tokens - self.last[0]) / (seconds - self.last[1]),
-            }
-            self.records.print(f"step:{step}/{cfg.num_iterations} train_loss:{loss:.4f} {times}")
-            if len(routing) and (
-                step % cfg.balance_log_interval == 0 or step == cfg.num_iterations
-            ):
-                values |= self.experts(state, routing)
-        if val_loss is not None:
-            values["val_loss"] = val_loss
-            self.records.print(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} {times}")
-        self.last = tokens, seconds
-        self.records.point(values)
-        self.sum_up(state, val_loss)
-        if not math.isfinite(val_loss or 0) or values.get("grad_norm") == 0:
-            raise Diverged(
-                f"val_loss is {val_loss}, the gradient's norm {values.get('grad_norm')} at step {step}; "
-                "lower LR or MUON_LR, or set GRAD_CLIP=1"
-            )
-
-    def experts(self, state, routing):
-        """Logs the load of the experts, pooled over the visits of each; returns that of each visit, for the curve."""
-        pooled = expert_health(
-            torch.stack([routing[visits].mean(0) for _, visits in state.model.balances()])
+def bad_step_lines(step, flags, cfg, loader):
+    """A line for each rank whose gradient was not finite; flags (1 + ranks,) are of train_step."""
+    left_out, *not_finite = flags
+    if not left_out:
+        return []
+    world = len(not_finite)
+    ranks = [rank for rank in range(world) if not_finite[rank]]
+    if not ranks:  # the gradients overflowed where they were added up
+        ranks = range(world)
+    per_rank = cfg.batch_size // world
+    lines = []
+    for rank in ranks:
+        (shard,), (index,) = loader.place(step * cfg.batch_size + rank * per_rank, 1)
+        lines.append(
+            f"step:{step + 1}/{cfg.num_iterations} bad_gradient rank:{rank} "
+            f"shard:{loader.files[shard]!r} offset:{index * loader.length} samples:{per_rank}"
         )
-        reduce = {
-            "aux": Tensor.mean,
-            "entropy": Tensor.mean,
-            "load_min": Tensor.min,
-            "load_max": Tensor.max,
-        }
-        figures = {name: how(pooled[name]).item() for name, how in reduce.items()}
-        told = " ".join(f"{name}:{value:.4f}" for name, value in figures.items())
-        coef, dead = aux_coef(state.step - 1, self.cfg), pooled["dead"].sum().item()
-        self.records.print(
-            f"[MOE] step:{state.step}/{self.cfg.num_iterations} coef:{coef:.4f} {told} dead:{dead} "
-            "dropped:0"
-        )  # for an expert takes whatever comes
-        figures |= {"dead": dead, "max_vio": figures["load_max"] * self.cfg.num_experts - 1}
-        self.figures |= {f"moe_{name}": value for name, value in figures.items()}
-        each = expert_health(routing)
-        cells = torch.stack([each[name] for name in HEALTH], dim=-1).flatten().tolist()
-        return dict(zip(self.records.columns[len(CURVE) :], [coef, *cells]))
-
-    def sum_up(self, state, val_loss=None):
-        """Brings the summary's figures up to this step."""
-        tokens = state.step * self.cfg.batch_size * self.cfg.sequence_length
-        seconds = self.now() - self.start if state.step else 0.0
-        speed = tokens / seconds if tokens else None
-        self.figures |= self.seconds | {
-            "bad_steps": self.bad_steps[0],
-            "tokens": tokens,
-            "train_time": seconds,
-            "tokens_per_sec": speed,
-            "step_avg": 1000 * seconds / state.step if tokens else None,
-            "peak_mem": peak_memory(self.device),
-            "mfu": model_flops_utilization(self.cfg, self.device, speed * self.flops)
-            if tokens
-            else None,
-            "compile_time": self.seconds["compile_time"] or None,
-        }
-        if val_loss is not None:
-            bits = val_loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
-            best = min(val_loss, self.figures.get("best_loss", math.inf))
-            self.figures |= {
-                "final_loss": val_loss,
-                "best_loss": best,
-                "bits_per_byte": bits,
-                "ppl": math.exp(val_loss) if val_loss < 700 else None,
-            }
-        self.records.summary |= self.figures
+    return lines
 
 
-def train(cfg, ranks, loaders, records, watch, path):
-    """The run from its beginning or the checkpoint at `path`, records.summary kept current; returns its status."""
-    train_loader, val_loader = loaders
-    checkpoints, stats = Checkpoints(cfg, ranks, records), None
-    meter, state = Meter(cfg, ranks, records, train_loader), State.build(cfg, ranks)
-    if path:
-        stats = meter.resume(facts := checkpoints.load(state, path))
-        checkpoints.save(state, facts)  # where that was another run's: now it is this one's too
+def take_bad_steps(state, cfg, loader):
+    """For each step since the last call its bad_step_lines. Here the loop waits for the device."""
+    steps = torch.stack(state.bad).tolist() if state.bad else []
+    state.bad.clear()
+    first = state.step - len(steps)
+    return [bad_step_lines(first + i, flags, cfg, loader) for i, flags in enumerate(steps)]
+
+
+def expert_report(state, cfg, routing):
+    """The load of the experts: a line, figures of the summary, and columns of the curve.
+
+    Line and figures pool the visits of a router; the columns are of each visit.
+    """
+    pooled = [routing[visits].mean(0) for _, visits in state.model.router_states()]
+    health = expert_health(torch.stack(pooled))
+    figures = {
+        "aux": health["aux"].mean().item(),
+        "entropy": health["entropy"].mean().item(),
+        "load_min": health["load_min"].min().item(),
+        "load_max": health["load_max"].max().item(),
+    }
+    coef, dead = aux_coef(state.step - 1, cfg), health["dead"].sum().item()
+    words = " ".join(f"{name}:{value:.4f}" for name, value in figures.items())
+    line = (
+        f"[MOE] step:{state.step}/{cfg.num_iterations} coef:{coef:.4f} {words} dead:{dead} "
+        "dropped:0"  # for an expert takes whatever comes
+    )
+    figures |= {"dead": dead, "max_vio": figures["load_max"] * cfg.num_experts - 1}
+    of_visits = expert_health(routing)
+    cells = torch.stack([of_visits[name] for name in HEALTH], dim=-1).flatten().tolist()
+    columns = dict(zip(health_columns(cfg), [coef, *cells]))
+    return line, {f"moe_{name}": value for name, value in figures.items()}, columns
+
+
+def log_point(run, state, cfg, stats, val_loss, loader):
+    """Logs the last step, whose StepStats may be None, and the validation loss, likewise."""
+    step = state.step
+    values, lines, figures = {"epoch": step * cfg.batch_size / loader.samples}, [], {}
+    bad_steps = take_bad_steps(state, cfg, loader)
+    if stats is not None:
+        values["train_loss"] = stats.loss.item()
+        values["grad_norm"] = stats.grad_norm.item()
+        values["lr"] = cfg.lr * lr_factor(step - 1, cfg)
+        if moe_log_due(step, cfg, stats) or (len(stats.routing) and step == cfg.num_iterations):
+            line, figures, columns = expert_report(state, cfg, stats.routing.cpu())
+            lines.append(line)
+            values |= columns
+    if val_loss is not None:
+        values["val_loss"] = val_loss
+    run.point(values, lines, figures, bad_steps)
+
+
+def moe_log_due(step, cfg, stats):
+    return len(stats.routing) > 0 and step % cfg.balance_log_interval == 0
+
+
+def log_due(step, cfg, stats):
+    """Whether the training loss of the last step is to be logged."""
+    if stats is None:
+        return False
+    return step == 1 or step % cfg.log_every == 0 or moe_log_due(step, cfg, stats)
+
+
+def worth_saving(stats, last):
+    """Whether the last step left a state to go on from: it has not diverged, and may not have."""
+    if stats is None:
+        return True
+    if not stats.loss.isfinite() or stats.grad_norm == 0:
+        return False
+    return last or bool(stats.grad_norm.isfinite())
+
+
+def begin(run, cfg):
+    """(State, StepStats of the last step or None) at the start, or as a checkpoint has them."""
+    state, stats = State.build(cfg, run.ranks), None
+    saved = run.restore(state.tensors())
+    if saved:
+        state.step, last_stats = saved
+        if last_stats:
+            stats = StepStats(*(torch.tensor(stat) for stat in last_stats))
     elif cfg.init_from:
         import_weights(state.model, cfg.init_from)
     if cfg.compile == "1":
-        records.print("compiling blocks and loss: a minute or two the first time on a machine")
-        with meter.off_the_clock("compile_time"):
-            compile_model(state.model, cfg, meter.device)
-    first, share, due = state.step, cfg.batch_size // ranks.world_size, False
-    meter.start = meter.now() - meter.figures["train_time"]
+        run.print("compiling blocks and loss: a minute or two the first time on a machine")
+        with run.timed("compile_time"):
+            compile_model(state.model, cfg, run.ranks.device(cfg))
+    return state, stats
+
+
+def train(cfg, run, train_loader, val_loader):
+    """The run from its beginning or its checkpoint to its end; returns the State."""
+    state, stats = begin(run, cfg)
+    first_step = state.step
+    per_rank = cfg.batch_size // run.ranks.world_size
     slices = (
-        (step * cfg.batch_size + ranks.rank * share, share)
-        for step in range(first, cfg.num_iterations)
+        (step * cfg.batch_size + run.ranks.rank * per_rank, per_rank)
+        for step in range(first_step, cfg.num_iterations)
     )
-    with contextlib.closing(train_loader.prefetch(slices, meter.device)) as batches:
-        while True:  # `step` updates have been made, of which the last is not yet logged: a resumed run enters here
+    save_due, waited = False, 0.0
+    with contextlib.closing(train_loader.prefetch(slices, run.ranks.device(cfg))) as batches:
+        while True:
+            # state.step updates are made; the last is not yet logged. A resumed run enters here.
             step, last = state.step, state.step == cfg.num_iterations
-            due |= last or cfg.save_every > 0 and step > first and step % cfg.save_every == 0
-            if (
-                watch.agreed()
-                or due
-                and (
-                    not stats
-                    or stats[0].isfinite()
-                    and stats[1] != 0
-                    and (last or stats[1].isfinite())
-                )
-            ):  # else it has diverged, or may have
-                with meter.off_the_clock("save_time"):  # before the validation, which may fail
-                    checkpoints.save(state, meter.facts(state, stats))
-                due = False
-            if step == first + 1:
-                watch.hurry()
-            validating = last or cfg.val_every and step % cfg.val_every == 0
-            logging = stats and (
-                step == 1
-                or step % cfg.log_every == 0
-                or len(stats[2])
-                and step % cfg.balance_log_interval == 0
-            )
-            if not watch.status and (validating or logging):
-                with meter.off_the_clock("eval_time"):
-                    val_loss = (
-                        evaluate(state.model, val_loader, cfg, ranks, watch) if validating else None
-                    )
-                if watch.status:
-                    continue  # the validation was cut short: save, and leave the point to who goes on
-                meter.point(state, stats, val_loss)
-            if watch.status:
-                records.print(
-                    f"{watch.status} at step {step}: RUN_ID={records.folder.name} RESUME=auto goes on here"
-                )
-            if watch.status or last:
+            status = run.poll(step, waited)
+            waited = 0.0
+
+            if last or (cfg.save_every and step > first_step and step % cfg.save_every == 0):
+                save_due = True
+            if status or (save_due and worth_saving(stats, last)):
+                # Before the validation, which may fail.
+                extra = [stat.tolist() for stat in stats] if stats else None
+                run.save(state.tensors(), extra, take_bad_steps(state, cfg, train_loader))
+                save_due = False
+            if status:
                 break
+
+            val_loss = None
+            if last or (cfg.val_every and step % cfg.val_every == 0):
+                with run.timed("eval_time"):
+                    val_loss = evaluate(state.model, val_loader, cfg, run, step)
+                if run.status:
+                    continue  # it was cut short: save, and leave the point to who goes on
+            if val_loss is not None or log_due(step, cfg, stats):
+                log_point(run, state, cfg, stats, val_loss, train_loader)
+            if last:
+                break
+
             inputs, targets, waited = next(batches)
             stats = train_step(state, cfg, inputs, targets)
-            meter.seconds["data_wait"] += waited
-    checkpoints.wait(last=True)
-    if not watch.status and ranks.rank == 0:
-        export_weights(state.model, cfg, records.folder)
-    return watch.status or "ok"
+    return state
 
 
 def main(argv, env):
@@ -1911,65 +2094,32 @@ def main(argv, env):
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
-    ranks, records, store = Ranks.from_env(env), None, None
-    if (
-        env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    ):  # the launcher's outlives the ranks that it starts again
-        store = dist.TCPStore(
-            env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(minutes=1)
-        )
-    try:
-        if (
-            env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-            and store
-            and store.check(["train_gpt/exit"])
-        ):
-            return int(store.get("train_gpt/exit"))  # it would fail again
-        restarted = bool(store) and store.check(["train_gpt/claimed"])
+    with Run(Config, env, SOURCE) as run:
         if argv:
+            option = argv[0].partition("=")[0]
             raise ConfigError(
-                f"{argv[0].partition('=')[0]} is no option; settings go so: LR=0.003 python train_gpt.py"
+                f"{option} is no option; settings go so: LR=0.003 python train_gpt.py"
             )
         asked = Config.from_env(env)
         cfg = resolve(asked)
-        check_batch(cfg, ranks)
-        plan, warnings = make_plan(cfg, ranks), cautions(env, cfg)
+        check_batch(cfg, run.ranks)
+        plan, warnings = make_plan(cfg, run.ranks), cautions(env, cfg)
         if cfg.dry_run:
-            print("".join(f"warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
-            print(
-                "\n".join(
-                    f"{key}:{value}" for key, value in (dataclasses.asdict(cfg) | plan).items()
-                )
-            )
+            for warning in warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            for key, value in (dataclasses.asdict(cfg) | plan).items():
+                print(f"{key}:{value}")
             return 0
-        loaders = preflight(cfg, ranks)
-        data = (
-            fingerprint(loaders, Path(cfg.log_dir)) if ranks.rank == 0 else ""
-        )  # before others wait in the group
-        records = Records(
-            cfg, setup(cfg, ranks, env, store), ranks.rank, curve_columns(cfg), SOURCE
-        )
-        changes = " ".join(
-            f"{name}={shlex.quote(str(int(value) if value is True or value is False else value))}"
-            for name, value in asked.changes().items()
-            if name.lower() not in LABELS
-        )
-        facts = plan | {
-            "device_name": device_name(ranks.device(cfg)),
-            "changes": changes,
-            "data_fingerprint": data,
-        }
-        path = agree(lambda: records.open(facts, warnings, restarted))
-        records.live = True
-        if store:
-            store.set("train_gpt/claimed", "1")
-        with contextlib.closing(Watch(records.folder, ranks, cfg.hang_timeout)) as watch:
-            records.close(train(cfg, ranks, loaders, records, watch, path))
-            dist.barrier()  # until rank 0 has written everything, no signal may end another
-        dist.destroy_process_group()
-        return 1 if records.lost else 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report(error, ranks, records, env, store, Config)
+
+        train_loader, val_loader = preflight(cfg, run.ranks)
+        plan["data_fingerprint"] = ""
+        if run.ranks.rank == 0:  # before the other ranks wait for it
+            files = train_loader.files + val_loader.files
+            plan["data_fingerprint"] = fingerprint(files, Path(cfg.log_dir))
+        run.open(cfg, asked.changes_text(), plan, warnings, health_columns(cfg))
+        state = train(cfg, run, train_loader, val_loader)
+        run.close(state.model.state_dict())
+    return run.exit_code
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Kills a run again and again, starts it again, and says what that cost; the settings are train_gpt.py's.
+"""Kills a run again and again, starts it again, and says what that cost; settings of train_gpt.py.
 
     PRESET=quickstart python scripts/chaos.py --every 30
-    PRESET=quickstart python scripts/chaos.py --every 10 --nproc 2 --seed 1 --spread 1     # at random, 0 to 20 s apart
+    PRESET=quickstart python scripts/chaos.py --every 10 --nproc 2 --seed 1 --spread 1   # 0 to 20 s
 
-Every attempt is `python train_gpt.py`, or torchrun for several ranks, with RESUME=auto and one RUN_ID, ended by SIGKILL
-to all its processes. Goodput is the training time of the steps that counted over the time that passed.
+Every attempt is `python train_gpt.py`, or torchrun for several ranks, with RESUME=auto and one
+RUN_ID, ended by SIGKILL to all its processes. Goodput is the training time of the steps that
+counted over the time that passed.
 """
 
 import argparse
@@ -16,15 +17,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from harness.checkpoints import step_folders
+from harness.files import RunFiles
 from harness.provenance import new_run_id
 import train_gpt
 
 
-def processes(run_id):
-    """Those of a run, launcher and ranks: the ranks of torchrun are in process groups of their own. Linux only."""
+def processes(run_id: str) -> Iterator[int]:
+    """Ids of those of a run, launcher and ranks: the ranks of torchrun are in process groups of
+    their own. Linux only."""
     mark = f"RUN_ID={run_id}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -32,38 +36,50 @@ def processes(run_id):
                 yield int(folder.name)
 
 
-def attempt(command, env, seconds):
-    """Runs a command whose processes are all killed after so many seconds; its exit code, None where killed."""
+def kill_all(run_id: str) -> None:
+    """Kills the processes of a run until none is left."""
+    pids = list(processes(run_id))  # a zombie has no environment
+    while pids:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+        pids = list(processes(run_id))
+
+
+def attempt(command: list[str], env: Mapping[str, str], seconds: float | None) -> int | None:
+    """Runs a command whose processes are all killed after so many seconds; its exit code, None
+    where killed."""
     with subprocess.Popen(command, env=env) as run:
         try:
             return run.wait(seconds)
         except subprocess.TimeoutExpired:
-            while found := [*processes(env["RUN_ID"])]:  # a zombie has no environment
-                for pid in found:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.1)
+            kill_all(env["RUN_ID"])
             return None
 
 
-def run_killed(command, env, waits):
-    """Starts a run anew after each kill until it ends by itself; (exit code, kills, steps lost, seconds in all)."""
-    curve = Path(env["LOG_DIR"]) / f"{env['RUN_ID']}.csv"
-    kills, lost, began = 0, 0, time.perf_counter()
+def run_killed(
+    command: list[str], env: Mapping[str, str], wait: Callable[[], float | None]
+) -> tuple[int, int, int, float]:
+    """Starts a run anew after each kill, `wait()` seconds after its start, until it ends by itself;
+    (exit code, kills, steps lost, seconds in all)."""
+    files = RunFiles(env["LOG_DIR"], env["RUN_ID"])
+    kills = 0
+    lost = 0
+    began = time.perf_counter()
     while True:
-        code = attempt(command, env, next(waits))
+        code = attempt(command, env, wait())
         if code is not None:
             return code, kills, lost, time.perf_counter() - began
         kills += 1
-        points = curve.read_text().splitlines()[1:] if curve.exists() else []
-        reached = int(points[-1].split(",")[0]) if points else 0
-        saved = max(step_folders(curve.with_suffix("")), default=0)
+        reached = files.last_step()
+        saved = max(step_folders(files.folder), default=0)
         lost += max(0, reached - saved)
         print(f"kill:{kills} reached:{reached} saved:{saved}", flush=True)
 
 
-def main(argv, env):
-    """The run without kills, then with them; returns the exit code."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; a wrong one ends the program with exit code 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,29 +92,41 @@ def main(argv, env):
     )
     parser.add_argument("--seed", type=int, default=0, help="of the spread")
     parser.add_argument("--nproc", type=int, default=1, help="ranks")
-    args = parser.parse_args(argv)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] * (
-        args.nproc > 1
-    )
-    command, rng = [sys.executable, *launcher, train_gpt.__file__], random.Random(args.seed)
-    env = {"LOG_DIR": "logs"} | env | {"RESUME": "auto"}
-    told = {}
-    for name, waits in (
-        ("undisturbed", iter([None])),
-        ("killed", iter(lambda: args.every * (1 + args.spread * rng.uniform(-1, 1)), None)),
-    ):
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str], env: Mapping[str, str]) -> int:
+    """The run without kills, then with them; returns the exit code."""
+    args = parse(argv)
+    launcher = []
+    if args.nproc > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+    command = [sys.executable, *launcher, train_gpt.__file__]
+    rng = random.Random(args.seed)
+    env = {"LOG_DIR": "logs", **env, "RESUME": "auto"}
+
+    def never() -> None:
+        return None
+
+    def every() -> float:
+        return args.every * (1 + args.spread * rng.uniform(-1, 1))
+
+    losses = {}
+    for name, wait in (("undisturbed", never), ("killed", every)):
         run_id = new_run_id(f"chaos-{name}")
-        code, kills, lost, seconds = run_killed(command, env | {"RUN_ID": run_id}, waits)
+        code, kills, lost, seconds = run_killed(command, env | {"RUN_ID": run_id}, wait)
         if code:
             return code
         summary = json.loads((Path(env["LOG_DIR"]) / f"{run_id}.json").read_text())
-        trained, told[name] = summary["train_time"], summary["final_loss"]
+        train_time = summary["train_time"]
+        losses[name] = summary["final_loss"]
         print(
-            f"{name}: kills:{kills} steps_lost:{lost} seconds:{seconds:.1f} train_time:{trained:.1f} "
-            f"goodput:{trained / seconds:.3f} final_loss:{told[name]!r}",
+            f"{name}: kills:{kills} steps_lost:{lost} seconds:{seconds:.1f} "
+            f"train_time:{train_time:.1f} goodput:{train_time / seconds:.3f} "
+            f"final_loss:{losses[name]!r}",
             flush=True,
         )
-    return int(told["undisturbed"] != told["killed"])
+    return int(losses["undisturbed"] != losses["killed"])
 
 
 if __name__ == "__main__":

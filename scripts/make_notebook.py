@@ -1,10 +1,10 @@
-"""Makes the notebook of a stage where there is none, and runs notebooks in place, so that they are kept with output.
+"""Makes the notebook of a stage where there is none, and runs notebooks in place, to keep output.
 
     python scripts/make_notebook.py stage1_cpu     # notebooks/stage1_cpu.ipynb
     python scripts/make_notebook.py                # runs all of notebooks/ again
 
-A notebook has four parts: the question, the data, plots, the answer; the last is for you to write, and stays. It reads
-nothing but experiments/.
+A notebook has four parts: the question, the data, plots, the answer; the last is for you to write,
+and stays. It reads nothing but experiments/.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from stages import load_stage
+from stages import Stage, load_stage
 from harness.files import write_whole
 
 FOLDER = Path("notebooks")
@@ -31,31 +31,32 @@ from stages import load_stage"""
 DATA = """rows = make_tables.rows_of(stage.name)
 runs = split_results.comparable(rows, stage)
 display(Markdown(make_tables.markdown(stage, make_tables.table(stage, rows), runs)))"""
-VERDICT = """gate = pd.read_csv(f"experiments/tables/{stage.name}_gate.csv")
+VERDICT = (
+    """gate = pd.read_csv(f"experiments/tables/{stage.name}_gate.csv")
 columns = "variant verdict reason val_loss gap se time_to_target reference_time_to_target".split()
 pd.set_option("display.max_colwidth", None)
-display(gate[gate.kind == "variant"][columns].style.hide(axis="index").format(precision=4, na_rep=""))"""
-PLOTS = """for name, figure in plot_ablation.figures(stage.name).items():
+display(gate[gate.kind == "variant"][columns]"""
+    """.style.hide(axis="index").format(precision=4, na_rep=""))"""
+)
+PLOTS = """for figure in plot_ablation.figures(stage.name).values():
     display(figure)"""
 
 
-def new(stage) -> nbformat.NotebookNode:
+def new(stage: Stage) -> nbformat.NotebookNode:
     """The notebook of a stage, not yet run, its answer not yet written."""
-    cells = [
-        f"# {stage.name}\n\n{stage.question}",
-        (OPENING, f"stage = load_stage({stage.name!r})"),
-        "## Data",
-        (DATA,),
-        "The gate compares at the same step, and takes the noise of seeds into account:",
-        (VERDICT,),
-        "## Plots",
-        (PLOTS,),
-        "## Answer\n\nNot yet written.",
-    ]
     return new_notebook(
         cells=[
-            new_markdown_cell(cell) if isinstance(cell, str) else new_code_cell("\n".join(cell))
-            for cell in cells
+            new_markdown_cell(f"# {stage.name}\n\n{stage.question}"),
+            new_code_cell(f"{OPENING}\nstage = load_stage({stage.name!r})"),
+            new_markdown_cell("## Data"),
+            new_code_cell(DATA),
+            new_markdown_cell(
+                "The gate compares at the same step, and takes the noise of seeds into account:"
+            ),
+            new_code_cell(VERDICT),
+            new_markdown_cell("## Plots"),
+            new_code_cell(PLOTS),
+            new_markdown_cell("## Answer\n\nNot yet written."),
         ],
         metadata={
             "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -64,34 +65,36 @@ def new(stage) -> nbformat.NotebookNode:
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the output of all its cells, run where it lies. Raises CellExecutionError."""
+    """The notebook with the output of all its cells, run where it lies. Raises
+    CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
+    client = NotebookClient(
         notebook,
         timeout=300,
         resources={"metadata": {"path": str(path.parent)}},
-        extra_arguments=["--log-level=40"],
-    ).execute()  # errors only
+        extra_arguments=["--log-level=40"],  # errors only
+    )
+    client.execute()
     for number, cell in enumerate(notebook.cells):  # nothing that differs from run to run
         cell["id"] = f"cell{number}"
         cell.metadata.pop("execution", None)
     return notebook
 
 
-def main(argv=None) -> int:
-    """Makes and runs notebooks; exit code 0, 1 where one fails, 2 with one sentence where a stage is unknown."""
+def main(argv: list[str] | None = None) -> int:
+    """Makes and runs notebooks; exit code 0, 1 where one fails, 2 with one sentence where a stage
+    is unknown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("stage", nargs="*", help="only the notebooks of these")
     args = parser.parse_args(argv)
     made = set()
     try:
-        for name in args.stage:
-            if not (path := FOLDER / f"{name}.ipynb").exists():
+        paths = [FOLDER / f"{name}.ipynb" for name in args.stage]
+        for name, path in zip(args.stage, paths):
+            if not path.exists():
                 write_whole(path, nbformat.writes(new(load_stage(name))) + "\n")
                 made.add(path)
-        for path in [FOLDER / f"{name}.ipynb" for name in args.stage] or sorted(
-            FOLDER.glob("*.ipynb")
-        ):
+        for path in paths or sorted(FOLDER.glob("*.ipynb")):
             write_whole(path, nbformat.writes(execute(path)) + "\n")
             print(path)
     except ValueError as error:

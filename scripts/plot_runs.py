@@ -1,9 +1,11 @@
-"""Draws runs over each other, finished or live, and says which is ahead at the last step that all have evaluated.
+"""Draws runs over each other, finished or live, and says which is ahead at their last shared step.
 
-    python scripts/plot_runs.py --run baseline=logs/<run_id>.csv --run experts=<run_id> --output F.png --title 'Experts'
+    python scripts/plot_runs.py --run baseline=logs/<run_id>.csv --run experts=<run_id> \\
+        --output F.png --title 'Experts'
 
-A run is a curve's file, the folder logs/<run_id>, a run_id below --log-dir, or one that experiments/log_curves_*.csv
-holds. Runs are compared at a step that all have evaluated, never at their ends.
+A run is a curve's file, the folder logs/<run_id>, a run_id below --log-dir, or one that
+experiments/log_curves_*.csv holds. Runs are compared at the last step that all have evaluated,
+never at their ends.
 """
 
 import argparse
@@ -11,9 +13,11 @@ import io
 import json
 import sys
 import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
@@ -21,7 +25,7 @@ from PIL import Image
 
 from split_results import RESULTS, read_curve, read_curves, read_results
 
-COLORS = [
+COLORS = [  # Okabe and Ito's
     "#000000",
     "#0072B2",
     "#D55E00",
@@ -29,7 +33,7 @@ COLORS = [
     "#CC79A7",
     "#E69F00",
     "#56B4E9",
-]  # Okabe and Ito's
+]
 DASHES = ["-", "--", ":"]  # for more lines than colours
 GREY = "#888888"
 AXES = {  # column: what its axis says, and the unit
@@ -47,23 +51,30 @@ AXES = {  # column: what its axis says, and the unit
     "load_max": ("largest load of an expert", "share of all choices"),
     "variant": ("variant", ""),
 }
-LOSSES, SPEED = ["step", "tokens", "train_time"], "tokens_per_sec"
-FORMATS = {
-    "tokens": lambda value, _: f"{value / 1e6:,.6g}",
-    "train_time": "{x:,g}",
-    SPEED: "{x:,.0f}",
-}
+LOSSES = ["step", "tokens", "train_time"]
+SPEED = "tokens_per_sec"
+
+
+def millions(value: float, _: int) -> str:
+    """A number of tokens on an axis, for matplotlib."""
+    return f"{value / 1e6:,.6g}"
+
+
+FORMATS = {"tokens": millions, "train_time": "{x:,g}", SPEED: "{x:,.0f}"}
 PANELS = [["step", "tokens"], ["train_time", SPEED]]
 EXPERT_PANELS = [["entropy", "balance"], ["aux_coef", "aux_coef"]]
 
+Looks = Mapping[str, dict[str, str]]  # keywords of lines, by label
 
-def name_of(column):
+
+def name_of(column: str) -> str:
     """What a column is called; a setting by its name."""
     return AXES.get(column, [column.upper()])[0]
 
 
-def styles(labels):
-    """{label: keywords of its lines}: black first, then colours that the colour-blind can tell, then another dash."""
+def styles(labels: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{label: keywords of its lines}: black first, then colours that the colour-blind can tell,
+    then another dash."""
     return {
         label: {
             "color": COLORS[i % len(COLORS)],
@@ -73,18 +84,25 @@ def styles(labels):
     }
 
 
-def dress(ax, x, y, title, log=False):
-    """Names the panel and its axes with their units; `log` where the values span more than a factor of two."""
+def axis_label(column: str) -> str:
+    """What a column is called, with its unit."""
+    if column == "variant":
+        return ""
+    _, unit = AXES.get(column, ("", ""))
+    return f"{name_of(column)} ({unit})" if unit else name_of(column)
+
+
+def dress(ax: Axes, x: str, y: str, title: str, log: bool = False) -> None:
+    """Names the panel and its axes with their units; `log` where the values span more than a factor
+    of two."""
     for column, axis in ((x, ax.xaxis), (y, ax.yaxis)):
-        unit = AXES.get(column, ["", ""])[1]
-        axis.set_label_text(
-            "" if column == "variant" else name_of(column) + f" ({unit})" * bool(unit)
-        )
+        axis.set_label_text(axis_label(column))
         if column in FORMATS:
             axis.set_major_formatter(FORMATS[column])
     ax.set_title(title[0].upper() + title[1:], fontsize=10, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
+
     low, high = ax.dataLim.intervaly
     if log and 0 < 2 * low < high:
         ax.set_yscale("log")
@@ -93,17 +111,17 @@ def dress(ax, x, y, title, log=False):
         ax.yaxis.set_minor_locator(NullLocator())
 
 
-def frame(fig, title, caption, looks):
-    """Title above, a legend of {label: keywords of its lines} below it, and at the foot what a reader must know."""
-    title, caption, (width, height) = (
-        textwrap.fill(title, 85),
-        textwrap.fill(caption, 140),
-        fig.get_size_inches(),
-    )
-    ncols = min(len(looks), max(1, 125 // (6 + max(map(len, looks)))))
+def frame(fig: Figure, title: str, caption: str, looks: Looks) -> None:
+    """Title above, a legend of {label: keywords of its lines} below it, and at the foot what a
+    reader must know."""
+    title, caption = textwrap.fill(title, 85), textwrap.fill(caption, 140)
+    width, height = fig.get_size_inches()
+    columns = min(len(looks), max(1, 125 // (6 + max(map(len, looks)))))
+    rows = -(-len(looks) // columns)
     under_title = 1 - (0.15 + 0.22 * len(title.splitlines())) / height
-    top = under_title - 0.25 * -(-len(looks) // ncols) / height
+    top = under_title - 0.25 * rows / height
     bottom = (0.1 + 0.15 * len(caption.splitlines())) / height
+
     fig.suptitle(title, y=1 - 0.1 / height, fontsize=13, fontweight="bold")
     fig.legend(
         handles=[
@@ -111,7 +129,7 @@ def frame(fig, title, caption, looks):
         ],
         loc="upper center",
         bbox_to_anchor=(0.5, under_title),
-        ncols=ncols,
+        ncols=columns,
         frameon=False,
         borderaxespad=0,
     )
@@ -119,20 +137,23 @@ def frame(fig, title, caption, looks):
     fig.get_layout_engine().set(rect=(0, bottom, 1, top - bottom))
 
 
-def save(fig, path):
-    """Writes a PNG, the same bytes for the same figure, 1200 pixels wide where that is 10 inches."""
+def save(fig: Figure, path: str | Path) -> None:
+    """Writes a PNG, the same bytes for the same figure, 1200 pixels wide where that is 10
+    inches."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(whole := io.BytesIO(), dpi=120)
-    small = (
-        Image.open(whole).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
-    )  # a third of the size
+    whole = io.BytesIO()
+    fig.savefig(whole, dpi=120)
+    # a third of the size
+    small = Image.open(whole).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
     small.save(path, optimize=True)
     print(path)
 
 
-def facts_of(path, run_id):
-    """What the summary beside a curve, or else a table of results, says of the run; {} where there is neither."""
-    if (summary := path.with_name(f"{run_id}.json")).is_file():
+def facts_of(path: Path, run_id: str) -> dict:
+    """What the summary beside a curve, or else a table of results, says of the run; {} where there
+    is neither."""
+    summary = path.with_name(f"{run_id}.json")
+    if summary.is_file():
         return json.loads(summary.read_text())
     for table in (path.with_name(path.name.replace("log_curves_", "results_")), RESULTS):
         if table != path and table.is_file():
@@ -142,28 +163,31 @@ def facts_of(path, run_id):
     return {}
 
 
-def find_curve(run, log_dir):
-    """(its curve, the file that has it, run_id) of a run given in any of the ways above. Raises FileNotFoundError."""
+def find_curve(run: str, log_dir: str) -> tuple[pd.DataFrame, Path, str]:
+    """(its curve, the file that has it, run_id) of a run given in any of the ways above. Raises
+    FileNotFoundError."""
     for path in (Path(run), Path(f"{run.rstrip('/')}.csv"), Path(log_dir) / f"{run}.csv"):
         if path.is_file():
             return read_curve(path), path, path.stem
+
     run_id = Path(run).name
     for path in sorted(RESULTS.parent.glob("log_curves_*.csv")):
         curves = read_curves(path.stem.removeprefix("log_curves_"))
-        if (own := curves["run_id"] == run_id).any():
-            return curves[own].drop_duplicates("step", keep="last"), path, run_id
+        own = curves[curves["run_id"] == run_id]
+        if len(own):
+            return own.drop_duplicates("step", keep="last"), path, run_id
+
     known = sorted(Path(log_dir).glob("*.csv"), key=lambda path: path.stat().st_mtime)
-    newest = (
-        ", ".join(path.stem for path in known[-5:])
-        or "none yet; PRESET=quickstart python train_gpt.py makes one"
-    )
+    newest = ", ".join(path.stem for path in known[-5:])
     raise FileNotFoundError(
-        f"--run {run}: no curve, run folder or run_id of that name; newest in {log_dir}: {newest}"
+        f"--run {run}: no curve, run folder or run_id of that name; newest in {log_dir}: "
+        f"{newest or 'none yet; PRESET=quickstart python train_gpt.py makes one'}"
     )
 
 
-def load_run(run, log_dir="logs"):
-    """The curve of a run given in any of the ways above; its attrs say device_name and, with experts, num_experts.
+def load_run(run: str, log_dir: str = "logs") -> pd.DataFrame:
+    """The curve of a run given in any of the ways above; its attrs say device_name and, with
+    experts, num_experts.
 
     Raises FileNotFoundError with the newest runs, ValueError where the file is no curve.
     """
@@ -181,101 +205,120 @@ def load_run(run, log_dir="logs"):
     return curve
 
 
-def last_shared(runs):
-    """The last step with a validation loss in every run of {label: curve}; None where there is none."""
+def last_shared(runs: Mapping[str, pd.DataFrame]) -> int | None:
+    """The last step with a validation loss in every run of {label: curve}; None where there is
+    none."""
     steps = [set(curve.dropna(subset="val_loss")["step"]) for curve in runs.values()]
     return max(set.intersection(*steps), default=None)
 
 
-def summary(runs):
-    """Text: where each run of {label: curve} is, and their losses at the last step that all have evaluated."""
-    lines = []
-    for label, curve in runs.items():
-        losses = [
-            f"{name_of(name)} {values.iloc[-1]:.4f}"
-            for name in ("train_loss", "val_loss")
-            if len(values := curve[name].dropna())
-        ]
-        lines.append(", ".join([f"{label}: step {max(curve['step'], default=0)}", *losses]))
-    if len(runs) > 1 and (step := last_shared(runs)) is None:
-        lines.append("no step that all have evaluated: nothing to compare")
-    elif len(runs) > 1:
-        losses = {
-            label: curve.loc[curve["step"] == step, "val_loss"].item()
-            for label, curve in runs.items()
-        }
-        first, *others = losses
-        lines.append(
-            f"at step {step}, the last that all have evaluated: {first} {losses[first]:.4f}, "
-            + ", ".join(
-                f"{label} {losses[label]:.4f} ({losses[label] - losses[first]:+.4f})"
-                for label in others
-            )
-        )
+def progress(label: str, curve: pd.DataFrame) -> str:
+    """Where a run is: its last step and losses."""
+    parts = [f"{label}: step {max(curve['step'], default=0)}"]
+    for name in ("train_loss", "val_loss"):
+        values = curve[name].dropna()
+        if len(values):
+            parts.append(f"{name_of(name)} {values.iloc[-1]:.4f}")
+    return ", ".join(parts)
+
+
+def comparison(runs: Mapping[str, pd.DataFrame]) -> str:
+    """The losses of two or more runs at the last step that all have evaluated."""
+    step = last_shared(runs)
+    if step is None:
+        return "no step that all have evaluated: nothing to compare"
+    losses = {
+        label: curve.loc[curve["step"] == step, "val_loss"].item() for label, curve in runs.items()
+    }
+    first, *others = losses
+    parts = [f"{first} {losses[first]:.4f}"]
+    parts += [
+        f"{label} {losses[label]:.4f} ({losses[label] - losses[first]:+.4f})" for label in others
+    ]
+    return f"at step {step}, the last that all have evaluated: {', '.join(parts)}"
+
+
+def summary(runs: Mapping[str, pd.DataFrame]) -> str:
+    """Where each run of {label: curve} is, a line each, and how they compare."""
+    lines = [progress(label, curve) for label, curve in runs.items()]
+    if len(runs) > 1:
+        lines.append(comparison(runs))
     return "\n".join(lines)
 
 
-def health(curve, name):
-    """A column of a run; of load figures the mean over its layers, max_vio = num_experts * load_max - 1."""
+def health(curve: pd.DataFrame, name: str) -> pd.Series:
+    """A column of a run; of load figures the mean over its layers, max_vio = num_experts * load_max
+    - 1."""
     if name == "max_vio":
         return curve.attrs["num_experts"] * health(curve, "load_max") - 1
-    return (
-        curve[name] if name in curve else curve.filter(regex=rf"^{name}_\d+$").mean(axis="columns")
-    )
+    if name in curve:
+        return curve[name]
+    return curve.filter(regex=rf"^{name}_\d+$").mean(axis="columns")
 
 
-def draw_losses(ax, runs, looks, x):
-    """Training losses as thin lines, validation losses as dots on a line, of {label: curve} against column x."""
+def draw_losses(ax: Axes, runs: Mapping[str, pd.DataFrame], looks: Looks, x: str) -> None:
+    """Training losses as thin lines, validation losses as dots on a line, of {label: curve} against
+    column x."""
     for label, curve in runs.items():
         train, val = curve.dropna(subset="train_loss"), curve.dropna(subset="val_loss")
         ax.plot(train[x], train["train_loss"], alpha=0.4, linewidth=0.9, **looks[label])
         ax.plot(val[x], val["val_loss"], marker="o", markersize=4, **looks[label])
-    if x == "step" and len({max(curve["step"], default=0) for curve in runs.values()}) > 1:
-        if (step := last_shared(runs)) is not None:
-            ax.axvline(step, color=GREY, linewidth=0.8, zorder=0)
+
+    last_steps = {max(curve["step"], default=0) for curve in runs.values()}
+    step = last_shared(runs)
+    if x == "step" and len(last_steps) > 1 and step is not None:
+        ax.axvline(step, color=GREY, linewidth=0.8, zorder=0)
     dress(ax, x, "loss", f"loss against {name_of(x)}", log=True)
 
 
-def runs_figure(runs, title):
-    """A Figure of {label: curve}: losses against steps, tokens and train time, throughput, and balance of experts."""
+def devices_text(runs: Mapping[str, pd.DataFrame]) -> str:
+    """On what each run was measured; once where it is the same for all."""
+    devices = {
+        label: curve.attrs.get("device_name", "a device not recorded")
+        for label, curve in runs.items()
+    }
+    if len(set(devices.values())) == 1:
+        return next(iter(devices.values()))
+    return ", ".join(f"{device} ({label})" for label, device in devices.items())
+
+
+def runs_figure(runs: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """A Figure of {label: curve}: losses against steps, tokens and train time, throughput, and
+    balance of experts."""
     looks = styles(runs)
     experts = {
         label: curve
         for label, curve in runs.items()
         if "aux_coef" in curve and curve["aux_coef"].notna().any()
     }
-    panels = PANELS + EXPERT_PANELS * bool(experts)
+    panels = PANELS + EXPERT_PANELS if experts else PANELS
     fig = Figure(figsize=(10, 1.2 + 2.9 * len(panels)), layout="constrained")
     axes = fig.subplot_mosaic(panels)
+
     for x in LOSSES:
         draw_losses(axes[x], runs, looks, x)
-    known = all("num_experts" in curve.attrs for curve in experts.values())
+    experts_known = all("num_experts" in curve.attrs for curve in experts.values())
+    columns = {"balance": "max_vio" if experts_known else "load_max"}
     for panel in [panel for panel in axes if panel not in LOSSES]:
-        y = ("max_vio" if known else "load_max") if panel == "balance" else panel
+        y = columns.get(panel, panel)
         for label, curve in (runs if panel == SPEED else experts).items():
             points = curve[["step"]].assign(y=health(curve, y)).dropna()
             axes[panel].plot(points["step"], points["y"], **looks[label])
         dress(axes[panel], "step", y, name_of(y))
-    devices = {
-        label: curve.attrs.get("device_name", "a device not recorded")
-        for label, curve in runs.items()
-    }
-    where = ", ".join(f"{device} ({label})" for label, device in devices.items())
-    where = next(iter(devices.values())) if len({*devices.values()}) == 1 else where
-    upright = " Upright: the last step that all have evaluated." * bool(
-        axes["step"].get_lines()[2 * len(runs) :]
+
+    caption = (
+        f"Measured on {devices_text(runs)}. One run a line (n = 1). "
+        "Thin: training loss; dots: validation loss."
     )
-    frame(
-        fig,
-        title,
-        f"Measured on {where}. One run a line (n = 1). Thin: training loss; dots: validation loss."
-        f"{upright}{' Loads: means over the layers.' * bool(experts)}",
-        looks,
-    )
+    if len(axes["step"].get_lines()) > 2 * len(runs):
+        caption += " Upright: the last step that all have evaluated."
+    if experts:
+        caption += " Loads: means over the layers."
+    frame(fig, title, caption, looks)
     return fig
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Writes the figure, prints where the runs are; exit code 0, or 2 with one sentence."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(

@@ -2,8 +2,9 @@
 
     python scripts/prepare_data.py --source package:sympy --tokenizer bytes --out data/sympy
 
-writes sympy_val_000000.bin, sympy_train_000001.bin, ..., tokenizer.json and index.json (recipe, SHA-256 of shards) to
-data/sympy. The same input gives the same bytes on every machine. All text is held in memory.
+writes sympy_val_000000.bin, sympy_train_000001.bin, ..., tokenizer.json and index.json (recipe,
+SHA-256 of shards) to data/sympy. The same input gives the same bytes on every machine. All text is
+held in memory.
 """
 
 import argparse
@@ -28,14 +29,21 @@ from train_gpt import HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, shard_tokens
 SYMPY_VERSION = "1.14.0"  # the version with published losses
 MAX_VOCAB = 1 << 16  # shards store uint16
 PIECE_CHARS = 1 << 20
-FILE_SPLIT = "contiguous: the first floor((1 - val_fraction) * n) of the n bytes (chars, gpt2: characters) are train"
+FILE_SPLIT = (
+    "contiguous: the first floor((1 - val_fraction) * n) of the n bytes (chars, gpt2: characters) "
+    "are train"
+)
 CORPUS_SPLIT = (
     "by file: val if the first 8 bytes (big-endian) of SHA-256(relative path) / 2^64 < val_fraction"
 )
 
+Text = bytes | str
+Encoder = Callable[[Text], np.ndarray]
+
 
 def find_package(source: str) -> tuple[dict[str, Path], str | None]:
-    """The *.py files of package:NAME, installed, outside folders named tests; and its version. Raises DataError."""
+    """The *.py files of package:NAME, installed, outside folders named tests; and its version.
+    Raises DataError."""
     name = source.removeprefix("package:")
     # find_spec would import the parent of a dotted name, and fails for __main__
     spec = util.find_spec(name) if name.isidentifier() and name != "__main__" else None
@@ -47,23 +55,26 @@ def find_package(source: str) -> tuple[dict[str, Path], str | None]:
         if "tests" not in path.relative_to(root).parts
     }
     if not files:
+        what = "no such files" if spec else "no package"
         raise DataError(
             f"--source {source}: expected an installed top-level package with *.py files, "
-            f"found {'no such files' if spec else 'no package'}: install it, or name another source"
+            f"found {what}: install it, or name another source"
         )
     distributions = metadata.packages_distributions().get(name)
     version = metadata.version(distributions[0]) if distributions else None
     if name == "sympy" and version != SYMPY_VERSION:
         print(
-            f"warning: sympy {version} is installed, not {SYMPY_VERSION}: losses on this data cannot be compared "
-            f"with those of others; run pip install sympy=={SYMPY_VERSION}",
+            f"warning: sympy {version} is installed, not {SYMPY_VERSION}: losses on this data "
+            "cannot be compared with those of others; "
+            f"run pip install sympy=={SYMPY_VERSION}",
             file=sys.stderr,
         )
     return files, version
 
 
 def find_files(source: str) -> dict[str, Path]:
-    """One file, or the files of a glob (also **) by path relative to its part without wildcards. Raises DataError."""
+    """One file, or the files of a glob (also **) by path relative to its part without wildcards.
+    Raises DataError."""
     if Path(source).is_file():
         return {Path(source).name: Path(source)}
     parts = Path(source).parts
@@ -72,9 +83,10 @@ def find_files(source: str) -> dict[str, Path]:
     names = glob.glob("/".join(parts[fixed:]), root_dir=root, recursive=True)
     files = {Path(name).as_posix(): root / name for name in names if (root / name).is_file()}
     if not files:
+        what = "a folder" if Path(source).is_dir() else "no such file"
         raise DataError(
-            f"--source {source}: expected package:NAME, a file, or a quoted glob like 'texts/**/*.txt', "
-            f"found {'a folder' if Path(source).is_dir() else 'no such file'}: correct the path"
+            f"--source {source}: expected package:NAME, a file, or a quoted glob like "
+            f"'texts/**/*.txt', found {what}: correct the path"
         )
     return files
 
@@ -91,80 +103,98 @@ def decode(raw: bytes, path: Path) -> str:
 
 
 def split_texts(
-    texts: dict[str, bytes | str], is_corpus: bool, val_fraction: float
-) -> dict[str, list[bytes | str]]:
-    """Texts per split: those of a corpus by the hash of their names, one file by a cut. Raises DataError."""
+    texts: dict[str, Text], is_corpus: bool, val_fraction: float
+) -> dict[str, list[Text]]:
+    """Texts per split: those of a corpus by the hash of their names, one file by a cut. Raises
+    DataError."""
     if not is_corpus:
         [text] = texts.values()
-        cut = int(
-            len(text) * (1 - Fraction(str(val_fraction)))
-        )  # exact: in floats 1 - 0.9 is less than 0.1
+        # exact: in floats 1 - 0.9 is less than 0.1
+        cut = int(len(text) * (1 - Fraction(str(val_fraction))))
         return {"val": [text[cut:]], "train": [text[:cut]]}
     splits = {"val": [], "train": []}
     for name, text in texts.items():
         value = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
         splits["val" if value / 2**64 < val_fraction else "train"].append(text)
     if not all(splits.values()):
+        only = "val" if splits["val"] else "train"
         raise DataError(
-            f"--val-fraction {val_fraction}: expected files in train and in val, found all {len(texts)} in "
-            f"{'val' if splits['val'] else 'train'}: give more files, another fraction, or just one FILE"
+            f"--val-fraction {val_fraction}: expected files in train and in val, found all "
+            f"{len(texts)} in {only}: give more files, another fraction, or just one FILE"
         )
     return splits
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Consecutive pieces of about PIECE_CHARS characters whose GPT-2 tokens are those of the whole text."""
+    """Consecutive pieces of about PIECE_CHARS characters whose GPT-2 tokens are those of the whole
+    text."""
     start = 0
     while start < len(text):
-        # No GPT-2 token continues from anything else to white space, so a cut between the two changes no token.
+        # No GPT-2 token continues from anything else to white space, so a cut between the two
+        # changes no token.
         cut = re.compile(r"\S(?=[ \t\r\n])").search(text, start + PIECE_CHARS)
         end = cut.end() if cut else len(text)
         yield text[start:end]
         start = end
 
 
-def make_tokenizer(
-    kind: str, texts: Iterable[bytes | str], is_corpus: bool
-) -> tuple[dict, Callable]:
-    """Contents of tokenizer.json, and the function from a text to its tokens, (n,) integers. Raises DataError."""
-    if kind == "bytes":
-        return {"kind": kind, "vocab_size": 257, "eot_id": 256}, lambda raw: np.frombuffer(
-            raw, np.uint8
-        )
-    if kind == "gpt2":
-        try:
-            import tiktoken
+def encode_bytes(raw: bytes) -> np.ndarray:
+    """The bytes of a text, (n,)."""
+    return np.frombuffer(raw, np.uint8)
 
-            encode = tiktoken.get_encoding(kind).encode_ordinary
-        except (ImportError, OSError, ValueError) as error:
-            raise DataError(
-                f"--tokenizer gpt2: tiktoken could not get its vocabulary ({type(error).__name__}): run "
-                "once online with TIKTOKEN_CACHE_DIR=FOLDER set, or use --tokenizer bytes"
-            ) from None
-        return (
-            {"kind": kind, "vocab_size": 50257, "eot_id": 50256},
-            lambda text: np.fromiter(chain.from_iterable(map(encode, pieces(text))), np.uint16),
-        )
-    chars = sorted(set().union(*texts))
-    if len(chars) + is_corpus > MAX_VOCAB:
+
+def gpt2_tokenizer() -> tuple[dict, Encoder]:
+    """GPT-2's, as make_tokenizer has it. Raises DataError where its vocabulary cannot be had."""
+    try:
+        import tiktoken
+
+        encode = tiktoken.get_encoding("gpt2").encode_ordinary
+    except (ImportError, OSError, ValueError) as error:
         raise DataError(
-            f"--tokenizer chars: expected a vocabulary of at most {MAX_VOCAB}, found "
-            f"{len(chars) + is_corpus}: use --tokenizer bytes"
+            "--tokenizer gpt2: tiktoken could not get its vocabulary "
+            f"({type(error).__name__}): run once online with TIKTOKEN_CACHE_DIR=FOLDER set, or use "
+            "--tokenizer bytes"
+        ) from None
+
+    def encode_gpt2(text: str) -> np.ndarray:
+        return np.fromiter(chain.from_iterable(map(encode, pieces(text))), np.uint16)
+
+    return {"kind": "gpt2", "vocab_size": 50257, "eot_id": 50256}, encode_gpt2
+
+
+def chars_tokenizer(texts: Iterable[str], is_corpus: bool) -> tuple[dict, Encoder]:
+    """The characters of the texts, as make_tokenizer has it. Raises DataError where they are too
+    many."""
+    chars = sorted(set().union(*texts))
+    vocab_size = len(chars) + (1 if is_corpus else 0)
+    if vocab_size > MAX_VOCAB:
+        raise DataError(
+            f"--tokenizer chars: expected a vocabulary of at most {MAX_VOCAB}, found {vocab_size}: "
+            "use --tokenizer bytes"
         )
     ids = np.zeros(ord(chars[-1]) + 1, np.uint16)
     ids[[ord(char) for char in chars]] = np.arange(len(chars))
-    about = {
-        "kind": kind,
-        "vocab_size": len(chars) + is_corpus,
-        "eot_id": len(chars) if is_corpus else None,
-    }
-    return about | {"chars": chars}, lambda text: ids[
-        np.frombuffer(text.encode("utf-32-le"), "<u4")
-    ]
+
+    def encode_chars(text: str) -> np.ndarray:
+        return ids[np.frombuffer(text.encode("utf-32-le"), "<u4")]
+
+    eot_id = len(chars) if is_corpus else None
+    about = {"kind": "chars", "vocab_size": vocab_size, "eot_id": eot_id, "chars": chars}
+    return about, encode_chars
+
+
+def make_tokenizer(kind: str, texts: Iterable[Text], is_corpus: bool) -> tuple[dict, Encoder]:
+    """Contents of tokenizer.json, and the function from a text to its tokens, (n,) integers. Raises
+    DataError."""
+    if kind == "bytes":
+        return {"kind": kind, "vocab_size": 257, "eot_id": 256}, encode_bytes
+    if kind == "gpt2":
+        return gpt2_tokenizer()
+    return chars_tokenizer(texts, is_corpus)
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
-    """Write the parts to a temporary name beside path, sync, and rename: path is whole or absent."""
+    """Write the parts to a temporary name beside path, sync, rename: path is whole or absent."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -177,10 +207,12 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
-    """Write tokens, (n,) integers below 65536 with n >= 1, as one shard, atomically. Raises DataError."""
+    """Write tokens, (n,) integers below 65536 with n >= 1, as one shard, atomically. Raises
+    DataError."""
     if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= MAX_VOCAB:
         raise DataError(
-            f"{path}: expected tokens (n,) in 0..{MAX_VOCAB - 1}, found {tokens.dtype} {tokens.shape}"
+            f"{path}: expected tokens (n,) in 0..{MAX_VOCAB - 1}, "
+            f"found {tokens.dtype} {tokens.shape}"
         )
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
@@ -194,16 +226,17 @@ def old_shards(out: Path) -> list[Path]:
 
 
 def find_index(out: Path, recipe: dict) -> dict | None:
-    """The index of a folder that holds all of recipe, None if any is missing. Raises DataError for other data."""
+    """The index of a folder that holds all of recipe, None if any is missing. Raises DataError for
+    other data."""
     try:
         index = json.loads((out / "index.json").read_bytes())
     except (FileNotFoundError, ValueError):
         index = {}
     same = recipe.items() <= index.items()
     if not same and (index or old_shards(out)):
+        different = ", ".join(key for key in recipe if recipe[key] != index.get(key))
         raise DataError(
-            f"--out {out}: expected no data or that of this recipe, found another "
-            f"{', '.join(key for key in recipe if recipe[key] != index.get(key))}: "
+            f"--out {out}: expected no data or that of this recipe, found another {different}: "
             "give another folder, or --force to replace its data"
         )
     try:
@@ -215,45 +248,74 @@ def find_index(out: Path, recipe: dict) -> dict | None:
     return index if whole and (out / "tokenizer.json").is_file() else None
 
 
+def write_shards(
+    folder: Path, stem: str, tokens: dict[str, np.ndarray], per_shard: int
+) -> list[dict]:
+    """Shards of tokens["val"] and tokens["train"], (n,) each, in a folder; returns their entries in
+    the index."""
+    shards = []
+    for split in ("val", "train"):
+        for start in range(0, len(tokens[split]), per_shard):
+            path = folder / f"{stem}_{split}_{len(shards):06d}.bin"
+            write_shard(path, tokens[split][start : start + per_shard])
+            shards.append(
+                {
+                    "name": path.name,
+                    "split": split,
+                    "tokens": shard_tokens(path),
+                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                }
+            )
+    return shards
+
+
 def write_dataset(
     out: Path, tokens: dict[str, np.ndarray], per_shard: int, about: dict, index: dict
 ) -> dict:
-    """Replace the data of out by shards of tokens["val"] and tokens["train"], (n,) each; returns the whole index."""
+    """Replace the data of out by shards of tokens["val"] and tokens["train"], (n,) each; returns
+    the whole index."""
     out.mkdir(parents=True, exist_ok=True)
-    shards = []
-    with tempfile.TemporaryDirectory(
-        prefix=".partial-", dir=out
-    ) as staging:  # old data stays until the new is whole
-        for split in ("val", "train"):
-            for start in range(0, len(tokens[split]), per_shard):
-                path = Path(staging, f"{out.absolute().name}_{split}_{len(shards):06d}.bin")
-                write_shard(path, tokens[split][start : start + per_shard])
-                shards.append(
-                    {
-                        "name": path.name,
-                        "split": split,
-                        "tokens": shard_tokens(path),
-                        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                    }
-                )
+    # old data stays until the new is whole
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as staging:
+        shards = write_shards(Path(staging), out.absolute().name, tokens, per_shard)
         write_file(Path(staging, "tokenizer.json"), json.dumps(about, indent=2).encode(), b"\n")
         for path in [out / "index.json", out / "tokenizer.json", *old_shards(out)]:
             path.unlink(missing_ok=True)
         for path in sorted(Path(staging).iterdir()):
             os.replace(path, out / path.name)
     index = index | {"shards": shards}
-    write_file(
-        out / "index.json", json.dumps(index, indent=2).encode(), b"\n"
-    )  # last: with it, all is there
+    # last: with it, all is there
+    write_file(out / "index.json", json.dumps(index, indent=2).encode(), b"\n")
     return index
 
 
+def encode_splits(
+    splits: dict[str, list[Text]], encode: Encoder, eot_id: int | None, args: argparse.Namespace
+) -> dict[str, np.ndarray]:
+    """The tokens of each split, (n,), with the id before each text where there is one. Raises
+    DataError for fewer than two."""
+    eot = [] if eot_id is None else [np.array([eot_id], np.uint16)]
+    tokens = {}
+    for split, texts in splits.items():
+        tokens[split] = np.concatenate([part for text in texts for part in (*eot, encode(text))])
+    for split, ids in tokens.items():
+        if len(ids) < 2:  # one input and its target
+            raise DataError(
+                f"--source {args.source}: expected at least 2 tokens in {split}, found {len(ids)}: "
+                f"give more text, or change --val-fraction {args.val_fraction}"
+            )
+    return tokens
+
+
 def prepare(args: argparse.Namespace) -> dict:
-    """Write the data that args ask for unless it is there, and return its index. Raises DataError."""
-    is_package, is_corpus = args.source.startswith("package:"), not Path(args.source).is_file()
-    files, version = (
-        find_package(args.source) if is_package and is_corpus else (find_files(args.source), None)
-    )
+    """Write the data that args ask for unless it is there, and return its index. Raises
+    DataError."""
+    is_corpus = not Path(args.source).is_file()
+    if args.source.startswith("package:") and is_corpus:
+        files, version = find_package(args.source)
+    else:
+        files = find_files(args.source)
+        version = None
     raws = {name: path.read_bytes() for name, path in sorted(files.items())}
     listing = "".join(f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in raws.items())
     recipe = {
@@ -265,31 +327,22 @@ def prepare(args: argparse.Namespace) -> dict:
         "val_fraction": args.val_fraction,
         "shard_tokens": args.shard_tokens,
     }
-    if not args.force and (index := find_index(args.out, recipe)):
+    index = None if args.force else find_index(args.out, recipe)
+    if index:
         print(f"already there: {args.out}")
         return index
+
     if not any(raws.values()):
         raise DataError(
-            f"--source {args.source}: expected text, found {len(raws)} file(s) without any: name another"
+            f"--source {args.source}: expected text, found {len(raws)} file(s) without any: "
+            "name another"
         )
-    texts = (
-        raws
-        if args.tokenizer == "bytes"
-        else {name: decode(raw, files[name]) for name, raw in raws.items()}
-    )
+    texts = raws
+    if args.tokenizer != "bytes":
+        texts = {name: decode(raw, files[name]) for name, raw in raws.items()}
     splits = split_texts(texts, is_corpus, args.val_fraction)
     about, encode = make_tokenizer(args.tokenizer, texts.values(), is_corpus)
-    eot = [np.array([about["eot_id"]], np.uint16)] if is_corpus else []
-    tokens = {
-        split: np.concatenate([part for text in splits[split] for part in (*eot, encode(text))])
-        for split in splits
-    }
-    for split, ids in tokens.items():
-        if len(ids) < 2:  # one input and its target
-            raise DataError(
-                f"--source {args.source}: expected at least 2 tokens in {split}, found {len(ids)}: "
-                f"give more text, or change --val-fraction {args.val_fraction}"
-            )
+    tokens = encode_splits(splits, encode, about["eot_id"] if is_corpus else None, args)
     index = recipe | {
         "vocab_size": about["vocab_size"],
         "eot_id": about["eot_id"],
@@ -320,7 +373,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 < args.val_fraction < 1:
         parser.error(
-            f"argument --val-fraction: expected 0 < number < 1, such as 0.1, found {args.val_fraction}"
+            "argument --val-fraction: expected 0 < number < 1, such as 0.1, "
+            f"found {args.val_fraction}"
         )
     if not 2 <= args.shard_tokens < 2**31:
         parser.error(
@@ -330,7 +384,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepare data and say what was made; exit code 0, or 3 with one sentence if the data cannot be made."""
+    """Prepare data and say what was made; exit code 0, or 3 with one sentence if the data cannot be
+    made."""
     args = parse_args(argv)
     try:
         index = prepare(args)
@@ -343,8 +398,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"vocabulary: {index['vocab_size']:,}   bytes per token: {index['bytes_per_token']:.4f}")
     stem = args.out / index["shards"][0]["name"].rsplit("_", 2)[0]
     print(
-        f"next: PRESET=quickstart INPUT_BIN='{stem}_train_*.bin' INPUT_VAL_BIN='{stem}_val_*.bin' VOCAB_SIZE=0 "
-        "python train_gpt.py"
+        f"next: PRESET=quickstart INPUT_BIN='{stem}_train_*.bin' "
+        f"INPUT_VAL_BIN='{stem}_val_*.bin' VOCAB_SIZE=0 python train_gpt.py"
     )
     return 0
 

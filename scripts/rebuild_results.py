@@ -1,4 +1,4 @@
-"""Rebuilds the results table from the summaries that runs left, or merges them into the table that is there.
+"""Rebuilds the results table from the summaries that runs left, or merges them into it.
 
     python scripts/rebuild_results.py [--log-dir logs] [--results experiments/results.csv]
 
@@ -14,15 +14,9 @@ from harness.records import update_results
 from train_gpt import Config
 
 
-def main(argv=None) -> int:
-    """Merge all summaries and say how many; exit code 0, or 3 with one sentence where there is none."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "--log-dir", type=Path, default=Config.log_dir, help="folder of the summaries"
-    )
-    parser.add_argument("--results", default=Config.results_csv, help="the table")
-    args, rows = parser.parse_args(argv), []
-    files = sorted(Path(args.log_dir).glob("[!.]*.json"))
+def read_summaries(files: list[Path]) -> list[dict]:
+    """The summaries of runs among JSON files; says which hold no JSON."""
+    rows = []
     for file in files:
         try:
             row = json.loads(file.read_text())
@@ -31,14 +25,30 @@ def main(argv=None) -> int:
                 f"rebuild_results.py: {file} is skipped, it holds no JSON: {error}", file=sys.stderr
             )
             continue
-        rows += [row] if isinstance(row, dict) and row.get("run_id") else []
+        if isinstance(row, dict) and row.get("run_id"):
+            rows.append(row)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Merge all summaries and say how many; exit code 0, or 3 with one sentence where there is
+    none."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "--log-dir", type=Path, default=Config.log_dir, help="folder of the summaries"
+    )
+    parser.add_argument("--results", default=Config.results_csv, help="the table")
+    args = parser.parse_args(argv)
+    files = sorted(Path(args.log_dir).glob("[!.]*.json"))
+    rows = read_summaries(files)
     if not rows:
         print(
             f"rebuild_results.py: error: no summary of a run in {args.log_dir}; name its --log-dir",
             file=sys.stderr,
         )
         return 3
-    update_results(args.results, sorted(rows, key=lambda row: str(row.get("started"))))
+    rows.sort(key=lambda row: str(row.get("started")))
+    update_results(args.results, rows)
     print(f"{args.results}: {len(rows)} runs of {len(files)} files")
     return 0
 

@@ -1,6 +1,8 @@
 """What several test files share: a tiny model, tiny shards, and ranks forked from this process."""
 
 import contextlib
+import csv
+import json
 import os
 import signal
 import socket
@@ -13,14 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  a run's first save imports it: once here, not in every fork
 import torch.distributed as dist
-import torch.distributed.checkpoint  # noqa: F401  once here, not a second in every forked run
+import torch.distributed.checkpoint as dcp  # once here, not a second in every forked run
 
+from harness.checkpoints import step_folders
 from harness.provenance import output_of
 from harness.ranks import Ranks
 from harness.settings import ROOT
 import train_gpt
-from train_gpt import Config
+from train_gpt import GATE_ACTS, GATE_POSITIONS, GATES, Config, axes
+
+torch.set_num_threads(1)  # with models this small a second thread waits more than it computes
 
 TINY = dict(
     n_layer=2,
@@ -38,10 +44,39 @@ TINY = dict(
     dtype="float32",
     compile="0",
 )
+CLOCKS = ("train_time", "tokens_per_sec", "data_wait")  # columns that differ between equal runs
+# 2 ranks slice the embedding, 3 cannot
+WIDE = {"VOCAB_SIZE": 2305, "DROPOUT": 0.1, "SHUFFLE": 1, "SAVE_EVERY": 4}
+
+# Settings that together name every choice of the axes of a model
+VARIANTS = [
+    dict(zip(("attngate", "gatepos", "gateact"), (gate, where, act)))
+    for gate in GATES
+    for where in GATE_POSITIONS
+    for act in GATE_ACTS
+]
+VARIANTS += [
+    {axis: choice} for axis in ("mixer", "ffn", "norm", "pos", "init") for choice in axes()[axis]
+]
+VARIANTS += [
+    {"bias": True, "norm": "layer"},
+    {"tie_embeddings": False},
+    {"qk_norm": False},
+    {"ffn": "relu2,swiglu"},
+]
+VARIANTS += [
+    {"ffn": "moe", axis: choice}
+    for axis in ("expert", "balance", "recurrence")
+    for choice in axes()[axis]
+]
+VARIANTS += [
+    {"ffn": "moe", "norm": "rms_gain", "recurrence": "shared", "n_layer": 4, "per_visit": choice}
+    for choice in axes()["per_visit"]
+]
 
 
 def committed(pattern):
-    """The files of a glob below the project that git has, or all outside a repository: what users add is theirs."""
+    """The files of a glob that git has, or all outside a repository: what users add is theirs."""
     known = output_of("git", "-C", ROOT, "ls-files").splitlines()
     return sorted(
         path for path in ROOT.glob(pattern) if not known or str(path.relative_to(ROOT)) in known
@@ -53,6 +88,11 @@ def tiny(**changes):
     return Config(**TINY | changes)
 
 
+def context(T, **fields):
+    """What blocks and mixers are given for sequences of T tokens."""
+    return train_gpt.Context(positions=torch.arange(T), **fields)
+
+
 def write_shard(path, tokens):
     """A shard written without the code under test."""
     header = np.zeros(256, dtype="<i4")
@@ -62,7 +102,7 @@ def write_shard(path, tokens):
 
 
 def run_ranks(world, work):
-    """Runs work(ranks) on `world` forked ranks in a gloo group and returns what each returned, by rank."""
+    """What work(ranks) returns on each of `world` forked ranks in a gloo group, by rank."""
     with tempfile.TemporaryDirectory() as folder:
         children = [fork(rank, world, work, folder) for rank in range(world)]
         codes = [os.waitpid(child, 0)[1] for child in children]
@@ -88,7 +128,7 @@ def fork(rank, world, work, folder):
 
 
 class Job:
-    """A run of train_gpt.main as torchrun would start it, on `world` forked ranks with these settings only."""
+    """A run of train_gpt.main as torchrun starts it, on `world` ranks with these settings only."""
 
     def __init__(self, env, world=1):
         with socket.socket() as free:
@@ -128,7 +168,7 @@ class Job:
                 os.kill(pid, number)
 
     def wait(self, seconds=120):
-        """(exit codes by rank, what rank 0 printed). Ranks that take longer are killed, and the test fails."""
+        """(exit codes by rank, what rank 0 printed). Kills what takes longer and fails the test."""
         deadline, codes = time.monotonic() + seconds, [None] * len(self.pids)
         while None in codes:
             for rank in [rank for rank, code in enumerate(codes) if code is None]:
@@ -142,20 +182,19 @@ class Job:
 
 
 def launch(env, world=1):
-    """A Job from its start to its end: (exit codes by rank, what rank 0 printed on both streams)."""
+    """A Job from start to end: (exit codes by rank, what rank 0 printed on both streams)."""
     return Job(env, world).wait()
 
 
 def start(env, output):
-    """A forked process that runs train_gpt.main in this environment; its id. Its output goes to a file."""
+    """The id of a forked process that runs train_gpt.main with this environment into a file."""
     if child := os.fork():
         return child
     code = 70
     try:
         torch.set_num_threads(1)
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # a shell has it ignored in what it runs behind
+        # a shell has it ignored in what it runs behind
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(env)
         file = os.open(output, os.O_WRONLY | os.O_CREAT)
@@ -169,6 +208,78 @@ def start(env, output):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def checkpoints(settings, run_id="toy"):
+    """The steps that a run has checkpoints of."""
+    return list(step_folders(settings["LOG_DIR"] / run_id))
+
+
+def folder(settings, step, run_id="toy"):
+    """The checkpoint of a step."""
+    return settings["LOG_DIR"] / run_id / f"step_{step:06d}"
+
+
+def tensors(path):
+    """All tensors of a checkpoint, read without the code under test."""
+    reader = dcp.FileSystemReader(path)
+    meta = reader.read_metadata().state_dict_metadata
+    held = {key: torch.empty(kept.size, dtype=kept.properties.dtype) for key, kept in meta.items()}
+    dcp.load(held, storage_reader=reader, no_dist=True)
+    return held
+
+
+def assert_same(a, b):
+    """Two checkpoints hold the same bits."""
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys() and len(a) > 20
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+def points(settings, run_id=None):
+    """The curve as it is written: {column: text} for each logged step."""
+    path = settings["LOG_DIR"] / f"{run_id or settings['RUN_ID']}.csv"
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def curve(settings, run_id=None, columns=("step", "train_loss", "val_loss", "lr", "grad_norm")):
+    """What was measured in every logged step, floats as hexadecimals."""
+    return [
+        tuple(float(point[name]).hex() if point[name] else "" for name in columns)
+        for point in points(settings, run_id)
+    ]
+
+
+def summary(settings, run_id=None):
+    """The summary of a run."""
+    return json.loads((settings["LOG_DIR"] / f"{run_id or settings['RUN_ID']}.json").read_text())
+
+
+def rows(settings):
+    """The table of all runs: {column: text} for each."""
+    with open(settings["RESULTS_CSV"], newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def row(settings, run_id=None):
+    """The one row of a run."""
+    run_id = run_id or settings["RUN_ID"]
+    (found,) = [row for row in rows(settings) if row["run_id"] == run_id]
+    return found
+
+
+def dies_at(monkeypatch, step, number=signal.SIGKILL, rank=None):
+    """Before it makes the update after `step`, a rank (or each) sends itself a signal."""
+    original = train_gpt.train_step
+
+    def fatal(state, *args):
+        if state.step == step and rank in (None, torch.distributed.get_rank()):
+            os.kill(os.getpid(), number)
+        return original(state, *args)
+
+    monkeypatch.setattr(train_gpt, "train_step", fatal)
 
 
 @pytest.fixture
@@ -197,7 +308,7 @@ def settings(shards, tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """A dataset of three training shards and one for validation; returns the settings that name it."""
+    """The settings that name a dataset of three training shards and one for validation."""
     rng = np.random.default_rng(0)
     pattern = rng.integers(0, 64, 97)  # repeats, so that there is something to learn
     for i, size in enumerate((700, 500, 333)):

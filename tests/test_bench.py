@@ -1,4 +1,4 @@
-"""scripts/bench.py: every promised figure is there and they agree with each other; nothing is left behind."""
+"""scripts/bench.py: all figures are there and agree with each other; nothing is left behind."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+import bench
 from harness.settings import ROOT
-from scripts import bench
 
 SETTINGS = {
     "RUN_ID": "of-test-bench",
@@ -41,14 +41,21 @@ START = {"start_to_validation", "start_to_step"}
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """(report, table, folder the command ran in, folder of its temporary files) of one run of everything."""
+    """(report, table, working folder, folder of temporary files) of one run of everything."""
     folder, temporary = tmp_path_factory.mktemp("cwd"), tmp_path_factory.mktemp("temporary")
     env = (
         os.environ
         | SETTINGS
         | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     )
-    command = [sys.executable, ROOT / "scripts" / "bench.py", "--steps", "2", "--warmup", "1"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "bench.py",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+    ]
     run = subprocess.run(
         [*command, "--json", "made/report.json"],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""cached_fineweb10B.py with the real client of the hub, against a small hub and its CDN on the loopback."""
+"""cached_fineweb10B.py with the hub's own client, against a small hub and CDN on the loopback."""
 
 import collections
 import hashlib
@@ -22,12 +22,14 @@ VAL, TRAIN = "fineweb_val_000000.bin", "fineweb_train_000001.bin"
 COMMIT, NEWER = "a" * 40, "b" * 40
 TOKEN = "hf_secretsecretsecret"
 
-# One process runs many jobs, because importing PyTorch takes seconds: a job is a line of JSON, and so is its result.
+# One process runs many jobs, because importing PyTorch takes seconds: a job is a line of JSON, and
+# so is its result.
 WORKER = """
 import contextlib, io, json, os, sys
 from unittest import mock
 import cached_fineweb10B as script
-print(json.dumps([name for name in ("torch", "huggingface_hub") if name in sys.modules]), flush=True)
+heavy = [name for name in ("torch", "huggingface_hub") if name in sys.modules]
+print(json.dumps(heavy), flush=True)
 script.BACKOFF_S, script.SHARD_BYTES = 0.01, 10_000
 for line in sys.stdin:
     job = json.loads(line)
@@ -37,7 +39,8 @@ for line in sys.stdin:
         stack.enter_context(contextlib.redirect_stderr(out))
         stack.enter_context(mock.patch.dict(os.environ, job["env"]))
         if "free" in job:
-            stack.enter_context(mock.patch("shutil.disk_usage", return_value=mock.Mock(free=job["free"])))
+            usage = mock.Mock(free=job["free"])
+            stack.enter_context(mock.patch("shutil.disk_usage", return_value=usage))
         if "read_only" in job:
             stack.enter_context(mock.patch("os.access", return_value=False))
         try:
@@ -63,7 +66,7 @@ def sha256(data):
 
 
 class Hub:
-    """A hub with one dataset that redirects to a CDN on another port; `faults` are used up one per request."""
+    """A hub with one dataset, and a CDN on another port; `faults` are used up one per request."""
 
     def __init__(self):
         self.servers = [self.serve(answer) for answer in (self.answer_hub, self.answer_cdn)]
@@ -84,8 +87,14 @@ class Hub:
     def serve(self, answer):
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            do_GET = do_HEAD = lambda self: answer(self)
-            log_message = lambda *_: None
+
+            def do_GET(self):
+                answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_):
+                pass
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -111,7 +120,7 @@ class Hub:
             request.wfile.write(body)
 
     def fault(self, request, key):
-        """The next fault of a key, or None; statuses and dropped connections are dealt with here ("done")."""
+        """The next fault of a key, or None; "done" if a status or a dropped connection was all."""
         fault = self.faults[key].pop(0) if self.faults[key] else None
         if fault == "drop":
             request.close_connection = True
@@ -272,7 +281,7 @@ def put(folder, hub, *names):
 
 
 def assert_sentence(output, *parts):
-    """The last line of the output is one error sentence with these parts, and there is no traceback."""
+    """The last line of the output is one error sentence with these parts; there is no traceback."""
     assert "Traceback" not in output
     last = output.strip().splitlines()[-1]
     assert "error: " in last and all(part in last for part in parts), output
@@ -559,17 +568,8 @@ def test_waits_for_another_fetch_into_the_folder(hub, worker, tmp_path):
 
 
 def test_token_goes_to_the_hub_alone(hub, worker, tmp_path):
-    setting = "import sys, cached_fineweb10B as c; c.SHARD_BYTES = 10_000; sys.exit(c.main(['1']))"
-    done = subprocess.run(
-        [sys.executable, "-c", setting],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**worker.env, "DATA_DIR": str(tmp_path), "HF_TOKEN": TOKEN},
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
+    code, output = worker.run(tmp_path, "1", HF_TOKEN=TOKEN)
+    assert code == 0, output
     sent = {
         host: {headers.get("authorization") for _, kind, _, headers in hub.log if kind == host}
         for host in ("api", "hub", "cdn")

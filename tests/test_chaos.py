@@ -5,44 +5,116 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import start
 
+import chaos
 from harness.settings import ROOT
 import train_gpt
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_cost_time_and_nothing_else(settings, ranks):
+class Forked:
+    """A run on one rank that is forked from this process, which has torch loaded."""
+
+    runs = []
+
+    def __init__(self, command, env):
+        assert command == [sys.executable, train_gpt.__file__]
+        self.pid, self.code = start(env, Path(env["LOG_DIR"]).with_name("output.txt")), None
+        self.runs.append(self)
+
+    def poll(self):
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.code
+
+    @classmethod
+    def processes(cls, run_id):
+        """In place of chaos.processes: /proc shows the environment of the parent."""
+        return [run.pid for run in cls.runs if run.poll() is None]
+
+
+class Attempt:
+    """In place of subprocess.Popen, so that no clock decides: the time of an attempt is up a few
+    steps after the next checkpoint of `kills`, or never where there is none left."""
+
+    start, kills = subprocess.Popen, []
+
+    def __init__(self, command, env):
+        self.command, self.run = command, self.start(command, env=env)
+        self.folder = Path(env["LOG_DIR"]) / env["RUN_ID"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.run.wait()
+
+    def wait(self, seconds):
+        if seconds and self.kills:
+            step = self.kills.pop(0)
+            while self.run.poll() is None:
+                if (self.folder / f"step_{step:06d}").exists() and self.last_step() > step:
+                    raise subprocess.TimeoutExpired(self.command, seconds)
+                time.sleep(0.01)
+        return self.run.wait()
+
+    def last_step(self):
+        """The last that the curve shows, 0 before there is one."""
+        curve = self.folder.with_suffix(".csv")
+        steps = re.findall(r"^(\d+),.*\n", curve.read_text(), re.M) if curve.exists() else []
+        return int(steps[-1]) if steps else 0
+
+
+@pytest.mark.parametrize("ranks, kills", [(1, [100, 200]), (2, [100])])
+def test_kills_cost_time_and_nothing_else(settings, monkeypatch, capfd, ranks, kills):
     env = {name: str(value) for name, value in settings.items()} | {
-        "NUM_ITERATIONS": "300",
-        "SAVE_EVERY": "20",
+        "NUM_ITERATIONS": str(kills[-1] + 150),
+        "BATCH_SIZE": str(2 * ranks),
+        "SAVE_EVERY": "100",
         "LOG_EVERY": "5",
         "VAL_EVERY": "0",
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    began = time.monotonic()
-    trial = {"RUN_ID": "trial", "NUM_ITERATIONS": "2", "WARMDOWN_ITERS": "0"}
-    subprocess.run(
-        [sys.executable, train_gpt.__file__], env=env | trial, check=True, stdout=subprocess.DEVNULL
-    )
-    every = (
-        1.2 * (time.monotonic() - began) * ranks + 1
-    )  # enough to start, with torchrun too, and to train a little
-    command = [
-        sys.executable,
-        ROOT / "scripts/chaos.py",
-        "--every",
-        str(every),
-        "--nproc",
-        str(ranks),
-    ]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    monkeypatch.setattr(Attempt, "kills", [*kills])
+    if ranks == 1:
+        monkeypatch.setattr(Attempt, "start", Forked)
+        monkeypatch.setattr(chaos, "processes", Forked.processes)
+    own = SimpleNamespace(Popen=Attempt, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(chaos, "subprocess", own)
+    code = chaos.main(["--every", "5", "--nproc", str(ranks)], env)
+    out, err = capfd.readouterr()
+    assert code == 0, out + err
+    told = re.findall(r"^kill:\d+ reached:(\d+) saved:(\d+)$", out, re.M)
+    steps = [(int(reached), int(saved)) for reached, saved in told]
+    assert len(steps) == len(kills)
+    assert all(wanted <= saved <= reached for wanted, (reached, saved) in zip(kills, steps))
     line = r"^(\w+): kills:(\d+) steps_lost:(\d+) .* goodput:([\d.]+) final_loss:(\S+)$"
-    told = re.findall(line, result.stdout, re.M)
-    (_, none, _, goodput, loss), (_, kills, lost, lower, same) = told
-    assert none == "0" and int(kills) >= 1 and int(lost) <= 20 * int(kills) and loss == same
-    assert 0 < float(lower) < float(goodput) < 1
+    undisturbed, killed = re.findall(line, out, re.M)
+    name, count, lost, goodput, loss = undisturbed
+    assert (name, count, lost) == ("undisturbed", "0", "0")
+    name, count, lost, lower, same = killed
+    assert (name, count) == ("killed", str(len(kills)))
+    assert int(lost) == sum(reached - saved for reached, saved in steps) <= 100 * len(kills)
+    assert loss == same and 0 < float(lower) < float(goodput) < 1
+
+
+def test_when_its_time_is_up_all_processes_of_a_run_are_gone(tmp_path):
+    """Those in a process group of their own too, as the ranks of torchrun are."""
+    env = {"PATH": os.environ["PATH"], "RUN_ID": f"of-{tmp_path.name}"}
+    assert chaos.attempt(["bash", "-c", "exit 3"], env, 60) == 3
+    began = time.monotonic()
+    assert chaos.attempt(["bash", "-c", "setsid sleep 60 & sleep 60; exit"], env, 0.5) is None
+    assert 0.5 <= time.monotonic() - began < 30
+    assert not [*chaos.processes(env["RUN_ID"])]

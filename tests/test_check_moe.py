@@ -1,13 +1,13 @@
-"""scripts/check_moe.py: sound experts pass, a defect of any kind is named, and its arithmetic is that of the model."""
+"""scripts/check_moe.py: sound experts pass, a defect is named, its arithmetic is the model's."""
 
 import pytest
 import torch
 from conftest import tiny
 
+import check_moe
 from harness.ranks import Ranks
 import train_gpt
-from scripts import check_moe
-from train_gpt import Linear, MoE, make_plan
+from train_gpt import CausalSelfAttention, Linear, MoE, make_plan
 
 TINY = {
     "DEVICE": "cpu",
@@ -68,16 +68,12 @@ def collapsed(monkeypatch):
 
 
 def an_expert_is_not_trained(monkeypatch):
-    grouped = train_gpt.grouped
-    monkeypatch.setattr(
-        train_gpt,
-        "grouped",
-        lambda a, b, ends: (
-            grouped(a, b, ends).index_fill(0, torch.tensor([5]), 0.0)
-            if b.ndim == 2 and ends is not None
-            else grouped(a, b, ends)
-        ),
-    )
+    outer = train_gpt.grouped_outer
+
+    def without_one(y, x, offsets):
+        return outer(y, x, offsets).index_fill(0, torch.tensor([5]), 0.0)
+
+    monkeypatch.setattr(train_gpt, "grouped_outer", without_one)
 
 
 def no_number(monkeypatch):
@@ -89,25 +85,24 @@ def no_number(monkeypatch):
 def a_branch_is_cut(monkeypatch):
     forward = MoE.forward
     monkeypatch.setattr(MoE, "forward", lambda self, x: forward(self, x.detach()))
-    monkeypatch.setattr(train_gpt.CausalSelfAttention, "forward", lambda self, x: x.detach())
+    monkeypatch.setattr(CausalSelfAttention, "forward", lambda self, x, ctx: x.detach())
 
 
 def a_parameter_too_many(monkeypatch):
     init = MoE.__init__
-    monkeypatch.setattr(
-        MoE,
-        "__init__",
-        lambda self, cfg: (
-            init(self, cfg),
-            setattr(self, "gain", torch.nn.Parameter(torch.ones(3))),
-        )[0],
-    )
+
+    def with_gain(self, cfg):
+        init(self, cfg)
+        self.gain = torch.nn.Parameter(torch.ones(3))
+
+    monkeypatch.setattr(MoE, "__init__", with_gain)
 
 
 def a_loud_start(monkeypatch):
-    monkeypatch.setitem(
-        train_gpt.INITS, "zero_proj", lambda cfg, w, ends: w.is_meta or torch.nn.init.normal_(w)
-    )
+    def normal(cfg, weight, to_residual):
+        torch.nn.init.normal_(weight)
+
+    monkeypatch.setitem(train_gpt.INITS, "zero_proj", normal)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +150,7 @@ def test_a_defect_is_named(capsys, monkeypatch, defect, names):
             "n_unique": 3,
             "unshared_ends": 1,
             "norm": "rms_gain",
-            "per_step": "norm,router,scale",
+            "per_visit": "norm,router,scale",
         },
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""Faults: signals, crashes, hangs, numbers that are not finite, full disks and full memory end a run in good order."""
+"""Signals, crashes, hangs, numbers that are not finite, full disk, full memory: orderly ends."""
 
 import json
 import os
@@ -13,10 +13,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Job, launch, run_ranks, tiny
-from test_checkpoints import WIDE, assert_same, checkpoints, curve, dies_at, folder, row, tensors
+from conftest import (
+    WIDE,
+    Job,
+    assert_same,
+    checkpoints,
+    curve,
+    dies_at,
+    folder,
+    launch,
+    row,
+    run_ranks,
+    tensors,
+    tiny,
+)
 
+import harness.run
 from harness.checkpoints import Checkpoints, defect
+from harness.files import RunFiles
 from harness.records import Records
 from harness.watch import Watch
 import train_gpt
@@ -73,13 +87,13 @@ PLACES = {
     "warm-up": (train_gpt, "compile_model"),
     "evaluation": (train_gpt, "evaluate"),
     "a save": (Checkpoints, "write"),
-    "the end": (train_gpt, "export_weights"),
+    "the end": (harness.run, "export_weights"),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_anywhere_loses_nothing(settings, monkeypatch, place):
-    """SIGTERM comes while the run is there; what goes on afterwards is the run that was never stopped."""
+    """SIGTERM comes while the run is there; what goes on is the run that was never stopped."""
     settings |= WIDE | {"NUM_ITERATIONS": 12, "VAL_EVERY": 6}
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "compile_model", lambda *args: None)
@@ -130,12 +144,15 @@ def test_the_stop_file_stops_a_run_that_can_go_on(settings):
 
 
 def test_the_decision_is_the_same_on_all_ranks_and_waits_for_none(tmp_path):
+    files = RunFiles(tmp_path, "toy")
+    files.folder.mkdir()
+
     def work(ranks):
-        watch, statuses = Watch(tmp_path, ranks, 60), []
+        watch, statuses = Watch(files, ranks, 60), []
         for i in range(6):
             if (i, ranks.rank) == (2, 1):
                 os.kill(os.getpid(), signal.SIGUSR1)
-            statuses.append(watch.agreed())
+            statuses.append(watch.poll())
         watch.close()
         return statuses
 
@@ -236,8 +253,8 @@ def test_only_until_the_first_step_a_rank_may_be_late(settings, monkeypatch, slo
 
 
 def poison(monkeypatch, steps, rank, kind):
-    """In these steps, one rank has a loss that is not a number, or an infinite gradient at a finite loss."""
-    original, reduce_grads = train_gpt.train_step, train_gpt.Muon.reduce_grads
+    """In these steps, one rank has a loss that is NaN, or an infinite gradient at a finite loss."""
+    original, reduce_grads = train_gpt.train_step, train_gpt.Optimizer.reduce_grads
     now = {}
 
     def step(state, *args):
@@ -252,13 +269,13 @@ def poison(monkeypatch, steps, rank, kind):
 
     def reduce(self):
         if now.get("bad") and kind == "gradient":
-            self.stacks[0]["params"][0].grad.view(-1)[3] = np.inf
+            self.partitions[0].params[0].grad.view(-1)[3] = np.inf
         return reduce_grads(self)
 
     plain = train_gpt.GPT.forward
     monkeypatch.setattr(train_gpt, "train_step", step)
     monkeypatch.setattr(train_gpt.GPT, "forward", forward)
-    monkeypatch.setattr(train_gpt.Muon, "reduce_grads", reduce)
+    monkeypatch.setattr(train_gpt.Optimizer, "reduce_grads", reduce)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -266,7 +283,7 @@ def poison(monkeypatch, steps, rank, kind):
 def test_a_step_that_is_not_finite_changes_nothing_and_is_told(
     settings, monkeypatch, kind, world, rank
 ):
-    """A skipped step leaves all bits as they were; its line names the rank and where its samples are."""
+    """A skipped step leaves all bits as they were; its line says which rank and which samples."""
     settings |= WIDE | {
         "SHUFFLE": 0,
         "SAVE_EVERY": 1,
@@ -353,7 +370,7 @@ def test_the_bad_step_of_a_checkpoint_is_told_after_resuming(settings, monkeypat
 
 
 def test_the_step_waits_for_no_device(settings, monkeypatch):
-    """Reading a number from a device is what waits; between logged steps no line of train_gpt.py does."""
+    """What waits is reading a number from a device; between logged steps no line does that."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen, OURS = (
@@ -385,9 +402,9 @@ def test_the_step_waits_for_no_device(settings, monkeypatch):
         settings | {"NUM_ITERATIONS": 40, "LOG_EVERY": 100, "VAL_EVERY": 0, "SAVE_EVERY": 0}
     )
     reads = json.loads(re.search(r"^reads: (.*)$", out, re.M)[1].replace("'", '"'))
-    assert codes == [0] and reads.pop("agreed") <= 42 and sum(reads.values()) < 12, (
+    assert codes == [0] and reads.pop("poll") <= 42 and sum(reads.values()) < 12, (
         reads
-    )  # agreed: a flag on the CPU
+    )  # poll: a flag on the CPU
 
 
 def test_few_bad_steps_in_a_row_do_not_end_the_run_and_are_remembered(settings, monkeypatch):
@@ -420,7 +437,7 @@ def test_an_overflow_of_float16_lowers_the_scale_and_is_no_bad_step(monkeypatch)
             torch.isfinite(norm).item(),
             torch.equal(before, state.model.embed),
             state.loss_scale.value.item(),
-            state.skipped[0][0].item(),
+            state.bad[0][0].item(),
         )
 
     assert run_ranks(2, work) == [(True, False, True, 2.0**39, 0.0)] * 2
@@ -546,7 +563,7 @@ def test_deterministic_runs_are_equal_and_refuse_what_is_not(settings):
 
 
 def test_an_overflow_in_the_last_step_still_ends_in_a_checkpoint(settings, monkeypatch):
-    """The update is left out; what it would have changed is whole, and the same command says the same again."""
+    """The update is left out; what it would have changed is whole; a second run says the same."""
     poison(monkeypatch, {7}, 0, "gradient")
     assert launch(settings)[0] == [0] and checkpoints(settings) == [8]
     monkeypatch.undo()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import context, tiny
 
-from train_gpt import GATE_ACTS, CausalSelfAttention
+from train_gpt import GATE_ACTS, GATE_POSITIONS, CausalSelfAttention
 
 
 def attention(**settings):
@@ -22,19 +22,20 @@ def twin(plain, **settings):
 
 
 X = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(2))
+CTX = context(16)
 
 
 @pytest.mark.parametrize("gate", ["headwise", "elementwise", "const"])
-@pytest.mark.parametrize("where", ["sdpa", "value"])
+@pytest.mark.parametrize("where", GATE_POSITIONS)
 @pytest.mark.parametrize("act, half", [("sigmoid", 0.5), ("ns_sigmoid", 0.75)])
 def test_zero_score_scales_the_output(gate, where, act, half):
-    """A linear map of the values commutes with a constant: W_g = 0 is the ungated attention times act(0)."""
+    """A linear map of the values commutes with a constant: W_g = 0 is act(0) times no gate."""
     plain = attention()
     gated = twin(plain, attngate=gate, gatepos=where, gateact=act)
     for name, p in gated.named_parameters():
         if "gate" in name:
             torch.nn.init.zeros_(p)
-    assert torch.allclose(gated(X), half * plain(X), atol=1e-6)
+    assert torch.allclose(gated(X, CTX), half * plain(X, CTX), atol=1e-6)
 
 
 def test_headwise_is_elementwise_with_repeated_rows():
@@ -43,7 +44,7 @@ def test_headwise_is_elementwise_with_repeated_rows():
     elementwise.gate_output.score.weight.data = (
         headwise.gate_output.score.weight.data.repeat_interleave(16, 0)
     )
-    assert torch.allclose(headwise(X), elementwise(X), atol=1e-6)
+    assert torch.allclose(headwise(X, CTX), elementwise(X, CTX), atol=1e-6)
 
 
 def test_gate_on_values_equals_attention_over_gated_values():

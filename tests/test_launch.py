@@ -1,9 +1,10 @@
-"""The launchers, with torchrun itself: signals, restarts, what is not tried again, and requeueing under Slurm."""
+"""The launchers, with torchrun itself: signals, restarts, what is not tried again, and Slurm."""
 
 import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Launch:
-    """A command started with these settings and nothing else in its environment; on exit no process of it is left."""
+    """A command with these settings alone in its environment; on exit no process of it is left."""
 
     def __init__(self, command, settings, folder):
         self.output_file, self.mark = (
@@ -58,7 +59,7 @@ class Launch:
         return self.output_file.read_text()
 
     def pids(self):
-        """Processes, launcher and ranks, that have this run's table in their environment and are no zombies."""
+        """Launcher and ranks: processes with this run's table in their environment, no zombies."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -120,7 +121,8 @@ def program(folder, fault):
     """A train_gpt.py with `fault` in it, which keeps the exit code of each rank beside itself."""
     path = folder / "faulty.py"
     path.write_text(
-        "import os, sys, time\nfrom pathlib import Path\nimport train_gpt\n"
+        f"import os, sys, time\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_gpt\n"
         f"FOLDER, RANK = Path({str(folder)!r}), os.environ['RANK']\n{fault}\n"
         "code = train_gpt.main([], os.environ)\n(FOLDER / f'exit{RANK}').write_text(str(code))\n"
         "sys.exit(code)\n"
@@ -137,9 +139,10 @@ def test_usr1_saves_and_the_same_command_goes_on(settings, tmp_path):
     settings |= LONG | {"NPROC_PER_NODE": 2}
     with Launch(RUN_8XH100, settings, tmp_path) as run:
         run.wait_for(lambda: last_step(settings) >= 5)
-        launcher = Path(f"/proc/{run.launcher.pid}/environ").read_bytes().split(b"\0")
-        assert b"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=180" in launcher
-        assert len(run.pids()) == 3
+        torchrun = Path(f"/proc/{run.launcher.pid}/task/{run.launcher.pid}/children").read_text()
+        variables = Path(f"/proc/{int(torchrun)}/environ").read_bytes().split(b"\0")
+        assert b"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=180" in variables
+        assert len(run.pids()) == 4  # the script, torchrun, two ranks
         os.kill(run.launcher.pid, signal.SIGUSR1)
         run.wait()
         (row,) = rows(settings)
@@ -166,26 +169,28 @@ def test_launches_at_once_do_not_meet(settings, tmp_path):
     """--standalone finds a free port each time; the table takes all rows."""
     with contextlib.ExitStack() as stack:
         launches = []
-        for i in range(4):
-            (folder := tmp_path / str(i)).mkdir()
+        for i in range(3):
+            folder = tmp_path / str(i)
+            folder.mkdir()
             own = settings | {"RUN_ID": f"run{i}", "NUM_ITERATIONS": 2, "OMP_NUM_THREADS": 1}
             launches.append(
                 stack.enter_context(Launch([*TORCHRUN[:-1], "train_gpt.py"], own, folder))
             )
-        assert [launch.launcher.wait(120) for launch in launches] == [0] * 4
+        assert [launch.launcher.wait(120) for launch in launches] == [0] * 3
     assert sorted((row["run_id"], row["status"]) for row in rows(settings)) == [
-        (f"run{i}", "ok") for i in range(4)
+        (f"run{i}", "ok") for i in range(3)
     ]
 
 
 def test_a_second_term_does_not_disturb_the_first(settings, tmp_path):
     settings |= LONG | {"PYTHONPATH": ROOT, "SAVE_EVERY": 0}
     slow = """
-def publish(self, *rest, publish=train_gpt.Checkpoints.publish):
+from harness.checkpoints import Checkpoints
+def publish(self, *rest, publish=Checkpoints.publish):
     (FOLDER / "saving").touch()
     time.sleep(1.5)
     publish(self, *rest)
-train_gpt.Checkpoints.publish = publish"""
+Checkpoints.publish = publish"""
     with Launch([*TORCHRUN, program(tmp_path, slow)], settings, tmp_path) as run:
         run.wait_for(lambda: last_step(settings) >= 3)
         os.kill(run.launcher.pid, signal.SIGTERM)
@@ -201,34 +206,36 @@ train_gpt.Checkpoints.publish = publish"""
 
 def test_a_crash_of_one_rank_costs_a_restart_and_changes_nothing(settings, tmp_path):
     del settings["RUN_ID"]
-    settings |= {"PYTHONPATH": ROOT, "SAVE_EVERY": 3}
+    settings |= {"SAVE_EVERY": 3, "NPROC_PER_NODE": 2, "MAX_RESTARTS": 1}
     crash = """
 def train_step(state, *rest, train_step=train_gpt.train_step):
     if state.step == 7 and RANK == "1" and not (FOLDER / "crashed").exists():
         (FOLDER / "crashed").touch()
         os.kill(os.getpid(), 9)
     return train_step(state, *rest)
-train_gpt.train_step = train_step
-if (FOLDER / "crashed").exists() and RANK == "1":
-    time.sleep(3)  # the others meet what torchrun's store still holds of the rank that has died"""
-    with Launch(
-        [*TORCHRUN, "--max-restarts=1", program(tmp_path, crash)], settings, tmp_path
-    ) as run:
+train_gpt.train_step = train_step"""
+    tree = tmp_path / "tree"  # what the script starts is the trainer with a fault
+    (tree / "scripts").mkdir(parents=True)
+    script = shutil.copy(RUN_8XH100[1], tree / "scripts")
+    program(tree, crash).rename(tree / "train_gpt.py")
+    with Launch(["bash", script], settings, tmp_path) as run:
         assert run.wait() == 0, run.output
-    assert (tmp_path / "crashed").exists()
+    assert (tree / "crashed").exists() and "; restart 1 of 1\n" in run.output
     (row,) = rows(settings)
-    assert (
-        row["status"] == "ok"
-        and row["resumes"] == "1"
-        and run.output.count(f"run_id:{row['run_id']}") == 2
-    )
-    assert [path.stem for path in settings["LOG_DIR"].glob("gpt2_small-*.json")] == [row["run_id"]]
+    assert row["status"] == "ok" and row["resumes"] == "1"
+    assert run.output.count(f"run_id:{row['run_id']}") == 2
+    assert [path.stem for path in settings["LOG_DIR"].glob("[!.]*.json")] == [row["run_id"]]
     whole = settings | {"RUN_ID": "whole", "RESULTS_CSV": tmp_path / "whole.csv"}
     assert launch(whole, world=2)[0] == [0, 0]
-    resumed, uninterrupted = (
-        curve(settings["LOG_DIR"] / f"{name}.csv") for name in (row["run_id"], "whole")
-    )
+    names = (row["run_id"], "whole")
+    resumed, uninterrupted = (curve(settings["LOG_DIR"] / f"{name}.csv") for name in names)
     assert resumed == uninterrupted and len(resumed) == 9
+
+
+def test_ranks_that_torchrun_starts_again_are_refused(settings):
+    """They may look for a rank that is gone; the script starts all of them again."""
+    codes, out = launch(settings | {"TORCHELASTIC_RESTART_COUNT": 1})
+    assert codes == [2] and "bash scripts/run_8xh100.sh starts all ranks again" in out
 
 
 @pytest.mark.parametrize(
@@ -244,12 +251,8 @@ def test_what_would_fail_again_is_not_tried_again(settings, tmp_path, changes, s
         assert run.wait() != 0
     (row,) = rows(settings)
     assert row["status"] == status, run.output
-    attempts = {path.name for path in (settings["LOG_DIR"] / "torchrun").glob("*/attempt_*")}
-    assert attempts == {"attempt_0", "attempt_1"}  # torchrun cannot know, the ranks do
-    assert (
-        run.output.count("run_id:toy") == (status == "diverged")
-        and run.output.count(f"{status}: ") == 1
-    ), run.output
+    attempts = list((settings["LOG_DIR"] / "torchrun").glob("*/attempt_*"))
+    assert len(attempts) == 1 and run.output.count(f"{status}: ") == 1, run.output
 
 
 SRUN = r"""
@@ -260,13 +263,17 @@ eval "${INSTEAD:-}"
 exec "$@"
 """
 SCONTROL = """
-if [ "$1 $2" = "show hostnames" ]; then echo localhost; echo other; else echo "$*" >> "$ASKED/scontrol"; fi
+if [ "$1 $2" = "show hostnames" ]; then
+    echo localhost; echo other
+else
+    echo "$*" >> "$ASKED/scontrol"
+fi
 """
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """The variables of a job on one node, with commands on PATH that note what they are asked for."""
+    """The variables of a job on one node; commands on PATH note what they are asked for."""
     (tmp_path / "bin").mkdir()
     executable(tmp_path / "bin" / "srun", SRUN)
     executable(tmp_path / "bin" / "scontrol", SCONTROL)
@@ -307,31 +314,25 @@ def test_a_slurm_job_queues_itself_again_until_the_run_is_done(settings, slurm, 
 
 
 def ends(status, code):
-    """What a srun does that starts no run but leaves this status, in a summary unlike the one before, and this code."""
-    return f"""echo "{{\n \\"status\\": \\"{status}\\", \\"resumes\\": $$\n}}" > "$LOG_DIR/toy.json"; {code}"""
+    """A srun that starts no run, but leaves a summary with this status, unlike any before."""
+    summary = f'{{\n \\"status\\": \\"{status}\\", \\"resumes\\": $$\n}}'
+    return f'echo "{summary}" > "$LOG_DIR/toy.json"; {code}'
 
 
-ENDINGS = {  # what srun does, what the summary says before, exit code, starts of srun, whether the job is queued again
+CRASH_ONCE = f"[ -e $ASKED/2 ] || {{ touch $ASKED/2; {ends('crash', 'exit 1')}; }}; "
+
+
+# What srun does, the status before, exit code, starts of srun, whether the job is queued again.
+ENDINGS = {
     **{
         status: (ends(status, f"exit {code}"), "", code, 1 + 2 * (status == "crash"), False)
         for status, code in EXIT_CODES.items()
         if status != "preempted"
     },
-    "crash, then ok": (
-        f"[ -e $ASKED/2 ] || {{ touch $ASKED/2; {ends('crash', 'exit 1')}; }}; {ends('ok', 'exit 1')}",
-        "",
-        0,
-        2,
-        False,
-    ),
+    "crash, then ok": (CRASH_ONCE + ends("ok", "exit 1"), "", 0, 2, False),
     "preempted": (ends("preempted", "exit 1"), "preempted", 0, 1, True),
-    "preempted before, no start": (
-        "exit 7",
-        "preempted",
-        7,
-        3,
-        False,
-    ),  # queueing that again would never end
+    # queueing this again would never end
+    "preempted before, no start": ("exit 7", "preempted", 7, 3, False),
     "no start": ("exit 7", "", 7, 3, False),
     "killed": (ends("running", "exit 0"), "", 1, 3, False),
     "crash in scancel": (ends("crash", "kill $PPID; exit 1"), "", 1, 1, False),

@@ -1,11 +1,11 @@
-"""Layers, mixers, FFNs and the model: contracts over every entry of every axis, and oracles for the formulas."""
+"""Layers, mixers, FFNs and the model: contracts over every entry, and oracles for the formulas."""
 
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny
+from conftest import VARIANTS, context, tiny
 
 from harness.ranks import Ranks
 import train_gpt
@@ -16,41 +16,17 @@ from train_gpt import (
     ReLU2,
     RMSNorm,
     Rotary,
-    axes,
     loss_chunk,
     make_plan,
 )
 
-VARIANTS = [
-    dict(zip(("attngate", "gatepos", "gateact"), (gate, where, act)))
-    for gate in train_gpt.GATES
-    for where in train_gpt.GATE_POSITIONS
-    for act in train_gpt.GATE_ACTS
-]
-VARIANTS += [
-    {axis: choice} for axis in ("mixer", "ffn", "norm", "pos", "init") for choice in axes()[axis]
-]
-VARIANTS += [
-    {"bias": True, "norm": "layer"},
-    {"tie_embeddings": False},
-    {"qk_norm": False},
-    {"ffn": "relu2,swiglu"},
-]
-VARIANTS += [
-    {"ffn": "moe", axis: choice}
-    for axis in ("expert", "balance", "recurrence")
-    for choice in axes()[axis]
-]
-VARIANTS += [
-    {"ffn": "moe", "norm": "rms_gain", "recurrence": "shared", "n_layer": 4, "per_step": choice}
-    for choice in axes()["per_step"]
-]
+SMALL = {"n_embd": 16, "sequence_length": 8, "d_ff": 32}  # for what takes long
 
 
-def trained_a_little(cfg):
+def trained_a_little(cfg, dtype=torch.float32):
     """A model whose zero-initialised projections are zero no more, so that every part has a say."""
     torch.manual_seed(0)
-    model = GPT(cfg)
+    model = GPT(cfg, dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -59,7 +35,7 @@ def trained_a_little(cfg):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_contract(variant):
-    """Shape and dtype, a loss and finite gradients that are not zero for every parameter, the same twice."""
+    """Shape, dtype, loss, gradients finite and not zero for every parameter, twice the same."""
     cfg = tiny(**variant)
     tokens = torch.randint(0, 64, (2, 17))
     model = trained_a_little(cfg)
@@ -75,18 +51,111 @@ def test_contract(variant):
     assert torch.equal(trained_a_little(cfg)(tokens[:, :-1]), logits)
 
 
+def gradients(variant, dtype):
+    """{name: gradient} of a small model whose blocks take and give this dtype."""
+    model = trained_a_little(tiny(**SMALL | variant), dtype)
+    found = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, outputs: found.append(outputs[0].dtype))
+    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    model(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    assert set(found) == {dtype}, f"a block gives {found[0]}"
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_bfloat16(variant):
+    """What trains in float32 trains with activations in bfloat16, its gradients in float32."""
+    wanted = gradients(variant, torch.float32)
+    try:
+        found = gradients(variant, torch.bfloat16)
+    except (RuntimeError, AssertionError) as error:
+        raise AssertionError(
+            f"{variant} runs in float32 but not with activations in bfloat16; "
+            f"cast with type_as ({error})"
+        ) from error
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_contract_in_bfloat16(variant):
+    check_bfloat16(variant)
+
+
+def check_causal(variant):
+    """No logit feels an embedding of a later position, and every one feels that of its own."""
+    model = trained_a_little(tiny(**SMALL | variant))
+    if model.head is None:  # tied: another matrix, for here the embedding is to be the input alone
+        model.head = torch.nn.Parameter(model.embed.detach().clone())
+    logits = model(torch.arange(8)[None])[0]  # the row of an embedding is its position
+    weights = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    for t in (0, 5):  # neither is the last in a chunk of two, four or eight positions
+        (grad,) = torch.autograd.grad(logits[t] @ weights, model.embed, retain_graph=True)
+        feels = grad[:8].abs().amax(-1) > 0
+        assert not feels[t + 1 :].any(), f"{variant}: position {t} feels the future"
+        assert feels[t], f"{variant}: position {t} does not feel itself"
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_causal_by_gradient(variant):
-    """No logit at position t feels an embedding after t, and every one feels its own."""
-    model, tokens = trained_a_little(tiny(**variant)), torch.arange(16)[None]
-    rows = model.embed.detach().clone().requires_grad_()
-    model.embed = torch.nn.Parameter(rows.detach())  # the head keeps a constant copy
-    embedded = F.embedding(tokens, rows)
-    x = model.add_position(embedded)
-    for visit in model.visits():
-        x, _ = visit(x)
-    (grad,) = torch.autograd.grad(model.norm(x)[0, 7].square().sum() + x[0, 7].sum(), embedded)
-    assert grad[0, 8:].abs().max() == 0 and (grad[0, :8].abs().amax(-1) > 0).all()
+    check_causal(variant)
+
+
+class Neighbours(torch.nn.Module):
+    """A mixer of each position and the one before it, by an ordinary layer: (B, T, C) -> same."""
+
+    padding = (1, 0)
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.conv = torch.nn.Conv1d(cfg.n_embd, cfg.n_embd, 2)
+
+    def forward(self, x, ctx):
+        return self.conv(F.pad(x.mT, self.padding)).mT
+
+
+class NeighboursAhead(Neighbours):
+    """The same of each position and the one after it."""
+
+    padding = (0, 1)
+
+
+class NeighboursInAnyType(Neighbours):
+    """The same, whose weights go by the type of the input."""
+
+    def forward(self, x, ctx):
+        x = F.pad(x.mT, self.padding)
+        return F.conv1d(x, self.conv.weight.type_as(x), self.conv.bias.type_as(x)).mT
+
+
+class InFloat32(NeighboursInAnyType):
+    """The same, whose output stays in float32 whatever comes in."""
+
+    def forward(self, x, ctx):
+        return super().forward(x.float(), ctx)
+
+
+def test_a_mixer_may_be_local_but_may_not_look_ahead(monkeypatch):
+    monkeypatch.setitem(train_gpt.MIXERS, "neighbours", Neighbours)
+    check_causal({"mixer": "neighbours"})
+    monkeypatch.setitem(train_gpt.MIXERS, "neighbours", NeighboursAhead)
+    with pytest.raises(AssertionError, match="position 0 feels the future"):
+        check_causal({"mixer": "neighbours"})
+
+
+def test_a_mixer_that_does_not_cast_its_weights_is_told_how(monkeypatch):
+    monkeypatch.setitem(train_gpt.MIXERS, "neighbours", NeighboursInAnyType)
+    check_bfloat16({"mixer": "neighbours"})
+    monkeypatch.setitem(train_gpt.MIXERS, "neighbours", Neighbours)
+    with pytest.raises(AssertionError, match="cast with type_as"):
+        check_bfloat16({"mixer": "neighbours"})
+
+
+def test_a_mixer_that_gives_another_type_than_it_takes_is_told_how(monkeypatch):
+    monkeypatch.setitem(train_gpt.MIXERS, "neighbours", InFloat32)
+    with pytest.raises(AssertionError, match=r"cast with type_as \(a block gives torch.float32"):
+        check_bfloat16({"mixer": "neighbours"})
 
 
 def test_rms_norm_equals_torch_in_values_and_gradients():
@@ -106,7 +175,7 @@ def test_relu2():
 def test_rotary_equals_rotating_each_pair_by_hand():
     cfg = tiny()
     x = torch.randn(1, 16, 2, 16)
-    y = Rotary(cfg)(x)
+    y = Rotary(cfg)(x, context(16))
     for t in (0, 1, 15):
         for i in range(8):
             angle = torch.tensor(t * 10000 ** (-i / 8))
@@ -117,6 +186,8 @@ def test_rotary_equals_rotating_each_pair_by_hand():
             assert torch.allclose(
                 y[0, t, :, i + 8], second * angle.cos() - first * angle.sin(), atol=1e-5
             )
+    middle = context(3)._replace(positions=torch.arange(5, 8))
+    assert torch.equal(Rotary(cfg)(x[:, 5:8], middle), y[:, 5:8])
 
 
 def test_attention_equals_a_naive_loop():
@@ -130,13 +201,14 @@ def test_attention_equals_a_naive_loop():
         for t in range(16):
             weights = torch.softmax(q[t, part] @ k[: t + 1, part].T / 4, -1)
             out[t, part] = weights @ v[: t + 1, part]
-    assert torch.allclose(attention(x)[0], out @ attention.proj.weight.T, atol=1e-12)
+    y = attention(x, context(16))[0]
+    assert torch.allclose(y, out @ attention.proj.weight.T, atol=1e-12)
 
 
 @pytest.mark.parametrize("vocab, chunk", [(64, 2**23), (64, 64 * 5), (50, 50), (17, 100)])
 def test_linear_cross_entropy_equals_torch(monkeypatch, vocab, chunk):
     """Values and both gradients, whatever the chunks."""
-    monkeypatch.setitem(train_gpt.LOSS_CHUNK, "cpu", chunk)
+    monkeypatch.setitem(train_gpt.LOGITS_PER_CHUNK, "cpu", chunk)
     x, head = torch.randn(23, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
     targets = torch.randint(0, vocab, (23,))
     ours = LinearCrossEntropy.apply(x, head, targets, loss_chunk)

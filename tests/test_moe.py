@@ -1,7 +1,5 @@
 """Mixture of experts against explicit mixtures, and its balance against the definitions."""
 
-import csv
-import json
 import math
 import os
 import re
@@ -10,7 +8,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import launch, tiny
+from conftest import CLOCKS, launch, points, row, summary, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.ranks import Ranks
@@ -19,13 +17,17 @@ from train_gpt import (
     BALANCES,
     EXPERTS,
     HEALTH,
+    IMPORTANCE,
+    LOAD,
+    NEXT_STATE,
     MoE,
     State,
     aux_coef,
     aux_loss,
     expert_health,
-    grouped,
-    quantile_bias,
+    grouped_matmul,
+    grouped_outer,
+    leave_bias,
     train_step,
 )
 
@@ -44,7 +46,7 @@ def moe(seed=0, **changes):
 def dense_expert(layer, number):
     """The same FFN as a dense one, with the weights of one expert."""
     cfg = tiny(d_ff=24, bias=layer.experts.fc.bias is not None)
-    expert = EXPERTS[{cls: name for name, cls in EXPERTS.items()}[type(layer.experts)]](cfg)
+    expert = type(layer.experts)(cfg)
     expert.load_state_dict({name: p[number] for name, p in layer.experts.state_dict().items()})
     return expert
 
@@ -115,12 +117,12 @@ def test_grouped_products_are_loops_also_over_empty_groups(sizes):
     x, w, y = torch.randn(9, 8), torch.randn(4, 12, 8), torch.randn(9, 12)
     ends, starts = torch.tensor(sizes).cumsum(0), torch.tensor((0, *sizes)).cumsum(0)
     rows = [x[a:b] @ w[i].T for i, (a, b) in enumerate(zip(starts, ends))]
-    torch.testing.assert_close(grouped(x, w, ends.int()), torch.cat(rows))
+    offsets = ends.int()
+    torch.testing.assert_close(grouped_matmul(x, w, offsets), torch.cat(rows))
     outer = [y[a:b].T @ x[a:b] for a, b in zip(starts, ends)]
-    torch.testing.assert_close(grouped(y, x, ends.int()), torch.stack(outer))
-    torch.testing.assert_close(
-        grouped(x, w, ends.int()), F.grouped_mm(x, w.mT.contiguous(), offs=ends.int())
-    )
+    torch.testing.assert_close(grouped_outer(y, x, offsets), torch.stack(outer))
+    theirs = F.grouped_mm(x, w.mT.contiguous(), offs=offsets)
+    torch.testing.assert_close(grouped_matmul(x, w, offsets), theirs)
 
 
 def test_the_order_of_the_experts_does_not_matter():
@@ -172,10 +174,10 @@ def test_load_and_importance_are_counted_over_all_choices_and_all_experts():
 def test_the_gradient_of_aux_goes_through_importance_only():
     layer, x = moe(), torch.randn(3, 7, 32)
     (routing,) = layer(x)[1]
-    (grad,) = torch.autograd.grad(aux_loss(routing[0], routing[1]), layer.router.weight)
+    (grad,) = torch.autograd.grad(aux_loss(routing[LOAD], routing[IMPORTANCE]), layer.router.weight)
     p = F.linear(x.flatten(0, 1), layer.router.weight).softmax(-1)
     (expected,) = torch.autograd.grad(
-        6 * (routing[0].detach() * p.mean(0)).sum(), layer.router.weight
+        6 * (routing[LOAD].detach() * p.mean(0)).sum(), layer.router.weight
     )
     torch.testing.assert_close(grad, expected)
 
@@ -196,26 +198,27 @@ def test_the_schedule_of_the_coefficient():
     assert aux_coef(3, tiny(ffn="moe", balance="quantile")) == 0
 
 
-def test_quantile_bias_balances_a_skewed_router_in_a_few_steps():
+def test_the_bias_of_quantiles_balances_a_skewed_router_in_a_few_steps():
     torch.manual_seed(0)
     skew, bias, worst = 2 * torch.randn(40), torch.zeros(40), []
     for _ in range(5):
         p = (torch.randn(2048, 40) + skew).softmax(-1)
         load = torch.bincount((p + bias).topk(2).indices.flatten(), minlength=40) / 4096
         worst.append(load.max().item() * 40 - 1)
-        bias = quantile_bias(p, bias, 2)
+        bias = leave_bias(load, p, bias, 2)
     assert worst[0] > 4 and worst[-1] < 0.5 and abs(bias.mean()) < 1e-6
 
 
 def test_a_bias_changes_the_choice_and_nothing_else():
     layer, x = moe(balance="quantile", top_k=1), torch.randn(5, 32)
-    layer.balance[3] = 10.0
+    layer.router_state[3] = 10.0
     p = F.linear(x, layer.router.weight).softmax(-1)
     torch.testing.assert_close(
         layer(x)[0], p[:, 3:4] * dense_expert(layer, 3).transform(x), rtol=2e-5, atol=1e-5
     )
-    assert layer(x)[1][0][0].tolist() == [0, 0, 0, 1, 0, 0]
-    assert torch.equal(layer.eval()(x)[1][0][2], layer.balance), "evaluation leaves the bias alone"
+    assert layer(x)[1][0][LOAD].tolist() == [0, 0, 0, 1, 0, 0]
+    left = layer.eval()(x)[1][0][NEXT_STATE]
+    assert torch.equal(left, layer.router_state), "evaluation leaves the bias alone"
 
 
 @pytest.mark.parametrize("balance", BALANCES)
@@ -263,15 +266,10 @@ MOE = {
     "AUX_DECAY_END_FRAC": 0.8,
 }
 LINE = re.compile(
-    r"^\[MOE\] step:(\d+)/10 coef:(\d\.\d{4}) aux:(\d+\.\d{4}) entropy:(\d\.\d{4}) load_min:(\d\.\d{4}) "
-    r"load_max:(\d\.\d{4}) dead:(\d+) dropped:0$",
+    r"^\[MOE\] step:(\d+)/10 coef:(\d\.\d{4}) aux:(\d+\.\d{4}) entropy:(\d\.\d{4}) "
+    r"load_min:(\d\.\d{4}) load_max:(\d\.\d{4}) dead:(\d+) dropped:0$",
     re.M,
 )
-
-
-def points(settings):
-    with open(settings["LOG_DIR"] / "toy.csv", newline="") as file:
-        return {int(row["step"]): row for row in csv.DictReader(file)}
 
 
 def test_a_run_tells_the_health_of_its_experts(settings):
@@ -280,7 +278,7 @@ def test_a_run_tells_the_health_of_its_experts(settings):
     lines = {int(step): [float(value) for value in values] for step, *values in LINE.findall(out)}
     assert list(lines) == [2, 4, 6, 8, 10]
     assert [lines[step][0] for step in (2, 4, 10)] == pytest.approx([0.05, 0.0433, 0.01], abs=1e-4)
-    curve = points(settings)
+    curve = {int(point["step"]): point for point in points(settings)}
     assert [name for name in curve[2] if name.endswith(("_1", "_3"))] == [
         f"{n}_{i}" for i in (1, 3) for n in HEALTH
     ]
@@ -295,12 +293,11 @@ def test_a_run_tells_the_health_of_its_experts(settings):
         )
         assert least <= 1 / 8 <= most <= 1 / 2 and 0 < entropy <= 1
     assert {step for step, row in curve.items() if row["aux_1"]} == set(lines)
-    told = json.loads((settings["LOG_DIR"] / "toy.json").read_text())
+    told = summary(settings)
     assert told["moe_load_max"] == pytest.approx(lines[10][4], abs=1e-4)
     assert told["moe_max_vio"] == pytest.approx(8 * told["moe_load_max"] - 1)
-    with open(settings["RESULTS_CSV"], newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert all(float(row[f"moe_{name}"]) == told[f"moe_{name}"] for name in [*HEALTH, "max_vio"])
+    cells = row(settings)
+    assert all(float(cells[f"moe_{name}"]) == told[f"moe_{name}"] for name in [*HEALTH, "max_vio"])
     dense, out = launch(settings | {"RUN_ID": "dense"})
     assert (
         dense == [0]
@@ -310,7 +307,7 @@ def test_a_run_tells_the_health_of_its_experts(settings):
 
 
 def test_a_resumed_run_goes_on_with_balance_and_schedule(settings, tmp_path, monkeypatch):
-    """Killed between checkpoints, it tells each step once, and all it tells is what a run never stopped tells."""
+    """Killed between checkpoints, it tells each step once, and what a run never stopped tells."""
     straight = settings | MOE | {"LOG_DIR": tmp_path / "straight"}
     assert launch(straight)[0] == [0]
     original = train_gpt.train_step
@@ -327,11 +324,10 @@ def test_a_resumed_run_goes_on_with_balance_and_schedule(settings, tmp_path, mon
     assert codes == [0], out
     logs = [LINE.findall((run["LOG_DIR"] / "toy.txt").read_text()) for run in (straight, settings)]
     assert logs[0] == logs[1] and len(logs[0]) == 5
-    clocks = {"train_time", "tokens_per_sec", "data_wait"}
     curves = [
         [
-            {name: cell for name, cell in row.items() if name not in clocks}
-            for row in points(run).values()
+            {name: cell for name, cell in point.items() if name not in CLOCKS}
+            for point in points(run)
         ]
         for run in (straight, settings)
     ]
@@ -356,13 +352,14 @@ def test_a_coefficient_of_the_past_cannot_change(settings):
 
 @pytest.mark.parametrize("balance", BALANCES)
 def test_a_step_reads_nothing_from_the_device(group, balance):
-    """Neither item() nor a tensor in an if; sizes of groups are read on a CPU only, where nothing waits."""
+    """Neither item() nor a tensor in an if; a CPU alone reads sizes of groups: nothing waits."""
 
     class Reads(TorchDispatchMode):
         found = []
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.found += [function] * (function is torch.ops.aten._local_scalar_dense.default)
+            if function is torch.ops.aten._local_scalar_dense.default:
+                self.found.append(function)
             return function(*args, **kwargs or {})
 
     cfg = tiny(ffn="moe", balance=balance, n_layer=3, recurrence="shared", unshared_ends=1)
@@ -378,26 +375,31 @@ def test_what_a_step_left_out_does_not_reach_the_balance(group, monkeypatch):
     cfg = tiny(ffn="moe")
     state, batch = State.build(cfg, Ranks()), torch.randint(0, 64, (12, 17))
     train_step(state, cfg, batch[:, :-1], batch[:, 1:])
-    before = [balance.clone() for balance, _ in state.model.balances()]
-    assert all(balance.any() for balance in before)
+    before = [router_state.clone() for router_state, _ in state.model.router_states()]
+    assert all(router_state.any() for router_state in before)
     monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: torch.tensor(math.nan))
     train_step(state, cfg, batch[:, :-1], batch[:, 1:])
-    assert all(torch.equal(a, b) for a, (b, _) in zip(before, state.model.balances()))
+    assert all(torch.equal(a, b) for a, (b, _) in zip(before, state.model.router_states()))
 
 
 def test_widths_that_a_grouped_kernel_cannot_take_go_by_the_loop(monkeypatch):
     """Its rows must be multiples of 16 bytes; what it takes it gets."""
     taken = []
     monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: taken.append(args))
-    monkeypatch.setattr(train_gpt, "product", lambda a, b: torch.zeros(len(a), len(b)))
+    monkeypatch.setattr(train_gpt, "matmul_nt", lambda a, b: torch.zeros(len(a), len(b)))
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
-    for width, wanted in (96, 1), (98, 1), (100, 2):  # float32
-        x, w = torch.randn(4, width).as_subclass(OnCuda), torch.randn(2, 8, width)
-        grouped(x, w, torch.tensor([2, 4]))
-        assert len(taken) == wanted
+    offsets = torch.tensor([2, 4])
+    for k, m, takes in (96, 8, True), (98, 8, False), (100, 8, True), (96, 6, False):  # float32
+        shapes = (4, k), (2, m, k), (4, m)
+        x, w, y = (torch.randn(shape).as_subclass(OnCuda) for shape in shapes)
+        grouped_matmul(x, w, offsets)
+        assert len(taken) == takes
+        grouped_outer(y, x, offsets)
+        assert len(taken) == 2 * takes
+        taken.clear()
 
 
 def test_resuming_with_other_micro_batches_is_refused_where_they_matter(settings):
@@ -418,14 +420,14 @@ def test_weights_of_another_run_come_without_its_balance(settings):
     }
     model = train_gpt.GPT(tiny(ffn="moe", balance="quantile"))
     train_gpt.import_weights(model, fresh["INIT_FROM"])
-    assert model.blocks[0].ffn.router.weight.any() and not model.blocks[0].ffn.balance.any()
+    assert model.blocks[0].ffn.router.weight.any() and not model.blocks[0].ffn.router_state.any()
     assert launch(fresh)[0] == [0]
 
 
 def test_the_last_step_tells_the_health_of_experts(settings):
     codes, out = launch(settings | MOE | {"BALANCE_LOG_INTERVAL": 100})
     assert codes == [0] and [line[0] for line in LINE.findall(out)] == ["10"]
-    assert json.loads((settings["LOG_DIR"] / "toy.json").read_text())["moe_entropy"] > 0
+    assert summary(settings)["moe_entropy"] > 0
 
 
 def test_settings_of_experts_without_experts_are_told(settings):

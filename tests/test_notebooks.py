@@ -1,7 +1,8 @@
-"""notebooks/: each runs on experiments/ alone and says again what it says; scripts/make_notebook.py makes others."""
+"""notebooks/: each runs on experiments/ alone and says the same; make_notebook.py makes more."""
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -15,35 +16,51 @@ from harness.settings import ROOT
 NOTEBOOKS = committed("notebooks/*.ipynb")
 
 
-@pytest.fixture
-def copy(tmp_path, monkeypatch):
+def write_copy(folder):
     """The project without logs, data and trainer."""
     for path in (
         path
-        for folder in ("experiments", "scripts", "notebooks")
-        for path in committed(f"{folder}/**/*")
+        for part in ("experiments", "scripts", "notebooks")
+        for path in committed(f"{part}/**/*")
+        if path.is_file()
     ):
-        if path.is_file():
-            (target := tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
-    monkeypatch.chdir(tmp_path)
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_copy(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "")
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def again(tmp_path_factory):
+    """(a copy, the futures of its notebooks by name), of which two run at a time, in order."""
+    folder = write_copy(tmp_path_factory.mktemp("copy"))
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("PYTHONPATH", "")
+        copies = [folder / path.relative_to(ROOT) for path in NOTEBOOKS]
+        yield folder, {path.stem: pool.submit(make_notebook.execute, path) for path in copies}
+        pool.shutdown(cancel_futures=True)
+
+
 def said(notebook):
-    """All that the cells of a notebook have put out but images."""
+    """All that the cells of a notebook have put out but images, and the names that pandas gives its
+    tables by chance."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     kinds = [dict(output.get("data", {}), text=output.get("text")) for output in outputs]
-    return [[one.get(kind) for kind in ("text/html", "text/markdown", "text")] for one in kinds]
+    texts = [[one.get(kind) for kind in ("text/html", "text/markdown", "text")] for one in kinds]
+    return [re.sub(r"T_\w{5}", "T", str(text)) for text in texts]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_says_the_same_again(path, copy):
-    kept, again = (
-        nbformat.read(path, as_version=4),
-        make_notebook.execute(Path("notebooks") / path.name),
-    )
+def test_a_notebook_runs_and_says_the_same_again(path, again):
+    folder, executed = again
+    kept = nbformat.read(path, as_version=4)
     text = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "markdown")
     assert all(
         re.search(f"^{part}", text, re.M) for part in ("# ", "## Data", "## Plots", "## Answer")
@@ -54,17 +71,10 @@ def test_a_notebook_runs_and_says_the_same_again(path, copy):
         for cell in kept.cells
         for output in cell.get("outputs", ())
     )
-    plain = [
-        re.sub(r"T_\w{5}", "T", str(one)) for one in said(kept)
-    ]  # pandas names its tables by chance
-    assert plain == [re.sub(r"T_\w{5}", "T", str(one)) for one in said(again)], (
-        "stale: python scripts/make_notebook.py"
-    )
-    assert not list(copy.glob("logs")) and sorted(path.name for path in copy.iterdir()) == [
-        "experiments",
-        "notebooks",
-        "scripts",
-    ]
+    before, now = said(kept), said(executed[path.stem].result())
+    assert before == now, "stale: python scripts/make_notebook.py"
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["experiments", "notebooks", "scripts"]
 
 
 def test_every_stage_with_rows_has_a_notebook():
@@ -76,7 +86,8 @@ def test_every_stage_with_rows_has_a_notebook():
 
 
 def test_a_new_notebook_asks_the_question_of_its_stage_and_keeps_the_answer(copy, capsys):
-    name = next(path.stem for path in NOTEBOOKS if path.stem != "final_figures")
+    of_stages = [path for path in NOTEBOOKS if path.stem != "final_figures"]
+    name = min(of_stages, key=lambda path: path.stat().st_size).stem
     path = Path(f"notebooks/{name}.ipynb")
     path.unlink()
     assert make_notebook.main([name]) == 0 and capsys.readouterr().out.strip() == str(path)

@@ -1,19 +1,25 @@
-"""Muon against torch.optim.Muon bit for bit, AdamW against torch.optim.AdamW, ranks against one another, schedules."""
+"""Optimizers against those of torch, ranks against one another, contracts over all, schedules."""
 
 import math
+import re
 
 import pytest
 import torch
-from conftest import run_ranks, tiny
+from conftest import VARIANTS, run_ranks, tiny
 
 from harness.ranks import Ranks
 import train_gpt
 from train_gpt import (
     GPT,
     AdamW,
+    OPTIMIZERS,
+    RECURRENCES,
+    SCHEDULES,
     LossScale,
     Muon,
+    Optimizer,
     State,
+    build_optimizers,
     lr_factor,
     split_params,
     train_step,
@@ -29,23 +35,31 @@ def gradients(params, step):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
 
 
-def muon(params, dtype=torch.bfloat16, **settings):
-    optimizer = Muon(params, tiny(**settings), 0.02, ONE)
-    optimizer.dtype = dtype
+def build(name, params, ranks=ONE, **settings):
+    """The optimizer of this name over params, whose first steps are at the peak learning rate."""
+    cfg = tiny(optimizer=name, warmdown_iters=0, **settings)
+    rule = OPTIMIZERS[name]
+    optimizer = Optimizer(params, rule(cfg), rule.peak(cfg), cfg, ranks)
+    assert all(optimizer.hyper_at(step) == rule.peak(cfg) for step in range(4))
     return optimizer
 
 
-def steps(optimizer, params, n, grad_scale=None, skip=GO):
+def steps(optimizer, params, n):
     for step in range(n):
         gradients(params, step)
         optimizer.reduce_grads()
-        optimizer.step(1.0, grad_scale, skip)
+        optimizer.step(step, None, GO)
 
 
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_muon_equals_torch_bit_for_bit(scale, decay):
-    """Single matrices of several shapes and stacks of three, four steps, in torch's own bfloat16."""
+def test_muon_equals_torch_bit_for_bit(monkeypatch, scale, decay):
+    """Single matrices of several shapes and stacks of three, four steps, in bfloat16 as torch."""
+
+    def in_bfloat16(G, dtype):
+        return zeropower_via_newtonschulz5(G, torch.bfloat16)
+
+    monkeypatch.setattr(train_gpt, "zeropower_via_newtonschulz5", in_bfloat16)
     params = [
         torch.nn.Parameter(torch.randn(shape))
         for shape in SHAPES + [(3, *shape) for shape in SHAPES]
@@ -57,14 +71,14 @@ def test_muon_equals_torch_bit_for_bit(scale, decay):
     theirs = torch.optim.Muon(
         sum(slices, []), lr=0.02, weight_decay=decay, momentum=0.95, adjust_lr_fn=scale
     )
-    ours = muon(params, muon_scale=scale, weight_decay=decay)
+    ours = build("muon", params, muon_lr=0.02, muon_scale=scale, weight_decay=decay)
     for step in range(4):
         gradients(params, step)
         for p, parts in zip(params, slices):
             for part, grad in zip(parts, p.grad.reshape(-1, *p.shape[-2:])):
                 part.grad = grad.clone()
         ours.reduce_grads()
-        ours.step(1.0, None, GO)
+        ours.step(step, None, GO)
         theirs.step()
     for p, parts in zip(params, slices):
         assert torch.equal(
@@ -74,9 +88,9 @@ def test_muon_equals_torch_bit_for_bit(scale, decay):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unit_scale_gives_updates_of_unit_mean_square(shape):
-    """The record's rule: a step moves every weight by about the learning rate, whatever the shape."""
+    """A step moves every weight by about the learning rate, whatever the shape."""
     p = torch.nn.Parameter(torch.zeros(shape))
-    steps(muon([p], torch.float32, muon_scale="unit"), [p], 1)
+    steps(build("muon", [p], muon_lr=0.02, muon_scale="unit"), [p], 1)
     assert 0.6 < (p / 0.02).square().mean() < 1.2
 
 
@@ -94,54 +108,109 @@ def test_adamw_equals_torch(decay):
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(300, 300), (7,), (4, 5)]]
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
     theirs = torch.optim.AdamW(twins, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
-    ours = AdamW(params, tiny(), 0.01, ONE, decay)
+    ours = build("adamw", params, lr=0.01, weight_decay=decay)
     for step in range(4):
         gradients(params, step)
         gradients(twins, step)
         ours.reduce_grads()
-        ours.step(1.0, None, GO)
+        ours.step(step, None, GO)
         theirs.step()
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(params, twins))
 
 
-BUILD = {
-    "muon": lambda p: muon(p, torch.float32, weight_decay=0.1),
-    "adamw": lambda p: AdamW(p, tiny(), 0.01, ONE, 0.1),
-}
+DECAYING = {"lr": 0.01, "weight_decay": 0.1}
 
 
-@pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
-def test_gradients_are_divided_by_their_scale(build):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_are_divided_by_their_scale(name):
     plain, scaled = ([torch.nn.Parameter(torch.ones(16, 32))] for _ in range(2))
-    steps(build(plain), plain, 2)
-    optimizer = build(scaled)
+    steps(build(name, plain, **DECAYING), plain, 2)
+    optimizer = build(name, scaled, **DECAYING)
     for step in range(2):
         gradients(scaled, step)
         scaled[0].grad *= 1024
         optimizer.reduce_grads()
-        optimizer.step(1.0, torch.tensor(1024.0), GO)
+        optimizer.step(step, torch.tensor(1024.0), GO)
     assert torch.allclose(plain[0], scaled[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
-def test_a_skipped_step_leaves_no_trace(build):
-    """Not in the weights and, by the next step, not in the state: a gradient that is not finite must not poison it."""
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_step_leaves_no_trace(name):
+    """Not in the weights and, by the next step, not in the state, which NaN must not poison."""
     params, twins = ([torch.nn.Parameter(torch.ones(16, 32))] for _ in range(2))
-    ours, other = build(params), build(twins)
+    ours, other = build(name, params, **DECAYING), build(name, twins, **DECAYING)
     steps(ours, params, 1)
     steps(other, twins, 1)
     before = params[0].detach().clone()
     params[0].grad = torch.full((16, 32), math.nan)
     ours.reduce_grads()
-    ours.step(1.0, None, torch.ones(()))
-    assert torch.equal(params[0], before)
+    ours.step(1, None, torch.ones(()))
+    hint = f"where skip is 1, OPTIMIZERS[{name!r}].update may change no "
+    assert torch.equal(params[0], before), f"{hint}parameter: torch.where(skip > 0, …)"
     steps(ours, params, 1)
     steps(other, twins, 1)
-    assert torch.equal(params[0], twins[0])
+    assert torch.equal(params[0], twins[0]), f"{hint}state: a NaN stays in it for good"
+
+
+BATCH = torch.randint(0, 64, (12, 17), generator=torch.Generator().manual_seed(0))
+
+
+def trained(cfg, steps, state=None):
+    """A state, or a new one, after so many steps on one batch; the losses."""
+    state = state or State.build(cfg, ONE)
+    losses = [train_step(state, cfg, BATCH[:, :-1], BATCH[:, 1:]).loss.item() for _ in range(steps)]
+    return state, losses
+
+
+def bits(state):
+    """A copy of all that a checkpoint of this state holds."""
+    return {key: tensor.clone() for key, (tensor, _) in state.tensors().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key, tensor in a.items():
+        assert torch.equal(tensor, b[key]), key
+
+
+def of_optimizer(name):
+    return tiny(optimizer=name, lr=0.01, weight_decay=0.1, num_iterations=100, warmdown_iters=0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_loss_falls(name, group):
+    losses = trained(of_optimizer(name), 10)[1]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(name, group):
+    """Neither parameters nor what a checkpoint holds of the optimizers, nor what follows."""
+    cfg = of_optimizer(name)
+    state, _ = trained(cfg, 2)
+    before = bits(state)
+    hooks = [p.register_hook(lambda grad: grad * math.nan) for p in state.model.parameters()]
+    trained(cfg, 1, state)
+    for hook in hooks:
+        hook.remove()
+    assert_equal(bits(state), before)
+    assert_equal(bits(trained(cfg, 2, state)[0]), bits(trained(cfg, 4)[0]))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_holds_all_that_later_steps_need(name, group):
+    """What is filled from it goes on as what it was taken from."""
+    cfg = of_optimizer(name)
+    state, _ = trained(cfg, 2)
+    kept, (other, _) = bits(state), trained(cfg, 0)
+    for key, (tensor, _) in other.tensors().items():
+        tensor.detach().copy_(kept[key])
+    other.step = state.step
+    assert_equal(bits(trained(cfg, 2, other)[0]), bits(trained(cfg, 2, state)[0]))
 
 
 def three_steps(ranks, **settings):
-    """Parameters after three real steps on this rank's share of batches of six; losses, gradient norms, routing."""
+    """Parameters after three steps on a rank's share of batches of six; losses, norms, routing."""
     cfg = tiny(grad_clip=0.5, weight_decay=0.1, **settings)
     state, share, stats = State.build(cfg, ranks), 6 // ranks.world_size, []
     for step in range(3):
@@ -155,8 +224,7 @@ def three_steps(ranks, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"optimizer": "adamw"},
+        *({"optimizer": name} for name in OPTIMIZERS),
         {"tie_embeddings": False, "vocab_size": 4099, "bias": True, "norm": "layer"},
         {"attngate": "headwise", "ffn": "swiglu", "n_layer": 1},
         {"ffn": "moe", "aux_loss_coef": 0.1},
@@ -172,8 +240,8 @@ def three_steps(ranks, **settings):
     ids=str,
 )
 def test_ranks_agree(settings):
-    """1, 2 and 3 ranks: one batch, one model. Every rank of a group holds the same bits. The micro-batches may be
-    others, but with BALANCE=quantile, which takes quantiles within each."""
+    """1, 2 and 3 ranks: one batch, one model. Every rank of a group holds the same bits. The
+    micro-batches may be others, but with BALANCE=quantile, which takes quantiles within each."""
     settings = {"vocab_size": 4096} | settings  # an embedding large enough to be sliced
     ((alone, stats),) = run_ranks(1, lambda ranks: three_steps(ranks, **settings))
     for world in (2, 3):
@@ -193,7 +261,7 @@ def test_more_ranks_than_matrices():
 
 
 def test_ranks_exchange_contiguous_tensors(monkeypatch):
-    """nccl refuses any other, gloo takes them: tall matrices come transposed out of the orthogonalisation."""
+    """nccl refuses any other, gloo takes them: tall matrices are orthogonalised transposed."""
 
     def gather(full, own):
         assert full.is_contiguous() and own.is_contiguous()
@@ -206,28 +274,86 @@ def test_ranks_exchange_contiguous_tensors(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_single", gather, raising=False)
     monkeypatch.setattr(torch.distributed, "reduce_scatter_single", scatter, raising=False)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    steps(Muon(params, tiny(), 0.02, Ranks(0, 0, 2, 2)), params, 1)
+    steps(build("muon", params, Ranks(0, 0, 2, 2)), params, 1)
 
 
-@pytest.mark.parametrize("gate", train_gpt.GATES)
-def test_every_parameter_is_in_exactly_one_group(gate):
-    model = GPT(tiny(attngate=gate, bias=True, norm="layer", tie_embeddings=False, pos="learned"))
-    groups = split_params(model)
-    ids = [id(p) for group in groups.values() for p in group]
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_parameter_is_in_exactly_one_group(variant):
+    model = GPT(tiny(**variant))
+    ids = [id(p) for group in split_params(model).values() for p in group]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "gate, its_own",
+    [
+        ("none", set()),
+        ("headwise", set()),
+        ("elementwise", {"mixer.gate_output.score.weight"}),
+        ("const", set()),
+    ],
+)
+def test_which_weights_are_matrices(gate, its_own):
+    model = GPT(tiny(attngate=gate, bias=True, norm="layer", tie_embeddings=False, pos="learned"))
     names = {id(p): name for name, p in model.named_parameters()}
-    on_muon = {names[id(p)].split(".", 2)[2] for p in groups["matrices"]}
-    expected = {"mixer.qkv.weight", "mixer.proj.weight", "ffn.fc.weight", "ffn.proj.weight"}
-    assert on_muon == expected | (
-        {"mixer.gate_output.score.weight"} if gate == "elementwise" else set()
-    )
+    found = {names[id(p)].split(".", 2)[2] for p in split_params(model)["matrices"]}
+    always = {"mixer.qkv.weight", "mixer.proj.weight", "ffn.fc.weight", "ffn.proj.weight"}
+    assert found == always | its_own
+
+
+class Decaying(torch.nn.Module):
+    """A mixer of each position and a decayed one before it, of two parameters of one shape."""
+
+    optim = {"decay": "adamw"}
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.mix = torch.nn.Parameter(torch.randn(cfg.n_embd, cfg.n_embd))
+        self.decay = torch.nn.Parameter(torch.randn(cfg.n_embd, cfg.n_embd))
+
+    def forward(self, x, ctx):
+        decayed = x.roll(1, dims=1) @ self.decay.type_as(x)
+        decayed = decayed * (ctx.positions > 0).unsqueeze(-1).type_as(x)
+        return (x + decayed) @ self.mix.type_as(x)
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_a_part_says_by_name_which_of_its_parameters_adamw_trains(monkeypatch, recurrence, group):
+    monkeypatch.setitem(train_gpt.MIXERS, "decaying", Decaying)
+    cfg = tiny(mixer="decaying", recurrence=recurrence)
+    state, _ = trained(cfg, 1)
+    groups = split_params(state.model)
+    ids = [id(p) for params in groups.values() for p in params]
+    assert sorted(ids) == sorted(id(p) for p in state.model.parameters())
+    mixers = [block.mixer for block in state.model.blocks]
+    for name, of_part in ("matrices", "mix"), ("vectors", "decay"):
+        held = {id(p) for p in groups[name]}
+        assert {id(getattr(mixer, of_part)) for mixer in mixers} <= held
+    # What each has of a checkpoint is what its rule needs.
+    kept = {key for key in state.tensors() if ".mixer." in key and not key.startswith("model.")}
+    assert {re.sub(r"\d+", "0", key) for key in kept} == {
+        "muon.blocks.0.mixer.mix.0.momentum",
+        "adamw.blocks.0.mixer.decay.exp_avg",
+        "adamw.blocks.0.mixer.decay.exp_avg_sq",
+        "adamw.blocks.0.mixer.decay.step",
+    }
 
 
 def test_learning_rates_go_where_they_are_set():
     cfg = tiny(lr=0.01, embed_lr=0.02, head_lr=0.03, tie_embeddings=False, norm="layer")
-    rates = [optimizer.base_lr for optimizer in train_gpt.build_optimizers(GPT(cfg), cfg, ONE)]
+    rates = [optimizer.peak.lr for optimizer in build_optimizers(GPT(cfg), cfg, ONE)]
     assert rates == [pytest.approx(0.001), 0.02, 0.03, 0.01]
-    assert train_gpt.build_optimizers(GPT(tiny()), tiny(muon_lr=0.5), ONE)[0].base_lr == 0.5
+    assert build_optimizers(GPT(tiny()), tiny(muon_lr=0.5), ONE)[0].peak.lr == 0.5
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_warms_up_and_stays_within_its_peak(name):
+    cfg = tiny(lr_schedule=name, num_iterations=100, warmup_iters=10, warmdown_iters=40)
+    factors = [lr_factor(step, cfg) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    for step, factor in enumerate(factors):
+        assert 0 <= factor <= 1, f"SCHEDULES[{name!r}] gives {factor} at step {step}, not 0 to 1"
+    assert factors == [lr_factor(step, cfg) for step in range(100)]
 
 
 def test_trapezoid():
@@ -241,6 +367,44 @@ def test_cosine():
     cfg = tiny(num_iterations=110, warmup_iters=10, lr_schedule="cosine", min_lr_frac=0.1)
     assert lr_factor(4, cfg) == 0.5 and lr_factor(10, cfg) == 1
     assert lr_factor(60, cfg) == pytest.approx(0.55) and lr_factor(110, cfg) == pytest.approx(0.1)
+
+
+def test_a_warm_up_of_the_momentum_is_an_entry(monkeypatch):
+    """Of Muon.factors: it changes Muon's momentum in its step, and nothing else."""
+    cfg = tiny(warmup_iters=2, warmdown_iters=4, weight_decay=0.1)
+    p = torch.nn.Parameter(torch.randn(16, 32))
+    optimizer, expected = Optimizer([p], Muon(cfg), Muon.peak(cfg), cfg, ONE), torch.zeros(16, 32)
+    other = Optimizer([], AdamW(cfg), AdamW.peak(cfg), cfg, ONE)
+    plain, plain_other = ([o.hyper_at(step) for step in range(8)] for o in (optimizer, other))
+    factors = {1: 0.5}
+    warm_up = {"momentum": lambda step, cfg: factors.get(step, 1.0)}
+    monkeypatch.setattr(Muon, "factors", Muon.factors | warm_up)
+    warm = [optimizer.hyper_at(step) for step in range(8)]
+    assert warm[1] == plain[1]._replace(momentum=0.475)
+    assert [warm[0], *warm[2:]] == [plain[0], *plain[2:]]
+    assert [other.hyper_at(step) for step in range(8)] == plain_other
+
+    for step, momentum in enumerate((0.95, 0.475, 0.95)):
+        gradients([p], step)
+        expected.lerp_(p.grad, 1 - momentum)
+        optimizer.reduce_grads()
+        optimizer.step(step, None, GO)
+        assert torch.equal(optimizer.partitions[0].state["momentum"][0], expected)
+
+
+@pytest.mark.parametrize("wish", [{"qkvv.weight": "adamw"}, {"proj.weight": "no_such"}, "none"])
+def test_a_wish_for_what_is_not_there_is_an_error(monkeypatch, wish):
+    monkeypatch.setattr(train_gpt.CausalSelfAttention, "optim", wish, raising=False)
+    with pytest.raises(ValueError, match="CausalSelfAttention.optim has"):
+        split_params(GPT(tiny()))
+
+
+def test_a_model_may_have_no_matrix_for_muon(monkeypatch, group):
+    monkeypatch.setattr(train_gpt.Block, "optim", "adamw", raising=False)
+    cfg = tiny(grad_clip=1.0)
+    state, tokens = State.build(cfg, ONE), torch.randint(0, 64, (12, 17))
+    assert {type(optimizer.rule) for optimizer in state.optimizers} == {AdamW}
+    assert train_step(state, cfg, tokens[:, :-1], tokens[:, 1:]).grad_norm > 0
 
 
 def test_loss_scale_halves_on_overflow_and_doubles_after_2000_good_steps():
@@ -257,21 +421,21 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_2000_good_steps():
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_an_expert_without_tokens_keeps_weights_and_momentum(decay):
-    """An orthogonalised update has the same size however old its momentum is; the other experts move as ever."""
+    """An update has one size however old the momentum is; other experts move as ever."""
     bank = torch.nn.Parameter(torch.randn(2, 3, 8, 16))
     twin, optimizers = torch.nn.Parameter(bank.detach().clone()), []
     for p in (bank, twin):
-        optimizers.append(muon([p], torch.float32, weight_decay=decay))
+        optimizers.append(build("muon", [p], muon_lr=0.02, weight_decay=decay))
         steps(optimizers[-1], [p], 1)
-    before, momentum = bank.detach().clone(), optimizers[0].stacks[0]["momentum"].clone()
+    state = optimizers[0].partitions[0].state
+    before, momentum = bank.detach().clone(), state["momentum"].clone()
     for optimizer, p in zip(optimizers, (bank, twin)):
         gradients([p], 1)
         if p is bank:
             p.grad[1, 2] = 0
         optimizer.reduce_grads()
-        optimizer.step(1.0, None, GO)
-    assert torch.equal(bank[1, 2], before[1, 2]) and torch.equal(
-        optimizers[0].stacks[0]["momentum"][5], momentum[5]
-    )
+        optimizer.step(1, None, GO)
+    assert torch.equal(bank[1, 2], before[1, 2])
+    assert torch.equal(state["momentum"][5], momentum[5])
     assert not torch.equal(twin[1, 2], before[1, 2])
     assert torch.equal(bank.flatten(0, 1)[:5], twin.flatten(0, 1)[:5])

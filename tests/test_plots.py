@@ -1,4 +1,4 @@
-"""scripts/plot_runs.py and plot_ablation.py: what is drawn is what was measured, and a figure says what it shows."""
+"""scripts/plot_runs.py, plot_ablation.py: what is drawn was measured; a figure says what it is."""
 
 import subprocess
 import sys
@@ -38,10 +38,10 @@ grid.MUON_LR = [0.005, 0.02]""",
 
 def curve_text(losses, every=10, experts=""):
     """A curve with these validation losses: training loss twice that, 100 tokens and 2 s a step."""
-    lines = [
-        f"{i * every},{i * every * 100},0.0,{2 * loss if i else ''},{loss},0.1,1.0,{i * every * 2.0},{50 + i},0"
-        for i, loss in enumerate(losses)
-    ]
+    lines = []
+    for i, loss in enumerate(losses):
+        step, train = i * every, 2 * loss if i else ""
+        lines.append(f"{step},{step * 100},0.0,{train},{loss},0.1,1.0,{step * 2.0},{50 + i},0")
     names = ",aux_coef,entropy_0,load_max_0,entropy_2,load_max_2" if experts else ""
     return CURVE.strip() + names + "\n" + "".join(f"{line}{experts}\n" for line in lines)
 
@@ -58,7 +58,7 @@ def here(tmp_path, monkeypatch):
 
 
 def leave(stage, runs, **columns):
-    """The files of a stage with `runs`, (variant, seed, validation losses, settings); returns rows and curves."""
+    """Writes a stage of `runs`, (variant, seed, losses, settings); returns rows and curves."""
     rows, curves = [], []
     for i, (variant, seed, losses, settings) in enumerate(runs):
         run_id = f"{stage}-{i}.x"
@@ -91,7 +91,7 @@ def leave(stage, runs, **columns):
 
 
 def gates():
-    """Two variants of three and two seeds, in another order than the stage file's, and runs that must not be drawn."""
+    """Two variants of three and two seeds, not in the stage's order, and runs not to be drawn."""
     runs = [
         ("wide", 1, [5, 3, 1.30], {}),
         ("wide", 2, [5, 3.2, 1.34], {}),
@@ -449,17 +449,20 @@ def test_files_are_small_pngs_of_the_same_bytes(here, capsys):
         (
             "gates",
             None,
-            "experiments/results_gates.csv has no finished run; python scripts/run_stage.py gates makes them",
+            "experiments/results_gates.csv has no finished run; "
+            "python scripts/run_stage.py gates makes them",
         ),
         (
             "gates",
             "oom",
-            "experiments/results_gates.csv has no finished run; python scripts/run_stage.py gates makes them",
+            "experiments/results_gates.csv has no finished run; "
+            "python scripts/run_stage.py gates makes them",
         ),
         (
             "no",
             None,
-            "STAGE no: choose one of batch_vs_seqlen, gates, rates; python scripts/stages.py says what they ask",
+            "STAGE no: choose one of batch_vs_seqlen, gates, rates; "
+            "python scripts/stages.py says what they ask",
         ),
     ],
 )

@@ -1,6 +1,7 @@
-"""scripts/prepare_data.py: shards hold exactly the text, the split is the documented one, failures leave nothing.
+"""scripts/prepare_data.py: shards hold exactly the text, split as documented; failure leaves none.
 
-Shards are read here with struct, and splits are recomputed here, so that the script is not checked against itself.
+Shards are read here with struct, and splits are recomputed here, so that the script is not checked
+against itself.
 """
 
 import hashlib
@@ -12,8 +13,8 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
-from scripts import prepare_data
-from scripts.prepare_data import main, pieces, write_shard
+import prepare_data
+from prepare_data import main, pieces, write_shard
 from harness.contract import DataError
 from train_gpt import load_shard
 
@@ -34,7 +35,7 @@ def prepare(source, *options, out="out"):
 
 
 def refused(capsys, code, source, *options, out="out"):
-    """Run the command, expect the exit code, and return the last line of stderr, its one sentence."""
+    """Run the command, expect the exit code, and return its one sentence, stderr's last line."""
     argv = ["--source", str(source), "--out", out, *map(str, options)]
     capsys.readouterr()
     if code == 2:
@@ -343,8 +344,8 @@ def test_edited_source_is_refused_until_forced(tmp_path, capsys):
     before = contents(tmp_path / "out")
     (tmp_path / "in.txt").write_text("same size " * 50)
     assert refused(capsys, 3, "in.txt") == (
-        "prepare_data.py: error: --out out: expected no data or that of this recipe, found another source_sha256: "
-        "give another folder, or --force to replace its data"
+        "prepare_data.py: error: --out out: expected no data or that of this recipe, "
+        "found another source_sha256: give another folder, or --force to replace its data"
     )
     assert contents(tmp_path / "out") == before
     prepare("in.txt", "--force")
@@ -466,8 +467,8 @@ def test_sympy_is_the_same_data_everywhere(tmp_path, capsys):
         "train: 14,688,625 tokens of 754 document(s)",
         "val: 1,924,500 tokens of 100 document(s)",
         "vocabulary: 257   bytes per token: 0.9999",
-        "next: PRESET=quickstart INPUT_BIN='sympy/sympy_train_*.bin' INPUT_VAL_BIN='sympy/sympy_val_*.bin' "
-        "VOCAB_SIZE=0 python train_gpt.py",
+        "next: PRESET=quickstart INPUT_BIN='sympy/sympy_train_*.bin' "
+        "INPUT_VAL_BIN='sympy/sympy_val_*.bin' VOCAB_SIZE=0 python train_gpt.py",
     ]
 
 
@@ -506,8 +507,8 @@ def test_another_sympy_is_warned_about(monkeypatch, capsys):
     monkeypatch.setattr(prepare_data.metadata, "version", {"sympy": "1.13.3"}.__getitem__)
     index = prepare("package:sympy")
     assert capsys.readouterr().err == (
-        "warning: sympy 1.13.3 is installed, not 1.14.0: losses on this data cannot be compared with those of others; "
-        "run pip install sympy==1.14.0\n"
+        "warning: sympy 1.13.3 is installed, not 1.14.0: losses on this data "
+        "cannot be compared with those of others; run pip install sympy==1.14.0\n"
     )
     assert index["source_version"] == "1.13.3"
 
@@ -516,7 +517,7 @@ def test_another_sympy_is_warned_about(monkeypatch, capsys):
 
 
 def gpt2_like_encoding():
-    """tiktoken with GPT-2's own pattern, but a vocabulary of bytes and a few merges, so that no download is needed."""
+    """tiktoken with GPT-2's pattern, but bytes and a few merges: nothing is to be downloaded."""
     tiktoken = pytest.importorskip("tiktoken")
     from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -641,8 +642,8 @@ TEXT_KINDS = "expected package:NAME, a file, or a quoted glob like 'texts/**/*.t
         (
             3,
             ["texts/a/0.tx?"],
-            "--val-fraction 0.1: expected files in train and in val, found all 1 in train: give more "
-            "files, another fraction, or just one FILE",
+            "--val-fraction 0.1: expected files in train and in val, found all 1 in train: "
+            "give more files, another fraction, or just one FILE",
         ),
         (3, ["texts/**/*.txt", "--val-fraction", "0.9999"], "found all 60 in val: give more files"),
         (
@@ -655,8 +656,8 @@ TEXT_KINDS = "expected package:NAME, a file, or a quoted glob like 'texts/**/*.t
         (
             3,
             ["five.txt"],
-            "--source five.txt: expected at least 2 tokens in val, found 1: give more text, or change "
-            "--val-fraction 0.1",
+            "--source five.txt: expected at least 2 tokens in val, found 1: give more text, "
+            "or change --val-fraction 0.1",
         ),
         (3, ["five.txt", "--val-fraction", "0.7"], "expected at least 2 tokens in train, found 1"),
         (
@@ -713,8 +714,8 @@ def test_more_symbols_than_uint16_holds_are_refused(tmp_path, capsys):
 
     with_symbols(65537)
     assert refused(capsys, 3, "in.txt", "--tokenizer", "chars") == (
-        "prepare_data.py: error: --tokenizer chars: expected a vocabulary of at most 65536, found 65537: "
-        "use --tokenizer bytes"
+        "prepare_data.py: error: --tokenizer chars: expected a vocabulary of at most 65536, "
+        "found 65537: use --tokenizer bytes"
     )
     assert not (tmp_path / "out").exists()
     with_symbols(65536)

@@ -1,4 +1,4 @@
-"""Presets of experts and recurrent depth: exact sizes, and for each a small sibling of the same kind."""
+"""Presets of experts and recurrent depth: exact sizes, and a small sibling of the same kind."""
 
 import dataclasses
 
@@ -35,9 +35,11 @@ SIBLINGS = {  # preset: (its small sibling, what else is different)
     "dense_300m": ("dense_300m_indexed_smoke", {"recurrence"}),
     "moe_muon_exp5": ("moe_muon_exp5_smoke", {}),
 }
-SIZES = """preset input_bin input_val_bin vocab_size n_layer n_head n_embd d_ff num_experts sequence_length batch_size
-    device_batch_size num_iterations warmup_iters lr val_every val_tokens max_train_tokens dtype
-    balance_log_interval""".split()
+SIZES = """
+    preset input_bin input_val_bin vocab_size n_layer n_head n_embd d_ff num_experts sequence_length
+    batch_size device_batch_size num_iterations warmup_iters lr val_every val_tokens
+    max_train_tokens dtype balance_log_interval
+""".split()
 
 
 @pytest.mark.parametrize("preset", COUNTS)

@@ -1,7 +1,6 @@
 """Records: the table loses nothing, files are whole or absent, a run leaves what it promises."""
 
 import csv
-import hashlib
 import json
 import math
 import multiprocessing
@@ -11,13 +10,15 @@ import re
 import pytest
 from conftest import launch, tiny
 
+import rebuild_results
 from harness.contract import CURVE, ConfigError, DataError
-from harness.failures import refuse
+from harness.failures import record_refusal
 from harness.files import write_whole
+from harness.ranks import Ranks
 from harness.records import Records, update_results
+from harness.source import HARNESS, source_hash
 import train_gpt
 from train_gpt import Config
-from scripts import rebuild_results
 
 AWKWARD = [
     "a,b",
@@ -61,7 +62,7 @@ def strict(path):
 def start(folder, run_id="r", rank=0, facts=None, **changes):
     """The open records of a run."""
     cfg = tiny(**dict(log_dir=f"{folder}/logs", results_csv=f"{folder}/results.csv") | changes)
-    records = Records(cfg, run_id, rank, source=train_gpt.SOURCE)
+    records = Records(cfg, run_id, CURVE, train_gpt.SOURCE, Ranks(rank))
     records.open({"changes": "LR=1"} | (facts or {}), ["mind the gap"])
     return records
 
@@ -185,13 +186,9 @@ def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
     assert names(tmp_path) == ["logs/r.csv", "logs/r.json", "logs/r.txt", "results.csv"]
 
     rule, log = "=" * 100, (tmp_path / "logs/r.txt").read_text()
-    assert (
-        log.startswith(f"{rule}\n{train_gpt.SOURCE}\n{rule}\nPython ")
-        and len(train_gpt.SOURCE) > 10000
-    )
-    settings, _, lines = log.removeprefix(f"{rule}\n{train_gpt.SOURCE}\n{rule}\n").partition(
-        f"\n{rule}\n"
-    )
+    sources = f"{rule}\n{train_gpt.SOURCE}\n{rule}\n{HARNESS}\n{rule}\n"
+    assert log.startswith(f"{sources}Python ") and len(train_gpt.SOURCE) > 10000
+    settings, _, lines = log.removeprefix(sources).partition(f"\n{rule}\n")
     assert json.loads(settings.partition("settings: ")[2])["params_total"] == 5
     assert lines.startswith(
         "run_id:r\nchanges: LR=1\nwarning: mind the gap\na line\n---\nstatus: ok\n"
@@ -208,7 +205,8 @@ def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
 
     summary = strict(tmp_path / "logs/r.json")
     assert summary["run_id"] == "r" and summary["status"] == "ok" and summary["final_loss"] == 1 / 3
-    assert summary["source_sha"] == hashlib.sha256(train_gpt.SOURCE.encode()).hexdigest()[:12]
+    assert summary["source_sha"] == source_hash(train_gpt.SOURCE)
+    assert summary["harness_sha"] == source_hash(HARNESS)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", summary["started"])
     assert set(vars(tiny())) <= summary.keys()
     row = read(tmp_path / "results.csv")["r"]
@@ -236,10 +234,10 @@ def test_a_run_id_that_exists_is_refused_and_its_files_stay(tmp_path):
         str(error.value)
         == f"RUN_ID=r: {tmp_path}/logs/r.txt exists; RESUME=auto goes on with it, or choose another"
     )
-    refuse(
-        {"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"},
+    record_refusal(
         error.value,
         Config,
+        {"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"},
     )
     assert before == {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
 
@@ -265,8 +263,8 @@ def test_a_table_that_cannot_be_written_leaves_a_summary_that_says_so(tmp_path):
     table = f"{tmp_path}/file/results.csv"
     with pytest.raises(ConfigError) as error:
         start(tmp_path, results_csv=table)
-    refuse(
-        {"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": table}, error.value, Config
+    record_refusal(
+        error.value, Config, {"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": table}
     )
     assert strict(tmp_path / "logs/r.json")["status"] == "config"
 
@@ -288,9 +286,9 @@ def test_a_refused_run_leaves_a_summary_and_a_row(tmp_path):
         "NOTE": "why\n",
         "RUN_ID": "mine",
     }
-    refuse(env, ConfigError("LR=-1: no"), Config)
-    refuse(env | {"RUN_ID": "../x"}, DataError("no shard"), Config)
-    refuse(env | {"RUN_ID": "mine"}, ConfigError("a second time"), Config)
+    record_refusal(ConfigError("LR=-1: no"), Config, env)
+    record_refusal(DataError("no shard"), Config, env | {"RUN_ID": "../x"})
+    record_refusal(ConfigError("a second time"), Config, env | {"RUN_ID": "mine"})
     mine, other = read(tmp_path / "results.csv").values()
     assert (mine["run_id"], mine["status"], mine["error"], mine["note"]) == (
         "mine",
@@ -306,10 +304,10 @@ def test_a_refused_run_leaves_a_summary_and_a_row(tmp_path):
 
 def test_a_refusal_that_cannot_be_written_is_no_second_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refuse(
-        {"LOG_DIR": f"{tmp_path}/file", "RESULTS_CSV": f"{tmp_path}/file/x.csv"},
+    record_refusal(
         ConfigError("LR=-1: no"),
         Config,
+        {"LOG_DIR": f"{tmp_path}/file", "RESULTS_CSV": f"{tmp_path}/file/x.csv"},
     )
     assert names(tmp_path) == ["file"]
 
@@ -322,10 +320,10 @@ def test_rebuilt_table_is_the_one_that_the_runs_wrote(tmp_path, capsys):
         records = start(tmp_path, f"r{i}", note=note, bias=True)
         if i % 2:
             records.close("ok", final_loss=i / 3, mfu=None, bad_steps=i)
-    refuse(
-        {"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"},
+    record_refusal(
         ConfigError("LR=-1: no"),
         Config,
+        {"LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{tmp_path}/results.csv"},
     )
     (tmp_path / "logs/.shard_hashes.json").write_text('{"/data/x.bin:1:2": "ab"}')
     (tmp_path / "logs/list.json").write_text("[1]")

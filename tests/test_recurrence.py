@@ -1,12 +1,23 @@
-"""Recurrent depth: a loop over banks is the stacked model, and a shared block is a stack of equal ones."""
+"""Recurrent depth: a loop over banks is the stacked model, a shared block a stack of equal ones."""
 
 import pytest
 import torch
 from conftest import tiny
 
+from check_recurrence import by_layer
 from harness.contract import ConfigError
 from harness.ranks import Ranks
-from train_gpt import GPT, Config, State, make_plan, revisits, split_params, train_step
+from train_gpt import (
+    GPT,
+    LOAD,
+    PER_VISIT,
+    Config,
+    State,
+    make_plan,
+    split_params,
+    train_step,
+    visit_order,
+)
 
 KINDS = [
     {},
@@ -31,27 +42,6 @@ def randomize(model):
         p.data.normal_(std=0.2, generator=generator)
 
 
-def unbanked(model):
-    """{name that a stacked model would use: tensor} of a model with banks; the gradients likewise."""
-    found, seen = {}, {}
-    names = {name for name, _ in model.named_parameters()} | set(model.state_dict())
-    tensors = dict(model.named_parameters()) | {
-        n: t for n, t in model.state_dict(keep_vars=True).items() if n in names
-    }
-    for layer, i in enumerate(model.order):
-        visit = seen[i] = seen.get(i, -1) + 1
-        for name, tensor in tensors.items():
-            if name.startswith(f"blocks.{i}."):
-                rest = name.split(".", 2)[2]
-                pair = tensor, tensor.grad
-                if rest in model.banked:
-                    pair = tensor[visit], None if tensor.grad is None else tensor.grad[visit]
-                found[f"blocks.{layer}.{rest}"] = pair
-    return found | {
-        name: (t, t.grad) for name, t in tensors.items() if not name.startswith("blocks.")
-    }
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_indexed_is_stacked_to_the_bit(kind, group):
     """Losses, gradients, and all parameters after three optimizer steps."""
@@ -60,16 +50,16 @@ def test_indexed_is_stacked_to_the_bit(kind, group):
     inputs, targets = batch[:, :-1], batch[:, 1:]
     for model in (stacked.model, indexed.model):
         model(inputs, targets)[0].backward()
-    ours = unbanked(indexed.model)
+    ours = by_layer(indexed.model)
     assert set(ours) == set(stacked.model.state_dict())
     for name, p in stacked.model.named_parameters():
         assert torch.equal(ours[name][1], p.grad), name
     for state in (stacked, indexed):
         state.model.zero_grad()
     for _ in range(3):
-        losses = [train_step(state, cfg, inputs, targets)[0] for state in (stacked, indexed)]
+        losses = [train_step(state, cfg, inputs, targets).loss for state in (stacked, indexed)]
         assert losses[0] == losses[1]
-    for name, tensor in unbanked(indexed.model).items():
+    for name, tensor in by_layer(indexed.model).items():
         torch.testing.assert_close(
             tensor[0],
             stacked.model.state_dict()[name],
@@ -107,11 +97,11 @@ def test_a_stack_of_equal_blocks_is_the_shared_one_and_its_gradients_sum(kind):
     with torch.no_grad():
         for layer, i in enumerate(shared.order):
             stacked.blocks[layer].load_state_dict(shared.blocks[i].state_dict())
-        for name, (tensor, _) in unbanked(indexed).items():
+        for name, (tensor, _) in by_layer(indexed).items():
             if not name.startswith("blocks."):
                 tensor.copy_(shared.state_dict()[name])
                 stacked.state_dict()[name].copy_(tensor)
-        for name, (tensor, _) in unbanked(indexed).items():
+        for name, (tensor, _) in by_layer(indexed).items():
             tensor.copy_(stacked.state_dict()[name])
     tokens = torch.randint(0, 64, (2, 16))
     losses = []
@@ -133,7 +123,7 @@ def test_a_stack_of_equal_blocks_is_the_shared_one_and_its_gradients_sum(kind):
 
 def test_what_each_visit_has_for_itself_starts_as_if_shared():
     kind = {"n_layer": 4, "ffn": "moe", "norm": "rms_gain", "recurrence": "shared"}
-    shared, own = GPT(tiny(**kind)), GPT(tiny(**kind, per_step="norm,router"))
+    shared, own = GPT(tiny(**kind)), GPT(tiny(**kind, per_visit="norm,router"))
     weights = shared.state_dict()
     own.load_state_dict({name: weights[name].expand_as(p) for name, p in own.state_dict().items()})
     randomize(shared)
@@ -154,7 +144,7 @@ def test_what_each_visit_has_for_itself_starts_as_if_shared():
 
 
 def test_the_scale_of_a_branch_starts_at_one_over_the_visits():
-    model = GPT(tiny(n_layer=5, recurrence="shared", unshared_ends=1, per_step="scale"))
+    model = GPT(tiny(n_layer=5, recurrence="shared", unshared_ends=1, per_visit="scale"))
     assert [block.mixer_scale.weight.tolist() for block in model.blocks] == [
         [1.0],
         [pytest.approx(1 / 3)] * 3,
@@ -173,12 +163,8 @@ def test_the_scale_of_a_branch_starts_at_one_over_the_visits():
     ],
 )
 def test_the_order_of_visits(n_layer, n_unique, ends, order):
-    assert (
-        revisits(
-            Config(recurrence="shared", n_layer=n_layer, n_unique=n_unique, unshared_ends=ends)
-        )
-        == order
-    )
+    cfg = Config(recurrence="shared", n_layer=n_layer, n_unique=n_unique, unshared_ends=ends)
+    assert visit_order(cfg) == order
 
 
 def test_counts_are_of_weights_once_and_of_products_by_visit():
@@ -197,11 +183,11 @@ def test_counts_are_of_weights_once_and_of_products_by_visit():
 
 def test_the_load_is_pooled_over_the_visits_of_a_block(group):
     cfg, state, batch = build(n_layer=4, ffn="moe", recurrence="shared", unshared_ends=1)
-    routing = train_step(state, cfg, batch[:, :-1], batch[:, 1:])[2]
-    balances = [block.ffn.balance for block in state.model.blocks]
-    for balance, visits in zip(balances, ([0], [1, 2], [3])):
-        torch.testing.assert_close(balance, routing[visits, 0].mean(0))
-        assert balance.sum().item() == pytest.approx(1)
+    routing = train_step(state, cfg, batch[:, :-1], batch[:, 1:]).routing
+    states = [block.ffn.router_state for block in state.model.blocks]
+    for router_state, visits in zip(states, ([0], [1, 2], [3])):
+        torch.testing.assert_close(router_state, routing[visits, LOAD].mean(0))
+        assert router_state.sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("recurrence", ["indexed", "shared"])
@@ -224,16 +210,16 @@ def test_all_visits_run_one_compiled_block(recurrence):
     [
         ({"n_unique": 2}, ["N_UNIQUE=2", "RECURRENCE=shared"]),
         ({"unshared_ends": 1}, ["UNSHARED_ENDS=1"]),
-        ({"per_step": "norm"}, ["PER_STEP=norm", "RECURRENCE=shared"]),
-        ({"recurrence": "shared", "per_step": "norm"}, ["PER_STEP=norm", "rms_gain or layer"]),
+        ({"per_visit": "norm"}, ["PER_VISIT=norm", "RECURRENCE=shared"]),
+        ({"recurrence": "shared", "per_visit": "norm"}, ["PER_VISIT=norm", "rms_gain or layer"]),
         (
             {"optimizer": "adamw", "router_optimizer": "muon"},
             ["ROUTER_OPTIMIZER=muon", "OPTIMIZER=muon"],
         ),
-        ({"recurrence": "shared", "per_step": "router"}, ["PER_STEP=router", "FFN=moe"]),
+        ({"recurrence": "shared", "per_visit": "router"}, ["PER_VISIT=router", "FFN=moe"]),
         (
-            {"recurrence": "shared", "per_step": "depth"},
-            ["PER_STEP=depth", "none, norm, router, scale"],
+            {"recurrence": "shared", "per_visit": "depth"},
+            ["PER_VISIT=depth", ", ".join(PER_VISIT)],
         ),
         (
             {"recurrence": "shared", "n_layer": 3, "n_unique": 2, "unshared_ends": 1},

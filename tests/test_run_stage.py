@@ -1,4 +1,5 @@
-"""scripts/run_stage.py: what is run, in what environment, what counts as done; kills, failures, the gate, Slurm."""
+"""scripts/run_stage.py: what is run, in what environment, what counts as done; kills, failures, the
+gate, Slurm."""
 
 import contextlib
 import csv
@@ -17,7 +18,11 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
+import derive_stage
+import launch_runs
+import plan_stage
 import run_stage
+import submit_slurm
 from harness.contract import ConfigError
 from harness.provenance import device_name
 from harness.records import update_results
@@ -25,7 +30,6 @@ from harness.settings import ROOT
 import train_gpt
 from conftest import TINY
 from stages import load_stage
-from track import is_live
 from train_gpt import Config
 
 
@@ -68,9 +72,9 @@ def write_stage(base, variants, name="toy", **more):
 
 
 def plan(seeds=(1, 2), mode="run", name="toy"):
-    run_stage.checked.cache_clear()
+    plan_stage.checked.cache_clear()
     stage = load_stage(name)
-    return run_stage.plan_runs(stage, dict.fromkeys(stage.variants, seeds), 1, mode)
+    return plan_stage.plan_runs(stage, dict.fromkeys(stage.variants, seeds), 1, mode)
 
 
 def rows():
@@ -85,7 +89,8 @@ def script(*arguments, **env):
 
 
 def test_a_stage_killed_in_the_middle_ends_with_the_same_rows_none_twice(project):
-    """kill -9 of the script while a run is live; the run goes on, the next start waits for it and does the rest."""
+    """kill -9 of the script while a run is live; the run goes on, the next start waits for it and
+    does the rest."""
     write_stage(
         project | {"NUM_ITERATIONS": 300, "DEVICE_BATCH_SIZE": 12},
         {"plain": {}, "hot": {"LR": 1e20, "MUON_LR": 1e20, "MAX_BAD_STEPS": 2}},
@@ -111,8 +116,8 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_rows_none_twice(project
     assert len(found) == 2 == len(rows()) and found[live["run_id"]]["resumes"] == "0"
     assert {row["variant"]: row["status"] for row in rows()} == {"plain": "ok", "hot": "diverged"}
     assert {(row["seed"], row["lr"]) for row in rows()} == {("1", "0.01"), ("1", "1e+20")}
-    made = "tables/toy.csv tables/toy.md tables/toy_gate.csv figures/toy.png results_toy.csv log_curves_toy.csv"
-    for path in made.split():
+    tables = "tables/toy.csv tables/toy.md tables/toy_gate.csv"
+    for path in f"{tables} figures/toy.png results_toy.csv log_curves_toy.csv".split():
         assert Path("experiments", path).stat().st_size, path
     assert "1 diverged" in Path("experiments/tables/toy.md").read_text()
     before = Path("experiments/results.csv").read_bytes()
@@ -156,7 +161,7 @@ def test_no_exported_setting_reaches_a_run(project, monkeypatch):
     for name, value in exported.items():
         monkeypatch.setenv(name, value)
     run = plan()[0]
-    env = run_stage.environment(run.settings, "cpu", 1, 2)
+    env = launch_runs.environment(run.settings, "cpu", 1, 2)
     assert {name: env[name] for name in exported if name in env} == {
         "LR": "0.01",
         "SEED": "1",
@@ -175,38 +180,33 @@ def test_each_of_several_jobs_has_devices_of_its_own_or_nothing_starts(
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5")
     for slot, devices in enumerate(("0,1", "4,5")):
-        assert run_stage.environment({}, "cuda", 2, 2, slot)["CUDA_VISIBLE_DEVICES"] == devices
-    assert run_stage.environment({}, "cuda", 2)["CUDA_VISIBLE_DEVICES"] == "0,1,4,5"
-    monkeypatch.setattr(
-        run_stage,
-        "plan_runs",
-        lambda *_, plan=plan(mode="slurm"): [
-            replace(run, cfg=replace(run.cfg, device="cuda")) for run in plan
-        ],
-    )
+        assert launch_runs.environment({}, "cuda", 2, 2, slot)["CUDA_VISIBLE_DEVICES"] == devices
+    assert launch_runs.environment({}, "cuda", 2)["CUDA_VISIBLE_DEVICES"] == "0,1,4,5"
+    on_cuda = [replace(run, cfg=replace(run.cfg, device="cuda")) for run in plan(mode="slurm")]
+    monkeypatch.setattr(run_stage, "plan_runs", lambda *_: on_cuda)
     assert run_stage.main(["toy", "--jobs", "5"]) == 2
     assert "--jobs 5 x --nproc 1: there are 4 CUDA devices" in capsys.readouterr().err
 
 
 def finished(run, **more):
-    names = dict(zip(run_stage.IDENTITY, run.identity))
+    names = dict(zip(plan_stage.IDENTITY, run.identity))
     return names | {"run_id": run.run_id, "status": "ok", "started": "2026"} | more
 
 
 def test_done_is_what_has_the_same_settings_seed_source_and_data(project, monkeypatch, tmp_path):
     run = plan()[0]
     table = {"one": finished(run, run_id="one")}
-    assert run_stage.status_of(run, table) == "ok"
-    for name in run_stage.IDENTITY:
-        assert run_stage.status_of(run, {"one": table["one"] | {name: "other"}}) == ""
+    assert plan_stage.status_of(run, table) == "ok"
+    for name in plan_stage.IDENTITY:
+        assert plan_stage.status_of(run, {"one": table["one"] | {name: "other"}}) == ""
     assert (
-        run_stage.status_of(run, table | {"two": finished(run, run_id="two", status="crash")})
+        plan_stage.status_of(run, table | {"two": finished(run, run_id="two", status="crash")})
         == "ok"
     )
-    assert run_stage.status_of(run, {"two": finished(run, status="crash")}) == "crash"
+    assert plan_stage.status_of(run, {"two": finished(run, status="crash")}) == "crash"
     write_stage(project | {"N_EMBD": 64}, {"plain": {}})
     other = plan()[0]
-    assert other.run_id != run.run_id and run_stage.status_of(other, table) == ""
+    assert other.run_id != run.run_id and plan_stage.status_of(other, table) == ""
     write_stage(project | {"LOG_EVERY": 7}, {"plain": {}})
     assert plan()[0].run_id == run.run_id, "how often a line is logged changes no result"
     for edited in ("train_gpt.py", "shards"):
@@ -216,9 +216,11 @@ def test_done_is_what_has_the_same_settings_seed_source_and_data(project, monkey
         else:
             root = tmp_path / "clone"
             root.mkdir()
-            (root / "train_gpt.py").write_text(train_gpt.SOURCE + "\n# edited\n")
-            monkeypatch.setattr(run_stage, "ROOT", root)
-        assert plan()[0].run_id != run.run_id and run_stage.status_of(plan()[0], table) == "", (
+            monkeypatch.setattr(plan_stage, "ROOT", root)
+            (root / "train_gpt.py").write_text(f"# a comment\n{train_gpt.SOURCE}")
+            assert plan()[0].run_id == run.run_id, "a comment makes no other experiment"
+            (root / "train_gpt.py").write_text(f"{train_gpt.SOURCE}\nEDITED = True\n")
+        assert plan()[0].run_id != run.run_id and plan_stage.status_of(plan()[0], table) == "", (
             edited
         )
         monkeypatch.undo()
@@ -228,12 +230,12 @@ def test_done_is_what_has_the_same_settings_seed_source_and_data(project, monkey
 def pretend(monkeypatch, body):
     """Has every run be this Python program, in the run's environment, in place of the trainer."""
     head = "import json, os, sys, time; from pathlib import Path\nenv = os.environ\n"
-    monkeypatch.setattr(run_stage, "command", lambda world: [sys.executable, "-c", head + body])
-    monkeypatch.setattr(run_stage, "POLL", 0.02)
+    monkeypatch.setattr(launch_runs, "command", lambda world: [sys.executable, "-c", head + body])
+    monkeypatch.setattr(launch_runs, "POLL", 0.02)
 
 
 def pool(jobs=1, gate=None, keep_stopped=False):
-    return run_stage.Pool(jobs, gate, keep_stopped)
+    return launch_runs.Pool(jobs, gate, keep_stopped)
 
 
 @contextlib.contextmanager
@@ -262,13 +264,14 @@ def test_a_run_that_cannot_say_why_it_ended_gets_a_row_and_the_next_is_run(
     for row, run in zip(rows(), failed):
         assert (row["run_id"], row["status"], row["seed"]) == (run.run_id, "crash", "1")
         assert "exit code 9" in row["error"]
-        assert "a word on" in (run.folder / "output.txt").read_text()
+        assert "a word on" in (run.files.folder / "output.txt").read_text()
         assert json.loads(Path(f"logs/{run.run_id}.json").read_text())["status"] == "crash"
     assert "0/2 " in capsys.readouterr().out
 
 
 def test_what_the_trainer_has_said_last_is_the_truth(project, monkeypatch):
-    """Of a table that it could not write the summary knows better; a refusal to go on does not change an old status."""
+    """Of a table that it could not write the summary knows better; a refusal to go on does not
+    change an old status."""
     run = plan((1,))[0]
     summary = finished(run, status="ok", final_loss=2.5)
     Path("logs").mkdir(exist_ok=True)
@@ -326,25 +329,28 @@ def test_a_stage_of_which_nothing_finishes_says_so_and_can_go_on(project, monkey
 def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, monkeypatch):
     pretend(monkeypatch, "Path('started').write_text('twice')")
     run = plan((1,))[0]
-    run.folder.mkdir(parents=True)
+    run.files.folder.mkdir(parents=True)
     holder = subprocess.Popen(
         [
             sys.executable,
             "-c",
             f"""if True:
         import csv, time; from filelock import FileLock
-        with FileLock({str(run.folder / "live.lock")!r}):
+        with FileLock({str(run.files.folder / "live.lock")!r}):
             print(flush=True); time.sleep(0.5)
             row = {finished(run)!r}
             with open('experiments/results.csv', 'w', newline='') as file:
-                writer = csv.DictWriter(file, list(row)); writer.writeheader(); writer.writerow(row)""",
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader(); writer.writerow(row)""",
         ],
         stdout=subprocess.PIPE,
     )
     holder.stdout.readline()
-    assert is_live(run.folder) and pool().work([run]) == [] and not Path("started").exists()
-    assert not is_live(run.folder) and holder.wait() == 0
-    FileLock(run.folder / "live.lock").acquire(timeout=0).lock.release()  # looking has not taken it
+    assert run.files.is_live() and pool().work([run]) == [] and not Path("started").exists()
+    assert not run.files.is_live() and holder.wait() == 0
+    FileLock(run.files.folder / "live.lock").acquire(
+        timeout=0
+    ).lock.release()  # looking has not taken it
 
 
 def test_a_signal_has_the_runs_save_and_nothing_else_start(project, monkeypatch):
@@ -423,7 +429,7 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
         )
     asked = []
     monkeypatch.setattr(
-        run_stage.Pool,
+        launch_runs.Pool,
         "work",
         lambda self, runs: (
             asked.append([run.settings["VARIANT"] + run.settings["SEED"] for run in runs]) or []
@@ -463,9 +469,9 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
     assert after.next == ({"name": "toy_long", "NUM_ITERATIONS": 9000},) and after.axes == (
         "attngate",
     )
-    assert "next stage: " in run_stage.build_next(load_stage("toy"), ["gated"])
-    assert "is left as it is" in run_stage.build_next(load_stage("toy"), ["off"])
-    assert "no variant is promoted" in run_stage.build_next(load_stage("toy"), [])
+    assert "next stage: " in derive_stage.build_next(load_stage("toy"), ["gated"])
+    assert "is left as it is" in derive_stage.build_next(load_stage("toy"), ["off"])
+    assert "no variant is promoted" in derive_stage.build_next(load_stage("toy"), [])
 
 
 def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
@@ -564,18 +570,18 @@ def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments
 
 
 def test_a_setting_for_all_runs_reaches_all_in_a_stage_of_its_own(project):
-    stage = run_stage.overridden(load_stage("toy"), ["LOG_EVERY=5", "NOTE=two words"], "")
+    stage = derive_stage.overridden(load_stage("toy"), ["LOG_EVERY=5", "NOTE=two words"], "")
     assert {(settings["LOG_EVERY"], settings["NOTE"]) for settings in stage.variants.values()} == {
         ("5", "two words")
     }
     assert stage.name == "toy"
-    stage = run_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast")
+    stage = derive_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast")
     assert stage == load_stage("fast") and {
         settings["LR"] for settings in stage.variants.values()
     } == {"0.5"}
-    assert run_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast") == stage
+    assert derive_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast") == stage
     with pytest.raises(ConfigError, match="--as fast: .* says something else"):
-        run_stage.overridden(load_stage("toy"), ["LR=0.6"], "fast")
+        derive_stage.overridden(load_stage("toy"), ["LR=0.6"], "fast")
 
 
 def test_slurm_gets_the_same_runs_as_one_array_and_no_secret(project, monkeypatch, capsys):
@@ -588,7 +594,7 @@ def test_slurm_gets_the_same_runs_as_one_array_and_no_secret(project, monkeypatc
         in sent.stdout
     )
     deadline = time.monotonic() + 90
-    while [row["status"] for row in run_stage.results().values()] != ["ok"] * 2:
+    while [row["status"] for row in plan_stage.results().values()] != ["ok"] * 2:
         assert time.monotonic() < deadline, rows()
         time.sleep(0.2)
     assert {row["run_id"] for row in rows()} == {run.run_id for run in plan((1,))}
@@ -617,14 +623,15 @@ def test_slurm_from_a_machine_without_gpus_plans_for_those_of_the_nodes(project)
 
 
 def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(monkeypatch, tmp_path):
-    """The signal's handler runs inside __call__, as submitit has it; the run is told by TERM, not by USR2 before."""
+    """The signal's handler runs inside __call__, as submitit has it; the run is told by TERM, not
+    by USR2 before."""
     monkeypatch.chdir(tmp_path)
     pretend(
         monkeypatch,
         "import signal; signal.signal(15, lambda *_: (Path('saved').touch(), sys.exit(0)))\n"
         "Path('up').touch(); time.sleep(30)",
     )
-    task, queued = run_stage.Task(), []
+    task, queued = submit_slurm.Task(), []
 
     def taken(*_):
         os.kill(task.process.pid, signal.SIGUSR2)
@@ -644,7 +651,7 @@ def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(monkeypat
     assert task({"A": "1"}, "cpu", 1) == 0 and Path("saved").exists() and waiter.wait() == 0
     signal.signal(signal.SIGUSR2, kept)
     assert queued[0].args == ({"A": "1"}, "cpu", 1) and isinstance(
-        queued[0].function, run_stage.Task
+        queued[0].function, submit_slurm.Task
     )
 
 

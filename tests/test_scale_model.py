@@ -1,4 +1,5 @@
-"""scripts/scale_model.py: the trainer's counts, costs by hand, never above the budget, commands that it takes."""
+"""scripts/scale_model.py: the trainer's counts, costs by hand, never above the budget, commands
+that it takes."""
 
 import csv
 import shlex
@@ -6,21 +7,14 @@ import shlex
 import pytest
 import torch
 
+import price_runs
+import scale_model
 from harness.contract import ConfigError
 from harness.ranks import Ranks
 import train_gpt
-from scripts import scale_model
-from scripts.scale_model import (
-    FILES,
-    GPUS,
-    PRESETS,
-    count,
-    flops,
-    kept_bytes,
-    memory,
-    run_cost,
-    saved_bytes,
-)
+from estimate_memory import count, kept_bytes, memory, saved_bytes
+from price_runs import GPUS, run_cost
+from scale_model import FILES, PRESETS, flops
 from train_gpt import GPT, Config, State
 
 
@@ -84,7 +78,8 @@ def test_published_counts():
 
 
 def test_a_cost_by_hand(capsys):
-    """gpt2_small: FLOPs a token, 5100 steps of 524,288 tokens, 445.05e12 FLOPs a second, $3.50 an hour."""
+    """gpt2_small: FLOPs a token, 5100 steps of 524,288 tokens, 445.05e12 FLOPs a second, $3.50 an
+    hour."""
     total = (6 * 123_568_128 + 12 * 12 * 768 * 1024) * 5100 * 524_288
     assert flops(Config()) == total == 2_285_235_275_091_148_800
     assert run_cost(total, "h100") == pytest.approx((5134.783227, 4.992150), rel=1e-6)
@@ -314,20 +309,20 @@ def test_measured_mfu_wins_over_assumed_and_given_over_both(tmp_path):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([("status", "device_name", "ffn", "mfu"), *rows])
     args = scale_model.parse(["--budget", "5", "--results", str(path)])
-    assert scale_model.choose_mfu(args.results, GPUS["h100"], "dense", args.mfu) == (
+    assert price_runs.choose_mfu(args.results, GPUS["h100"], "dense", args.mfu) == (
         0.43,
         "measured, 3 runs",
     )
-    assert scale_model.choose_mfu(args.results, GPUS["h100"], "moe", args.mfu) == (
+    assert price_runs.choose_mfu(args.results, GPUS["h100"], "moe", args.mfu) == (
         0.2,
         "measured, 1 run",
     )
-    assert scale_model.choose_mfu(args.results, GPUS["b200"], "dense", args.mfu) == (
+    assert price_runs.choose_mfu(args.results, GPUS["b200"], "dense", args.mfu) == (
         0.35,
         "assumed",
     )
     args.mfu = 0.6
-    assert scale_model.choose_mfu(args.results, GPUS["h100"], "dense", args.mfu) == (0.6, "given")
+    assert price_runs.choose_mfu(args.results, GPUS["h100"], "dense", args.mfu) == (0.6, "given")
 
 
 SMALL = dict(
@@ -356,7 +351,8 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_memory_is_what_the_trainer_holds(change):
-    """Weights, gradients and optimizers exactly; what a bfloat16 pass saves within 3 % (0.986 to 0.997 of it seen)."""
+    """Weights, gradients and optimizers exactly; what a bfloat16 pass saves within 3 % (0.986 to
+    0.997 of it seen)."""
     cfg = Config(**SMALL | change, dtype="bfloat16", compile="0")
     state, seen = State.build(cfg, Ranks()), {}
     own = {

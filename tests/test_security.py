@@ -1,8 +1,7 @@
-"""No record shows a secret, nothing is written outside a run's place, and no file from elsewhere is ever unpickled."""
+"""Records show no secret, a run writes in its place alone, nothing from elsewhere is unpickled."""
 
 import ast
 import contextlib
-import csv
 import hashlib
 import itertools
 import json
@@ -19,14 +18,13 @@ import pytest
 import safetensors.torch  # noqa: F401  once here, not in every forked run
 import torch
 import torch._dynamo  # noqa: F401  makes every model on the meta device load it
-from conftest import Job, launch
+from conftest import Job, launch, points, summary
 
 from harness.checkpoints import Checkpoints, defect
 from harness.files import sha256sum
-from harness.settings import redact, secrets_of
+from harness.settings import ROOT, redact, secrets_of
 import train_gpt
 
-ROOT = Path(train_gpt.__file__).parent
 MARK = "Zq7xCanary"
 SECRETS = {
     name: f"{MARK}/{name.lower()}/{MARK}"
@@ -36,7 +34,7 @@ STEP = {"SAVE_EVERY": 4}  # checkpoints after steps 4 and 8
 
 
 def leaks(folder, *texts):
-    """Every place where a part of a secret stands: names and bytes of all files below the folder, and the texts."""
+    """Where a part of a secret stands: in names and bytes of files below the folder, in texts."""
     found = [
         str(path.relative_to(folder))
         for path in sorted(folder.rglob("*"))
@@ -53,7 +51,7 @@ def run(env, world=1):
 
 
 def tree(folder, *without):
-    """Everything below the folder, with contents and the targets of links, except what lies below `without`."""
+    """{path: contents or target of a link} below the folder, without what lies below `without`."""
     return {
         str(path): os.readlink(path)
         if path.is_symlink()
@@ -111,12 +109,11 @@ def hide_in_checkpoint(path, text):
 
 
 def val_losses(settings):
-    with open(settings["LOG_DIR"] / f"{settings['RUN_ID']}.csv", newline="") as file:
-        return [
-            (int(row["step"]), float(row["val_loss"]))
-            for row in csv.DictReader(file)
-            if row["val_loss"]
-        ]
+    return [
+        (int(point["step"]), float(point["val_loss"]))
+        for point in points(settings)
+        if point["val_loss"]
+    ]
 
 
 # Secrets
@@ -170,7 +167,7 @@ def test_a_dry_run_shows_no_secret(settings, tmp_path):
 
 
 def test_a_crash_shows_no_secret(settings, tmp_path, monkeypatch):
-    """Neither in the message nor in the exception that it follows from, nor in the stacks of a step that hangs."""
+    """Neither in the message nor in what it follows from, nor in the stacks of a hang."""
     steps, step = itertools.count(), train_gpt.train_step
 
     def crash(*args):
@@ -194,7 +191,7 @@ def test_a_crash_shows_no_secret(settings, tmp_path, monkeypatch):
     assert codes == [1] and "no access with [HF_TOKEN],\nnor with [DB_PASSWORD]" in out
     assert leaks(tmp_path, out) == []
     assert "in crash" in (tmp_path / "logs/toy/stacks_rank0.txt").read_text()
-    error = json.loads((tmp_path / "logs/toy.json").read_text())["error"]
+    error = summary(settings)["error"]
     assert error == "RuntimeError: no access with [HF_TOKEN],"
     assert "[DB_PASSWORD]" in (tmp_path / "logs/toy/error.txt").read_text()
     assert "[DB_PASSWORD]" in (tmp_path / "logs/toy.txt").read_text()
@@ -305,8 +302,8 @@ CREDENTIALS = {  # pattern: an example in pieces, for this file is searched too
     r"(?i)\w*(key|token)[\"']?\s*[=:]\s*[\"']?[0-9a-f]{40}\b": "WANDB_API_"
     + "KEY="
     + "0123abcd" * 5,
-    r"(?i)(api_?key|token|secret|password)[\"']?\s*[=:]\s*([\"'])(?![^\"']*(secret|example))[^\"'\s]{16,}\2": "pass"
-    + "word: 'correct-horse-battery'",
+    r"(?i)(api_?key|token|secret|password)[\"']?\s*[=:]\s*"
+    r"([\"'])(?![^\"']*(secret|example))[^\"'\s]{16,}\2": "pass" + "word: 'correct-horse-battery'",
 }
 HOME = r"(?<![\w.])/(?:home|Users|root)/\w"
 
@@ -319,7 +316,7 @@ def tracked():
         )
         if git.stdout:
             return sorted(
-                {path for name in git.stdout.split("\0") if (path := ROOT / name).is_file()}
+                {ROOT / name for name in git.stdout.split("\0") if (ROOT / name).is_file()}
                 | {Path(__file__).resolve()}
             )
     left_out = {".git", ".venv", "logs", "data", "__pycache__", ".pytest_cache", ".ruff_cache"}
@@ -543,7 +540,7 @@ def test_data_may_lie_anywhere_and_be_called_anything(settings, tmp_path, monkey
 
 
 def test_records_that_are_links_do_not_lead_elsewhere(trained, tmp_path):
-    """A resumed run goes on with log and curve of its own; what they were linked to stays as it is."""
+    """A resumed run goes on with log and curve of its own; what they led to stays as it is."""
     logs, elsewhere = trained["LOG_DIR"], tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in "toy.txt", "toy.csv", "toy.json":

@@ -1,4 +1,4 @@
-"""scripts/stage_gate.py: every rule on both sides of its limit, matched steps, and how often chance promotes."""
+"""scripts/stage_gate.py: both sides of every limit, matched steps, promotions by chance."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def curve(losses, steps=None, seconds=1.0, train=None, **experts):
 
 
 def study(**variants):
-    """(rows, curves) of lists of curves by variant; a text instead of a curve is the status of a run without one."""
+    """(rows, curves) of curves by variant; a text is the status of a run without a curve."""
     rows, curves = [], {}
     for label, runs in variants.items():
         for seed, run in enumerate(runs, 1):
@@ -65,7 +65,7 @@ def study(**variants):
 
 
 def around(mean, n, sd=0.001, **options):
-    """Curves of n seeds with exactly this mean and standard deviation of the last of two losses, at step 200."""
+    """Curves of n seeds whose last losses, at step 200, have exactly this mean and deviation."""
     noise = np.linspace(-1, 1, n) if n > 1 else np.zeros(1)
     scale = sd / noise.std(ddof=1) if n > 1 else 0
     return [curve([mean + 1, mean + scale * x], **options) for x in noise]
@@ -329,9 +329,9 @@ def test_the_stage_may_say_otherwise():
 
 
 def simulate(count, sds, shift, least=2, most=8, seed=0):
-    """Of `count` stages played to their end with `decide`: (share with a false promotion, share where the first
-    variant is promoted). sds: of the reference and each variant; shift: of the first variant's loss; least and most:
-    seeds."""
+    """Of `count` stages played to their end with `decide`: (share with a false promotion, share
+    where the first variant is promoted). sds: of the reference and each variant; shift: of the
+    first variant's loss; least and most: seeds."""
     rng, labels = np.random.default_rng(seed), len(sds) - 1
     nothing = np.full((count, labels), np.nan)
     sums, left, ever = {}, np.arange(count), np.zeros((count, labels), bool)
@@ -399,7 +399,8 @@ def write_stage(monkeypatch, tmp_path, rows, curves, text=""):
     for folder in ("experiments/stages", "logs"):
         Path(folder).mkdir(parents=True, exist_ok=True)
     Path("experiments/stages/toy.toml").write_text(
-        f'question = "?"\nreference = "none"\nseeds = [1, 2]\nvariants.none = {{}}\nvariants.a = {{LR = 1}}\n{text}'
+        'question = "?"\nreference = "none"\nseeds = [1, 2]\n'
+        f"variants.none = {{}}\nvariants.a = {{LR = 1}}\n{text}"
     )
     rows.to_csv("experiments/results.csv", index=False)
     for run_id, one in curves.items():
@@ -460,7 +461,7 @@ def test_curves_without_logs(monkeypatch, tmp_path):
 
 
 def test_unequal_batches_are_compared_after_the_same_tokens(monkeypatch, tmp_path):
-    """Half the tokens a step, twice the steps: at the same step, a would have learned from half the data."""
+    """Half the tokens a step, twice the steps: at a step, a has learned from half the data."""
     rows, curves = study(
         none=[curve([4.0, 3.0]), curve([4.0, 3.01])],
         a=[curve([4.5, 3.9, 3.5, 2.7]), curve([4.5, 3.9, 3.5, 2.71])],

@@ -1,4 +1,5 @@
-"""scripts/stages.py, split_results.py and make_tables.py: what a stage file says, and tables that follow from rows."""
+"""scripts/stages.py, split_results.py and make_tables.py: what a stage file says, and tables that
+follow from rows."""
 
 import csv
 import re
@@ -17,7 +18,6 @@ import stage_gate
 import stages
 from harness.ranks import Ranks
 from harness.settings import ROOT
-import train_gpt
 from stages import load_stage
 from train_gpt import Config, cautions, check_batch, make_plan
 
@@ -73,7 +73,8 @@ def test_a_stage_is_variants_times_grid_over_the_base(folder):
 
 def test_a_stage_that_extends_another_says_only_what_differs(folder):
     Path("experiments/stages/small.toml").write_text(
-        'extends = "toy"\nseeds = [5]\nreference = "none"\n[base]\nN_LAYER = 1\n[grid]\n[gate]\nstop_gain = 0.5\n'
+        'extends = "toy"\nseeds = [5]\nreference = "none"\n[base]\nN_LAYER = '
+        "1\n[grid]\n[gate]\nstop_gain = 0.5\n"
     )
     small = load_stage("small")
     assert (
@@ -114,6 +115,47 @@ def test_what_is_wrong_in_a_file_is_said_in_one_sentence(folder, capsys, change,
 def test_an_unknown_stage_is_told_the_known_ones(folder, capsys):
     assert stages.main(["tou"]) == 2
     assert "STAGE tou: choose one of toy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", stages.stage_names())
+def test_a_stage_of_the_project_that_is_written_reads_the_same(name, tmp_path, monkeypatch):
+    stage, tables = load_stage(name), stages.read(name)
+    monkeypatch.chdir(tmp_path)
+    Path("experiments/stages").mkdir(parents=True)
+    stages.write_stage(name, {key: tables[key] for key in tables if key != "extends"})
+    assert load_stage(name) == stage
+
+
+def test_what_is_written_reads_the_same_whatever_it_says(folder):
+    tables = {
+        "extends": "toy",
+        "question": 'Is "it" so, or\n\\not: é 😀 \x7f?',
+        "seeds": [3, 5],
+        "max_seeds": 9,
+        "axes": ["ATTNGATE", "BIAS"],
+        "reference": 'a "b"',
+        "base": {"BIAS": False, "LR": 1e-20, "NOTE": 'say "no"', "N_EMBD": 64},
+        "grid": {},
+        "variants": {'a "b"': {}, "c.d": {"ATTNGATE": "const", "BIAS": True}},
+        "gate": {"better": 0.5, "rules": ["better", "same_loss"]},
+        "next": [
+            {"name": "later", "N_LAYER": 3, "BIAS": True},
+            {"name": "last", "more": {"a key": ["x", 'y"']}},
+        ],
+    }
+    stages.write_stage("copy", tables)
+    assert stages.read("copy") == stages.read("toy") | tables | {
+        "base": {"N_LAYER": 2, "MUON_LR": ""} | tables["base"]
+    }
+    copy = load_stage("copy")
+    assert (copy.reference, copy.seeds, copy.max_seeds) == ('a "b"', (3, 5), 9)
+    assert copy.variants["c.d"]["BIAS"] == "1" and copy.axes == ("attngate", "bias")
+    assert copy.variants['a "b"']["LR"] == "1e-20" and copy.next == tuple(tables["next"])
+    stages.write_stage("copy", tables)
+    with pytest.raises(FileExistsError, match="copy.toml is there and says something else"):
+        stages.write_stage("copy", tables | {"next": []})
+    stages.write_stage("short", {"extends": "copy", "next": []})
+    assert load_stage("short").next == ()
 
 
 @pytest.mark.parametrize("name", stages.stage_names())
@@ -240,7 +282,8 @@ def test_only_one_source_and_one_dataset_are_compared_and_a_seed_once(folder):
 
 
 def test_only_one_setting_of_what_does_not_vary_is_compared(folder):
-    """N_LAYER is the same in all variants, whoever gives it, and LOG_EVERY changes no result; LR varies."""
+    """N_LAYER is the same in all variants, whoever gives it, and LOG_EVERY changes no result; LR
+    varies."""
 
     def of(layers, *more):
         return "PRESET=small LR=0.1 " + " ".join([f"N_LAYER={layers}", *more])
@@ -266,13 +309,15 @@ def test_only_one_setting_of_what_does_not_vary_is_compared(folder):
 
 
 def test_what_makes_no_other_run_is_what_the_trainer_says():
-    assert {name.lower() for name in split_results.UNTRAINED} == {*train_gpt.UNTRAINED, "seed"} - {
-        *train_gpt.LABELS
-    }
+    assert {name.lower() for name in split_results.untrained()} == {
+        *Config.NOT_HASHED,
+        "seed",
+    } - {*Config.LABELS}
 
 
 def test_curves_of_live_and_of_resumed_runs(folder):
-    """Half a line is not read, of a step that was run twice the later line holds, numbers come back to the last bit."""
+    """Half a line is not read, of a step that was run twice the later line holds, numbers come back
+    to the last bit."""
     curve(
         folder,
         "n11new",

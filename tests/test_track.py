@@ -1,4 +1,5 @@
-"""scripts/track.py: trackers get every value of a curve once, live or afterwards, and none can harm another."""
+"""scripts/track.py: trackers get every value of a curve once, live or afterwards, and none can harm
+another."""
 
 import contextlib
 import hashlib
@@ -16,11 +17,11 @@ import pytest
 from conftest import launch
 from filelock import FileLock
 
+import track
 from harness.contract import CURVE
 from harness.files import write_whole
 from harness.settings import ROOT
 import train_gpt
-from scripts import track
 
 HEAD = "step,tokens,epoch,train_loss,val_loss,lr,grad_norm,train_time,tokens_per_sec,data_wait"
 ROWS = [
@@ -51,7 +52,8 @@ def leave(tmp_path, rows=ROWS, head=HEAD, summary=ENDED):
 
 @contextlib.contextmanager
 def tracking(tmp_path, *args, to="tensorboard", env=None):
-    """The script as a process of its own, in which neither torch nor the trainer can be imported."""
+    """The script as a process of its own, in which neither torch nor the trainer can be
+    imported."""
     for name in "torch", "train_gpt":
         (tmp_path / f"fakes/{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"fakes/{name}.py").write_text("raise SystemExit('slow to import')\n")
@@ -203,7 +205,8 @@ def test_a_live_run_arrives_once_and_the_follower_ends_with_it(tmp_path):
 
 
 def test_of_a_resumed_run_no_value_comes_twice(tmp_path):
-    """Neither within a follower nor from one to the next; a value that is new at an old step does come."""
+    """Neither within a follower nor from one to the next; a value that is new at an old step does
+    come."""
     leave(tmp_path, summary=RUNNING)
     again = [*ROWS[:1], "1,64,0.125,7.25,7.125,0.01,3.5,0.5,64.0,0.25"]
     with tracking(tmp_path, *FAST, "5") as process:
@@ -253,7 +256,8 @@ def test_a_signal_ends_the_follower_in_good_order(tmp_path, number):
 
 
 def wandb_records(path):
-    """Of a .wandb file: chunks in blocks of 32 KiB, as in LevelDB's log, each with checksum, size and kind."""
+    """Of a .wandb file: chunks in blocks of 32 KiB, as in LevelDB's log, each with checksum, size
+    and kind."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record = path.read_bytes(), 7, b""
@@ -379,7 +383,10 @@ def test_a_broken_tracker_costs_no_other_its_data(tmp_path, module, code, says):
     (tmp_path / "fakes").mkdir()
     (tmp_path / "fakes/wandb.py").write_text(module)
     found = tracked(tmp_path, "--patience", "0.8", to="wandb,tensorboard")
-    command = "once that is mended, python scripts/track.py toy --to wandb --log-dir logs sends what it lacks"
+    command = (
+        "once that is mended, python scripts/track.py toy --to wandb --log-dir logs sends what it "
+        "lacks"
+    )
     assert found == (
         code,
         "toy (ok): tensorboard has it up to step 2\n",

@@ -1,191 +1,261 @@
-"""Checkpoints: saved by all ranks from copies, restored on any number of ranks, verified by hashes."""
+"""Checkpoints: written by all ranks from copies, verified by hashes, for any number of ranks."""
 
-import concurrent.futures, itertools, json, os, re, shutil, time, traceback
+import concurrent.futures
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+import traceback
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from harness.contract import ConfigError
 from harness.files import sha256sum, sync, write_whole
+from harness.ranks import Ranks
+from harness.settings import Settings
 
 MAX_FAILED_SAVES = 3  # in a row
+SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint; a slower one is written meanwhile
+VERSION = 2  # of what a checkpoint holds; one of another version is refused
+
+# What a checkpoint holds of a run, by key: (tensor, kind). Every rank has the same "copy"; "own" is
+# held by one rank alone; each rank holds its "slice" of a flat tensor, one after another.
+Held = dict[str, tuple[Tensor, str]]
 
 
-SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint to be written; a slower one is written while it goes on
-
-
-def defect(folder):
+def defect(folder: Path) -> str:
     """What is wrong with a checkpoint; "" where every file is what its list of hashes says."""
     try:
         lines = (folder / "SHA256SUMS").read_bytes().decode().splitlines(keepends=True)
-        wrong = [line[66:-1] for line in lines if line != sha256sum(folder / line[66:-1])]
-        if folder.is_symlink() or not {".metadata", "run.json"} <= {line[66:-1] for line in lines}:
-            wrong.append("SHA256SUMS")
-        return f"{wrong[0]} is not what was written there" if wrong else ""
+        names = [line[66:-1] for line in lines]
+        for name, line in zip(names, lines):
+            if line != sha256sum(folder / name):
+                return f"{name} is not what was written there"
+        if folder.is_symlink() or not {".metadata", "run.json"} <= set(names):
+            return "SHA256SUMS is not what was written there"
+        return ""
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
 
 
-def step_folders(folder):
-    """The checkpoints of a run, {step: path} from old to new; whatever else lies there is not ours."""
-    found = [
-        path
-        for path in folder.glob("step_*")
-        if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()
-    ]
-    return dict(sorted((int(path.name[5:]), path) for path in found))
+def step_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run, {step: path} from old to new; what else is there is not ours."""
+    checkpoints = {}
+    for path in folder.glob("step_*"):
+        if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir():
+            checkpoints[int(path.name.removeprefix("step_"))] = path
+    return dict(sorted(checkpoints.items()))
 
 
-def set_aside(path, why):
+def set_aside(path: Path, why: str) -> None:
     """Renames a checkpoint that must not be resumed but is not ours to delete."""
-    names = (path.with_name(f"{path.name}.{why}{i or ''}") for i in itertools.count())
-    path.rename(next(name for name in names if not name.exists()))
+    for i in itertools.count():
+        name = path.with_name(f"{path.name}.{why}{i or ''}")
+        if not name.exists():
+            path.rename(name)
+            return
 
 
-def find_checkpoint(cfg, folder, restarted, warnings):
-    """The checkpoint that a run of cfg goes on from, or None. Damaged ones are set aside. Raises ConfigError."""
-    for path in (
-        reversed(step_folders(folder).values()) if restarted or cfg.resume == "auto" else ()
-    ):
-        if not (problem := defect(path)):
+def find_checkpoint(cfg: Settings, folder: Path, warnings: list[str]) -> Path | None:
+    """The checkpoint that a run goes on from, or None. Raises ConfigError.
+
+    With RESUME=auto damaged ones are set aside, each with a sentence added to `warnings`.
+    """
+    if cfg.resume == "none":
+        return None
+    if cfg.resume != "auto":
+        return named_checkpoint(cfg)
+    for path in reversed(step_folders(folder).values()):
+        problem = defect(path)
+        if not problem:
             return path
         warnings.append(f"{path} is set aside: {problem}")
         set_aside(path, "corrupt")
-    if cfg.resume in ("none", "auto"):
-        return None
-    path = Path(cfg.resume)
-    inside = Path(cfg.log_dir).resolve() in path.resolve().parents
-    there = [*step_folders(path.parent).values(), *step_folders(path).values()] if inside else []
-    outside = f"lies outside LOG_DIR={cfg.log_dir}; INIT_FROM takes weights from elsewhere, as safetensors"
-    if problem := defect(path) if path in there else "is no checkpoint" if inside else outside:
-        raise ConfigError(
-            f"RESUME={path}: {problem}; choose auto, none or one of "
-            f"{', '.join(map(str, there)) or f'{cfg.log_dir}/<run_id>/step_<number>'}"
+    return None
+
+
+def named_checkpoint(cfg: Settings) -> Path:
+    """The checkpoint that RESUME names. Raises ConfigError where it is none that can be trusted."""
+    path, log_dir = Path(cfg.resume), cfg.log_dir
+    there = []
+    if Path(log_dir).resolve() in path.resolve().parents:
+        there = [*step_folders(path.parent).values(), *step_folders(path).values()]
+        problem = defect(path) if path in there else "is no checkpoint"
+    else:
+        problem = (
+            f"lies outside LOG_DIR={log_dir}; INIT_FROM takes weights from elsewhere, as "
+            "safetensors"
         )
+    if problem:
+        choices = ", ".join(map(str, there)) or f"{log_dir}/<run_id>/step_<number>"
+        raise ConfigError(f"RESUME={path}: {problem}; choose auto, none or one of {choices}")
     return path
 
 
-def changed_settings(saved, cfg, facts):
-    """[] or a sentence on what differs from a checkpoint's run.json. Raises ConfigError where it is another run."""
-    past = type(cfg)(
-        **{name: value for name, value in saved["config"].items() if name in vars(cfg)}
-    )
-    before, now = vars(past) | saved, vars(cfg) | facts
-    changed = {
-        name: f"{name.upper()} {before[name]} -> {now[name]}"
-        for name in (*vars(cfg), "world_size", "data_fingerprint")
-        if before[name] != now[name]
-    }
-    same_past = all(past.scheduled(step) == cfg.scheduled(step) for step in range(saved["step"]))
-    harmless = {*cfg.resumable(), "world_size", *cfg.SCHEDULED * same_past}
-    if refused := [text for name, text in changed.items() if name not in harmless]:
+def check_version(saved: dict) -> None:
+    """Raises ConfigError for a checkpoint that holds other things than those of today."""
+    if saved.get("version") != VERSION:
         raise ConfigError(
-            f"RUN_ID={past.run_id} came to step {saved['step']} with other settings or learning rates: "
-            f"{', '.join(refused)}; set them back, or start anew, with INIT_FROM for its final weights"
+            f"RESUME: the checkpoint at step {saved['step']} is of an earlier version of the "
+            "trainer; go on with that version, or start anew, with INIT_FROM for the weights of a "
+            "finished run"
         )
-    told = [text for name, text in changed.items() if name not in cfg.LABELS]
-    return [f"goes on with other settings: {', '.join(told)}"] * bool(told)
 
 
-def tally(ranks):
-    """{key: [dtype, numbers, sum of bits]} of all ranks: slices add up, copies must be equal, else a RuntimeError."""
+def changed_settings(saved: dict, cfg: Settings, plan: dict[str, Any]) -> list[str]:
+    """[] or a sentence on what differs from a checkpoint's run.json.
+
+    Raises ConfigError where that is another run, or of another version of the trainer.
+    """
+    check_version(saved)
+    past = type(cfg)(**{name: v for name, v in saved["config"].items() if name in vars(cfg)})
+    old, new = vars(past) | saved, vars(cfg) | plan
+    changed = {}
+    for name in (*vars(cfg), "world_size", "data_fingerprint"):
+        if old[name] != new[name]:
+            changed[name] = f"{name.upper()} {old[name]} -> {new[name]}"
+
+    harmless = {*cfg.resumable(), "world_size"}
+    if all(past.scheduled(step) == cfg.scheduled(step) for step in range(saved["step"])):
+        harmless |= {*cfg.SCHEDULED}
+    refused = [text for name, text in changed.items() if name not in harmless]
+    if refused:
+        raise ConfigError(
+            f"RUN_ID={past.run_id} came to step {saved['step']} with other settings or learning "
+            f"rates: {', '.join(refused)}; set them back, or start anew, with INIT_FROM for its "
+            "final weights"
+        )
+    worth_a_word = [text for name, text in changed.items() if name not in cfg.LABELS]
+    return [f"goes on with other settings: {', '.join(worth_a_word)}"] if worth_a_word else []
+
+
+def describe(tensors: Held) -> dict[str, list]:
+    """{key: [kind, dtype, numbers, sum of bits]}."""
+    described = {}
+    for key, (tensor, kind) in tensors.items():
+        bits = tensor.reshape(-1).view(torch.int32).sum().item()
+        described[key] = [kind, str(tensor.dtype), tensor.numel(), bits]
+    return described
+
+
+def tally(ranks: Iterable[dict[str, list]]) -> dict[str, list]:
+    """{key: [dtype, numbers, sum of bits]} of all ranks: slices add up, copies must be equal.
+
+    Raises RuntimeError where they are not.
+    """
     total = {}
-    for rank, held in enumerate(ranks):
-        for key, (kind, *described) in held.items():
+    for rank, described in enumerate(ranks):
+        for key, (kind, dtype, numbers, bits) in described.items():
             if kind == "slice" and key in total:
-                described[1:] = [a + b for a, b in zip(described[1:], total[key][1:])]
-            elif total.get(key, described) != described:
+                _, numbers_before, bits_before = total[key]
+                numbers, bits = numbers + numbers_before, bits + bits_before
+            elif total.get(key, [dtype, numbers, bits]) != [dtype, numbers, bits]:
                 raise RuntimeError(
-                    f"the ranks have come apart: {key} of rank {rank} is not that of ranks before it"
+                    f"the ranks have come apart: {key} of rank {rank} is not that of ranks "
+                    "before it"
                 )
-            total[key] = described
+            total[key] = [dtype, numbers, bits]
     return total
 
 
-def cpu_copy(tensors, buffers, mesh):
-    """{key: (tensor, kind)} copied into CPU buffers, kept for the next time, and {key: tensor}, slices as DTensor."""
+def cpu_copy(
+    tensors: Held, buffers: dict[str, Tensor], mesh: Any
+) -> tuple[Held, dict[str, Tensor]]:
+    """Copies in CPU buffers, kept for the next time, and {key: copy} with slices as DTensor."""
     from torch.distributed.tensor import DTensor, Shard
 
-    for key, (tensor, _) in tensors.items():
-        buffers[key] = buffers[key] if key in buffers else torch.empty_like(tensor, device="cpu")
-        buffers[key].copy_(tensor)
-    held = {key: (buffers[key], kind) for key, (_, kind) in tensors.items()}
-    return held, {
-        key: DTensor.from_local(copy, mesh, [Shard(0)]) if kind == "slice" else copy
-        for key, (copy, kind) in held.items()
-    }
+    copies, to_write = {}, {}
+    for key, (tensor, kind) in tensors.items():
+        if key not in buffers:
+            buffers[key] = torch.empty_like(tensor, device="cpu")
+        copy = buffers[key].copy_(tensor)
+        copies[key] = (copy, kind)
+        to_write[key] = DTensor.from_local(copy, mesh, [Shard(0)]) if kind == "slice" else copy
+    return copies, to_write
 
 
 class Checkpoints:
-    """Saves State, each rank its share, in a thread and from copies, and restores it on any number of ranks."""
+    """Saves named tensors, each rank its share, in a thread and from copies, and restores them."""
 
-    def __init__(self, cfg, ranks, records):
-        self.cfg, self.rank, self.world, self.records = cfg, ranks.rank, ranks.world_size, records
-        self.group = dist.new_group(
-            backend="gloo"
-        )  # its own: the thread must not meet the collectives of the loop
+    def __init__(self, cfg: Settings, ranks: Ranks, records: Any):
+        self.cfg = cfg
+        self.rank, self.world = ranks.rank, ranks.world_size
+        self.records = records
+        self.group = dist.new_group(backend="gloo")  # its own: the thread must not meet the loop's
         self.mesh = dist.init_device_mesh("cpu", (self.world,))
-        self.pool, self.pending, self.buffers = concurrent.futures.ThreadPoolExecutor(1), None, {}
-        self.step, self.failures = -1, 0  # the last step saved or loaded; failed saves in a row
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending = None  # the save under way
+        self.buffers = {}
+        self.step = -1  # the last one saved or loaded
+        self.failures = 0  # in a row
 
-    def gather(self, tensors):
-        """The tally of {key: (tensor, kind)} over the ranks."""
-        held = {
-            key: (
-                kind,
-                str(tensor.dtype),
-                tensor.numel(),
-                tensor.reshape(-1).view(torch.int32).sum().item(),
-            )
-            for key, (tensor, kind) in tensors.items()
-        }
-        dist.all_gather_object(ranks := [None] * self.world, held, self.group)
+    def gather(self, tensors: Held) -> dict[str, list]:
+        """The tally of tensors over the ranks."""
+        ranks = [None] * self.world
+        dist.all_gather_object(ranks, describe(tensors), self.group)
         return tally(ranks)
 
-    def save(self, state, facts):
-        """Writes what a run needs to go on from here, and `facts` (JSON); after SAVE_STALL the loop goes on anyway."""
+    def part_of_rank(self, tensors: Held) -> Held:
+        """What this rank writes: what it alone has, and copies in turn with the other ranks."""
+        mine, n_copies = {}, 0
+        for key, (tensor, kind) in tensors.items():
+            writer = self.rank
+            if kind == "copy":
+                writer = n_copies % self.world
+                n_copies += 1
+            if writer == self.rank:
+                mine[key] = (tensor, kind)
+        return mine
+
+    def save(self, step: int, tensors: Held, extra: dict[str, Any]) -> None:
+        """Writes what a run needs to go on from `step`, and `extra`, which JSON can hold.
+
+        Returns when that is done, or after SAVE_STALL.
+        """
         self.wait()
-        if state.step == self.step:
+        if step == self.step:
             return
-        tensors, turns = state.tensors(), itertools.cycle(range(self.world))
         if self.world > 1:
             self.gather({key: held for key, held in tensors.items() if held[1] == "copy"})
-        mine = {
-            key: held
-            for key, held in tensors.items()
-            if held[1] != "copy" or next(turns) == self.rank
+        copies, to_write = cpu_copy(self.part_of_rank(tensors), self.buffers, self.mesh)
+        summary = self.records.summary
+        about = {
+            "version": VERSION,
+            "step": step,
+            "config": vars(self.cfg) | {"run_id": summary["run_id"]},
+            "world_size": summary.get("world_size"),
+            "data_fingerprint": summary.get("data_fingerprint"),
+            **extra,
         }
-        held, copies = cpu_copy(mine, self.buffers, self.mesh)
-        facts |= {
-            "step": state.step,
-            "config": vars(self.cfg) | {"run_id": self.records.folder.name},
-            **{name: self.records.summary.get(name) for name in ("world_size", "data_fingerprint")},
-        }
-        facts = json.loads(json.dumps(facts))  # the loop goes on to change some of it
-        self.step, self.pending = state.step, self.pool.submit(self.write, copies, held, facts)
+        about = json.loads(json.dumps(about))  # the loop goes on to change some of it
+        self.step = step
+        self.pending = self.pool.submit(self.write, to_write, copies, about)
         concurrent.futures.wait([self.pending], SAVE_STALL)
 
-    def write(self, copies, held, facts):
-        """Writes and publishes one checkpoint; returns what went wrong, the same on every rank, or ""."""
+    def write(self, to_write: dict[str, Tensor], copies: Held, about: dict[str, Any]) -> str:
+        """Writes and publishes one checkpoint; returns what went wrong, on any rank, or ""."""
         import torch.distributed.checkpoint as dcp
 
-        began, problem, final = (
-            time.perf_counter(),
-            [""],
-            self.records.folder / f"step_{facts['step']:06d}",
-        )
+        began = time.perf_counter()
+        problem = [""]
+        final = self.records.files.folder / f"step_{about['step']:06d}"
         temporary = final.with_name(f".tmp_{final.name}")
         try:
-            facts["entries"] = self.gather(held)
+            about["entries"] = self.gather(copies)
             dcp.save(
-                copies, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group
+                to_write, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group
             )
             if self.rank == 0:
-                self.publish(temporary, final, facts)
-                self.records.print(
-                    f"checkpoint:{final} write_time:{time.perf_counter() - began:.2f}s"
-                )
+                self.publish(temporary, final, about)
+                seconds = time.perf_counter() - began
+                self.records.print(f"checkpoint:{final} write_time:{seconds:.2f}s")
         except (
             Exception,
             dcp.CheckpointException,
@@ -193,17 +263,17 @@ class Checkpoints:
             problem = [traceback.format_exception_only(error)[-1].strip().splitlines()[-1]]
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-                self.records.print(f"warning: no checkpoint at step {facts['step']}: {problem[0]}")
+                self.records.print(f"warning: no checkpoint at step {about['step']}: {problem[0]}")
         dist.broadcast_object_list(problem, group=self.group)
         return problem[0]
 
-    def publish(self, temporary, final, facts):
-        """Lists the hashes of all files, brings everything to the disk, gives the folder its name, and prunes."""
+    def publish(self, temporary: Path, final: Path, about: dict[str, Any]) -> None:
+        """Lists the hashes of all files, brings all to the disk, names the folder, and prunes."""
         if len([*temporary.glob("*.distcp")]) < self.world:
             raise OSError(
                 "files of some ranks are not there: LOG_DIR has to be one folder for all machines"
             )
-        write_whole(temporary / "run.json", json.dumps(facts))
+        write_whole(temporary / "run.json", json.dumps(about))
         write_whole(temporary / "SHA256SUMS", "".join(map(sha256sum, sorted(temporary.iterdir()))))
         sync(temporary)
         os.replace(temporary, final)
@@ -214,42 +284,56 @@ class Checkpoints:
             except OSError as error:
                 self.records.print(f"warning: {path} stays: {error}")
 
-    def wait(self, last=False):
-        """Until the save under way is done. Raises OSError where too many have failed in a row, or the last one has."""
-        if self.pending:
-            problem, self.pending = self.pending.result(), None
-            self.step, self.failures = (-1, self.failures + 1) if problem else (self.step, 0)
-            if problem and (last or self.failures == MAX_FAILED_SAVES):
-                raise OSError(
-                    f"{'the last checkpoint' if last else f'{self.failures} checkpoints in a row'} could not "
-                    f"be written: {problem}; make room, and RESUME=auto goes on from the one before"
-                )
+    def wait(self, last: bool = False) -> None:
+        """Until the save under way is done. Raises OSError after too many failed ones in a row.
 
-    def load(self, state, path):
-        """Restores State; returns the facts saved with it. Raises ConfigError, RuntimeError where a tensor is wrong."""
+        Where it is the last of a run, one is too many.
+        """
+        if not self.pending:
+            return
+        problem, self.pending = self.pending.result(), None
+        if not problem:
+            self.failures = 0
+            return
+        self.step = -1
+        self.failures += 1
+        if last or self.failures == MAX_FAILED_SAVES:
+            which = "the last checkpoint" if last else f"{self.failures} checkpoints in a row"
+            raise OSError(
+                f"{which} could not be written: {problem}; make room, and RESUME=auto goes on from "
+                "the one before"
+            )
+
+    def load(self, tensors: Held, path: Path) -> dict[str, Any]:
+        """Fills the tensors; returns what was saved with them.
+
+        Raises ConfigError for other names or shapes, RuntimeError where a tensor came back wrong.
+        """
         import torch.distributed.checkpoint as dcp
 
-        tensors, facts = state.tensors(), json.loads((path / "run.json").read_text())
-        held, copies = cpu_copy(tensors, {}, self.mesh)
+        about = json.loads((path / "run.json").read_text())
+        copies, to_read = cpu_copy(tensors, {}, self.mesh)
         try:
-            dcp.load(copies, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
+            dcp.load(to_read, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
         except dcp.CheckpointException as error:
             raise ConfigError(f"RESUME: {path} does not fit this train_gpt.py: {error}") from None
         for key, (tensor, _) in tensors.items():
-            tensor.copy_(held[key][0])
-        found, saved = self.gather(tensors), facts["entries"]
-        if wrong := [key for key in {**found, **saved} if found.get(key) != saved.get(key)]:
-            raise RuntimeError(f"{path}: {wrong[0]} did not come back as it was saved")
-        state.step = facts["step"]
-        self.step = state.step if path.parent.resolve() == self.records.folder.resolve() else -1
-        return facts
+            tensor.copy_(copies[key][0])
+        loaded, saved = self.gather(tensors), about["entries"]
+        for key in {**loaded, **saved}:
+            if loaded.get(key) != saved.get(key):
+                raise RuntimeError(f"{path}: {key} did not come back as it was saved")
+        own = path.parent.resolve() == self.records.files.folder.resolve()
+        self.step = about["step"] if own else -1  # another run's is saved as this one's too
+        return about
 
 
-def export_weights(model, cfg, folder):
+def export_weights(weights: Mapping[str, Tensor], cfg: Settings, folder: Path) -> None:
     """Writes model.safetensors, config.json and, where the dataset has one, tokenizer.json."""
     from safetensors.torch import save
 
-    write_whole(folder / "model.safetensors", save(model.state_dict(), {"format": "pt"}))
+    write_whole(folder / "model.safetensors", save(dict(weights), {"format": "pt"}))
     write_whole(folder / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
-    if (tokenizer := Path(cfg.input_bin).parent / "tokenizer.json").is_file():
+    tokenizer = Path(cfg.input_bin).parent / "tokenizer.json"
+    if tokenizer.is_file():
         write_whole(folder / "tokenizer.json", tokenizer.read_bytes())

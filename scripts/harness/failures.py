@@ -1,95 +1,109 @@
-"""How a run ends that went wrong."""
+"""How a run ends that went wrong: what the terminal and its records say of it."""
 
-import contextlib, json, re, sys, time, traceback
-from pathlib import Path
+import contextlib
+import json
+import platform
+import re
+import sys
+import time
+import traceback
+from collections.abc import Mapping
 
 import torch
 
 from harness.contract import EXIT_CODES, RUN_ID_PATTERN, ConfigError
-from harness.files import write_whole
+from harness.files import RunFiles, write_whole
 from harness.meter import peak_memory
 from harness.provenance import new_run_id, utc_now
-from harness.records import update_results
-from harness.settings import redact
-import platform
+from harness.ranks import Ranks
+from harness.records import Records, update_results
+from harness.settings import Settings, redact
 
 
-def record_failure(records, status, reason, trace):
-    """Ends the records of a run that went wrong. The rank that fails first says why, for the others fail of it."""
-    first = records.folder / "error.txt"
+def status_of(error: BaseException) -> str:
+    """The status that a run of this error ends with: a key of EXIT_CODES."""
+    if getattr(error, "status", None) in EXIT_CODES:
+        return error.status
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if out_of_memory or "can't allocate memory" in str(error):
+        return "oom"
+    return "stopped" if isinstance(error, KeyboardInterrupt) else "crash"
+
+
+def report_failure(
+    error: BaseException,
+    cls: type[Settings],
+    ranks: Ranks,
+    records: Records | None,
+    env: Mapping[str, str],
+) -> int:
+    """Says why a run ended, on the terminal and in its records; returns the exit code.
+
+    `records` is None where the run has not come so far as to have any.
+    """
+    status, trace = status_of(error), redact(traceback.format_exc(), env)
+    reason = redact(str(error) or "interrupted", env)
+    if status == "oom" and records:
+        peak = peak_memory(ranks.device(records.cfg))
+        reason = f"out of memory, peak {peak:.2f} GiB; {records.cfg.advice(status)}"
+    if status == "crash":
+        reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
+        if records and "imed out" in reason:
+            reason += f"; {records.files.folder}/stacks_rank*.txt say where"
+        print(trace, file=sys.stderr)
+    elif ranks.local_rank == 0 or (records and status in ("data", "oom")):
+        print(f"{status}: {reason}", file=sys.stderr)  # other ranks would say the same
+
+    live = records is not None and records.live
+    dry_run = env.get("DRY_RUN", "0") not in ("", "0")
+    if live:
+        status = record_failure(records, status, reason, trace)
+    elif ranks.rank == 0 and status in ("config", "data") and not dry_run:
+        record_refusal(error, cls, env)
+    if ranks.rank and not live:
+        time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
+    return EXIT_CODES[status]
+
+
+def record_failure(records: Records, status: str, reason: str, trace: str) -> str:
+    """Ends the records of a run; returns the status that they have.
+
+    The rank that fails first says why, for the others fail of it.
+    """
+    first = records.files.error
     with contextlib.suppress(OSError, ValueError):  # no disk, no record; the terminal has it
         if not first.exists():
             write_whole(first, f"{status}: {reason}\nrank {records.rank}, {utc_now()}\n{trace}")
         if records.rank:
             time.sleep(1)  # rank 0 knows more
-            records.summary = json.loads(records.json.read_text())
-            if records.summary["status"] == "running":  # rank 0 has not lived to say it
+            records.summary = json.loads(records.files.json.read_text())
+            # Rank 0 has not lived to say it.
+            if records.summary["status"] == "running":
                 records.summary |= {"status": status, "error": reason}
                 records.save()
         status, _, reason = first.read_text().splitlines()[0].partition(": ")
     if records.rank == 0:
-        records.append(records.log, trace)
+        records.append(records.files.log, trace)
         records.close(status, error=reason)
     return status
 
 
-def refuse(env, error, cls):
+def record_refusal(error: BaseException, cls: type[Settings], env: Mapping[str, str]) -> None:
     """Leaves a summary and a row for a run that did not start, with what is known of it."""
-    labels = "run_id", "stage", "variant", "preset", "note", "log_dir", "results_csv"
+    labels = ("run_id", "stage", "variant", "preset", "note", "log_dir", "results_csv")
     row = {name: redact(env.get(name.upper()) or getattr(cls, name), env) for name in labels}
+    if not re.fullmatch(RUN_ID_PATTERN, row["run_id"]):
+        row["run_id"] = new_run_id("refused")
     row |= {
         "status": error.status,
         "error": redact(str(error), env),
         "started": utc_now(),
         "host": platform.node(),
     }
-    row["run_id"] = (
-        row["run_id"] if re.fullmatch(RUN_ID_PATTERN, row["run_id"]) else new_run_id("refused")
-    )
-    summary = Path(row["log_dir"]) / f"{row['run_id']}.json"
+    summary = RunFiles(row["log_dir"], row["run_id"]).json
     with contextlib.suppress(
         OSError, ConfigError
     ):  # where nothing can be written, the terminal has to do
         if not summary.exists():  # no finished run is touched
             write_whole(summary, json.dumps(row, indent=1) + "\n")
             update_results(row["results_csv"], [row])
-
-
-def report(error, ranks, records, env, store, cls):
-    """Says why a run ended, on the terminal and in its records; returns the exit code."""
-    full = isinstance(
-        error, (torch.OutOfMemoryError, MemoryError)
-    ) or "can't allocate memory" in str(error)
-    status = getattr(
-        error,
-        "status",
-        "oom" if full else "stopped" if isinstance(error, KeyboardInterrupt) else "crash",
-    )
-    reason, trace = redact(str(error) or "interrupted", env), redact(traceback.format_exc(), env)
-    if full and records:
-        reason = (
-            f"out of memory, peak {peak_memory(ranks.device(records.cfg)):.2f} GiB; lower DEVICE_BATCH_SIZE="
-            f"{records.cfg.device_batch_size}, which leaves the result as it is, or SEQUENCE_LENGTH, or N_LAYER"
-        )
-    if status == "crash":
-        reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
-        reason += (
-            f"; {records.folder}/stacks_rank*.txt say where"
-            if records and "imed out" in reason
-            else ""
-        )
-        print(trace, file=sys.stderr)
-    elif (
-        ranks.local_rank == 0 or records and status in ("data", "oom")
-    ):  # others would say the same
-        print(f"{status}: {reason}", file=sys.stderr)
-    if records and records.live:
-        status = record_failure(records, status, reason, trace)
-    elif ranks.rank == 0 and status in ("config", "data") and env.get("DRY_RUN", "0") in ("", "0"):
-        refuse(env, error, cls)
-    if EXIT_CODES[status] > 1 and store:
-        with contextlib.suppress(RuntimeError):  # the launcher may be gone
-            store.set("train_gpt/exit", str(EXIT_CODES[status]))
-    if ranks.rank and not (records and records.live):
-        time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
-    return EXIT_CODES[status]

@@ -1,69 +1,83 @@
-"""The ranks of a run: who they are, how they meet and agree."""
+"""The ranks of a run: which one this process is, how they meet, and how they agree."""
 
-import contextlib, ctypes, os, signal
-from collections import namedtuple
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 
 from harness.contract import ConfigError
 from harness.provenance import new_run_id
+from harness.settings import Settings
 
 FIRST_STEP_TIMEOUT = 1800  # seconds: joining, compiling and reading may take so long
 
 
-class Ranks(
-    namedtuple("Ranks", "rank local_rank world_size local_world_size", defaults=(0, 0, 1, 1))
-):
+class Ranks(NamedTuple):
     """Where this process stands among those that torchrun started; alone without torchrun."""
 
-    @classmethod
-    def from_env(cls, env):
-        return cls(**{name: int(env[name.upper()]) for name in cls._fields if name.upper() in env})
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
 
-    def device(self, cfg):
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Self:
+        """From the variables that torchrun sets."""
+        return cls(**{n: int(env[n.upper()]) for n in cls._fields if n.upper() in env})
+
+    def device(self, cfg: Settings) -> torch.device:
+        """The device of this rank."""
         return (
             torch.device("cuda", self.local_rank) if cfg.device == "cuda" else torch.device("cpu")
         )
 
 
-def setup(cfg, ranks, env, store=None):
-    """Joins the ranks in a process group, of one without torchrun, and agrees on the run's id, which is returned."""
+def setup(cfg: Settings, ranks: Ranks, env: Mapping[str, str]) -> str:
+    """Joins the ranks in a process group, of one without torchrun; returns the run's id.
+
+    Raises ConfigError for ranks that torchrun has started again.
+    """
+    if env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise ConfigError(
+            "torchrun's --max-restarts: a restarted rank may look for one that is gone; "
+            "MAX_RESTARTS=3 bash scripts/run_8xh100.sh starts all ranks again"
+        )
     if cfg.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if cfg.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
-    with contextlib.suppress(OSError, AttributeError):  # another system or C library
-        libc, parent_death_signal, trim_threshold, mmap_max = ctypes.CDLL("libc.so.6"), 1, -1, -4
-        if store:  # where the launcher is killed, its ranks are to save and end
-            libc.prctl(parent_death_signal, signal.SIGTERM)
-        if (
-            cfg.device == "cpu"
-        ):  # keep what is freed for the next step: large tensors' pages anew take a tenth of it
-            libc.mallopt(mmap_max, 0)
-            libc.mallopt(trim_threshold, 2**31 - 1)
-    meeting = None if "MASTER_ADDR" in env else dist.HashStore()
-    if (
-        store and ranks.local_world_size == ranks.world_size
-    ):  # it still has the addresses of ranks that have died
-        meeting = dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    tune_process(launched="TORCHELASTIC_RUN_ID" in env, keep_memory=cfg.device == "cpu")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo",
-        store=meeting,
+        store=None if "MASTER_ADDR" in env else dist.HashStore(),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=FIRST_STEP_TIMEOUT),
     )
-    run_id = cfg.run_id or new_run_id(cfg.preset)  # unless the store has one from before a restart
-    return agree(
-        lambda: store.compare_set("train_gpt/run_id", "", run_id).decode() if store else run_id
-    )
+    return from_rank0(lambda: cfg.run_id or new_run_id(cfg.preset))
 
 
-def agree(work):
-    """Runs work on every rank and returns what it returned on rank 0, whose ConfigError is raised by all."""
+def tune_process(launched: bool, keep_memory: bool) -> None:
+    """Ends a launched rank in good order with its launcher; keeps freed memory for later."""
+    with contextlib.suppress(OSError, AttributeError):  # another system or C library
+        libc = ctypes.CDLL("libc.so.6")
+        parent_death_signal, trim_threshold, mmap_max = 1, -1, -4
+        if launched:
+            libc.prctl(parent_death_signal, signal.SIGTERM)
+        if keep_memory:  # large tensors' pages anew each step take a tenth of it
+            libc.mallopt(mmap_max, 0)
+            libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def from_rank0(work: Callable[[], Any]) -> Any:
+    """Runs work on every rank, returns what rank 0 got; its ConfigError is raised by all."""
     try:
         outcome = [work()]
     except ConfigError as error:

@@ -1,159 +1,152 @@
-"""What a run leaves: log, curve, summary, row."""
+"""What a run leaves: log, curve, summary, and a row in the table of results."""
 
-import contextlib, csv, dataclasses, hashlib, io, json, math, os, platform, re, shutil, subprocess, sys
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from harness.checkpoints import changed_settings, find_checkpoint, set_aside, step_folders
-from harness.contract import CURVE, ConfigError
-from harness.files import write_whole
+from harness.contract import ConfigError, renamed
+from harness.files import RunFiles, write_whole
 from harness.provenance import git_state, machine_text, utc_now
-from harness.settings import ROOT, redact
-
-
-def update_results(path, rows):
-    """Merges rows into the results table, one per run_id, under a lock: columns are united. Raises ConfigError."""
-    path = Path(path).resolve()  # a link stays one
-    try:
-        with FileLock(f"{path}.lock"):  # which makes the folder
-            old = path.read_bytes().decode() if path.exists() else ""
-            table = {row["run_id"]: row for row in csv.DictReader(io.StringIO(old, newline=""))}
-            for row in rows:
-                cells = {
-                    name: int(value) if isinstance(value, bool) else value
-                    for name, value in row.items()
-                }
-                table[row["run_id"]] = table.get(row["run_id"], {}) | cells
-            header, text = {column: column for row in table.values() for column in row}, ""
-            for row in (header, *table.values()):
-                csv.DictWriter(line := io.StringIO(), header).writerow(
-                    row
-                )  # to \r\n: only so does 3.11 quote a \r
-                text += line.getvalue().removesuffix("\r\n") + "\n"
-            if rows:  # without, it is a trial
-                write_whole(path, text)
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(
-            f"RESULTS_CSV={path}: cannot be written as a table with a column run_id ({error!r}); "
-            "name another"
-        ) from None
+from harness.ranks import Ranks
+from harness.settings import ROOT, Settings, redact
+from harness.source import HARNESS, source_hash
 
 
 class Records:
-    """What a run leaves: log, curve, summary, row. Rank 0 writes them; elsewhere no method writes."""
+    """Log, curve, summary and row of one run. Rank 0 writes them; elsewhere no method writes."""
 
-    def __init__(self, cfg, run_id, rank=0, columns=CURVE, source=""):
-        self.cfg, self.rank, self.bar, self.lost, self.live = (
-            cfg,
-            rank,
-            None,
-            "",
-            False,
-        )  # live: the run_id is claimed
-        self.log, self.curve, self.json = (
-            Path(cfg.log_dir) / f"{run_id}.{kind}" for kind in ("txt", "csv", "json")
-        )
-        self.folder = (
-            Path(cfg.log_dir) / run_id
-        )  # checkpoints, the stop file, stacks of ranks that hang
-        self.lock = FileLock(self.folder / "live.lock")
-        self.summary, self.columns = dataclasses.asdict(cfg) | {"run_id": run_id}, columns
-        self.source = source
+    def __init__(self, cfg: Settings, run_id: str, columns: list[str], source: str, ranks: Ranks):
+        self.cfg = cfg
+        self.rank = ranks.rank
+        self.files = RunFiles(cfg.log_dir, run_id)
+        self.columns = columns  # of the curve
+        self.source = source  # text of the program that trains
+        self.summary = dataclasses.asdict(cfg) | {"run_id": run_id}
+        self.lock = FileLock(self.files.lock)
+        self.bar = None
+        self.live = False  # the run_id is claimed
+        self.lost = ""  # the first record that could not be written, and why
 
-    def open(self, facts, warnings, restarted=False):
-        """Claims the run_id, starts or continues its files; returns the checkpoint to resume. Raises ConfigError."""
-        self.summary |= facts
+    def open(self, plan: dict[str, Any], warnings: Iterable[str]) -> Path | None:
+        """Claims the run_id, starts or continues the files; returns the checkpoint to go on from.
+
+        `plan` is what is known of the run before it starts, for the summary. Raises ConfigError.
+        """
+        self.summary |= plan
         if self.rank:
             return None
-        claim(self.folder, self.lock)
+        claim(self.files, self.lock)
         update_results(self.cfg.results_csv, [])  # where it cannot be written, nothing has begun
-        run_id, known, step, warnings = self.folder.name, self.log.exists(), -1, [*warnings]
-        if path := find_checkpoint(self.cfg, self.folder, restarted, warnings):
-            saved = json.loads((path / "run.json").read_text())
-            step, warnings = saved["step"], warnings + changed_settings(saved, self.cfg, facts)
-        goes_on = (
-            restarted
-            or self.cfg.resume == "auto"
-            or path
-            and path.parent.resolve() == self.folder.resolve()
-        )
-        if goes_on and not path and (self.folder / "model.safetensors").exists():
-            raise ConfigError(
-                f"RUN_ID={run_id}: the run has ended and no valid checkpoint is left to go on from; "
-                f"choose another RUN_ID (INIT_FROM={self.folder} starts it with these weights)"
-            )
+
+        warnings = list(warnings)
+        checkpoint, step = find_checkpoint(self.cfg, self.files.folder, warnings), -1
+        if checkpoint:
+            saved = json.loads((checkpoint / "run.json").read_text())
+            step = saved["step"]
+            warnings += changed_settings(saved, self.cfg, plan)
+        known = self.files.log.exists()
+        self.refuse_second_start(known, checkpoint)
+        if known and not checkpoint:
+            warnings.append("no valid checkpoint: starts at step 0")
+
+        for number, later in step_folders(self.files.folder).items():
+            if number > step:
+                set_aside(later, "superseded")
+        self.files.stop.unlink(missing_ok=True)
+        if self.files.error.exists():
+            self.files.error.replace(self.files.folder / "last_error.txt")
+        self.begin_summary(plan)
+        self.begin_files(step)
+
+        head = [f"run_id:{self.files.run_id}", f"changes: {plan['changes'] or 'none'}"]
+        if checkpoint:
+            head.append(f"resumed:{checkpoint}")
+        head += [f"warning: {warning}" for warning in warnings]
+        self.print("\n".join(head))
+        steps = self.cfg.num_iterations
+        self.bar = tqdm(total=steps, initial=max(0, step), unit="step", disable=None)
+        self.start_trackers()
+        return checkpoint
+
+    def refuse_second_start(self, known: bool, checkpoint: Path | None) -> None:
+        """Raises ConfigError where the run_id was used and this start does not go on with it."""
+        run_id, folder = self.files.run_id, self.files.folder
+        own = checkpoint and checkpoint.parent.resolve() == folder.resolve()
+        goes_on = self.cfg.resume == "auto" or own
         if known and not goes_on:
             raise ConfigError(
-                f"RUN_ID={run_id}: {self.log} exists; RESUME=auto goes on with it, or choose another"
+                f"RUN_ID={run_id}: {self.files.log} exists; "
+                "RESUME=auto goes on with it, or choose another"
             )
-        warnings += ["no valid checkpoint: starts at step 0"] * (known and not path)
-        for later in [
-            later for number, later in step_folders(self.folder).items() if number > step
-        ]:
-            set_aside(later, "superseded")
-        old = json.loads(self.json.read_text()) if known and self.json.exists() else {}
-        self.summary = (
-            dict.fromkeys(("run_id", "stage", "variant", "preset"))
-            | {
-                "status": "running",
-                "started": old.get("started", utc_now()),
-                **dict(zip(("git", "dirty"), git_state())),
-                "source_sha": hashlib.sha256(self.source.encode()).hexdigest()[:12],
-                "host": platform.node(),
-                "torch": torch.__version__,
-                "resumes": old.get("resumes", -1) + 1,
-                "error": None,
-            }
-            | facts
-            | self.summary
-        )
-        (self.folder / "stop").unlink(missing_ok=True)
-        if (error := self.folder / "error.txt").exists():
-            error.replace(self.folder / "last_error.txt")
-        log, rule, settings = before(self.log, step), "=" * 100, json.dumps(self.summary, indent=1)
-        head = f"{rule}\n{self.source}\n{rule}\n{machine_text()}\nsettings: {settings}\n{rule}\n"
-        write_whole(self.log, log + head * (self.source not in log))
-        write_whole(self.curve, before(self.curve, step) or ",".join(self.columns) + "\n")
-        self.save()
-        self.given = len(self.summary)
-        self.print(
-            "\n".join(
-                [
-                    f"run_id:{run_id}",
-                    f"changes: {facts['changes'] or 'none'}",
-                    *[f"resumed:{path}"] * bool(path),
-                    *(f"warning: {warning}" for warning in warnings),
-                ]
+        if goes_on and not checkpoint and (folder / "model.safetensors").exists():
+            raise ConfigError(
+                f"RUN_ID={run_id}: the run has ended and no valid checkpoint is left to go on "
+                f"from; choose another RUN_ID (INIT_FROM={folder} starts it with these weights)"
             )
-        )
-        self.bar = tqdm(
-            total=self.summary["num_iterations"], initial=max(0, step), unit="step", disable=None
-        )
-        if (
-            self.cfg.trackers != "none"
-        ):  # in a session of its own: what becomes of it, the run does not notice
-            command = [
-                sys.executable,
-                ROOT / "scripts" / "track.py",
-                run_id,
-                "--follow",
-                "--log-dir",
-                self.cfg.log_dir,
-            ]
-            with contextlib.suppress(OSError), open(self.folder / "track.txt", "a") as out:
-                subprocess.Popen(
-                    [*command, "--to", self.cfg.trackers],
-                    stdout=out,
-                    stderr=out,
-                    start_new_session=True,
-                )
-        return path
 
-    def append(self, path, text):
-        """Adds to a file. A disk that is full costs the record, not the run, which says so at once and at its end."""
+    def begin_summary(self, plan: dict[str, Any]) -> None:
+        """Puts into the summary what is known at the start, names first."""
+        old = {}
+        if self.files.log.exists() and self.files.json.exists():
+            old = json.loads(self.files.json.read_text())
+        commit, dirty = git_state()
+        identity = {name: self.summary[name] for name in ("run_id", "stage", "variant", "preset")}
+        found_here = {
+            "status": "running",
+            "started": old.get("started", utc_now()),
+            "git": commit,
+            "dirty": dirty,
+            "source_sha": source_hash(self.source),
+            "harness_sha": source_hash(HARNESS),
+            "host": platform.node(),
+            "torch": torch.__version__,
+            "resumes": old.get("resumes", -1) + 1,
+            "error": None,
+        }
+        self.summary = identity | found_here | plan | self.summary
+        self.n_given = len(self.summary)  # what comes after these is measured
+
+    def begin_files(self, step: int) -> None:
+        """Log and curve without what will be run again, a head of the log, summary and row."""
+        log = truncate_to_step(self.files.log, step)
+        if self.source not in log or HARNESS not in log:
+            rule, settings = "=" * 100, json.dumps(self.summary, indent=1)
+            texts = (self.source, HARNESS, f"{machine_text()}\nsettings: {settings}")
+            log += rule + "".join(f"\n{text}\n{rule}" for text in texts) + "\n"
+        write_whole(self.files.log, log)
+        curve = truncate_to_step(self.files.curve, step)
+        write_whole(self.files.curve, curve or ",".join(self.columns) + "\n")
+        self.save()
+
+    def start_trackers(self) -> None:
+        """Starts scripts/track.py in a session of its own: what becomes of it, no run notices."""
+        if self.cfg.trackers == "none":
+            return
+        script, log_dir = ROOT / "scripts" / "track.py", self.cfg.log_dir
+        command = [sys.executable, script, self.files.run_id, "--to", self.cfg.trackers]
+        command += ["--follow", "--log-dir", log_dir]
+        with contextlib.suppress(OSError), open(self.files.folder / "track.txt", "a") as out:
+            subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+
+    def append(self, path: Path, text: str) -> None:
+        """Adds to a file. A full disk costs the record, not the run, which says so twice."""
         try:
             with open(path, "a") as file:
                 file.write(text)
@@ -161,93 +154,126 @@ class Records:
             self.lost = self.lost or f"{path} is not whole: {error}"
             print(f"warning: {path}: {error}", file=sys.stderr)
 
-    def print(self, line):
+    def print(self, line: str) -> None:
         """A line to the log and to standard output."""
         if self.rank == 0:
             line = redact(line, os.environ)
-            self.append(self.log, line + "\n")
+            self.append(self.files.log, line + "\n")
             with contextlib.suppress(OSError):  # a reader that has gone away ends no run
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
-    def point(self, values):
+    def point(self, values: dict[str, float]) -> None:
         """A row of the curve; what is not given stays blank."""
-        if self.rank == 0:
-            cells = (repr(values[name]) if name in values else "" for name in self.columns)
-            self.append(self.curve, ",".join(cells) + "\n")
-            if "train_loss" in values:
-                loss, speed = values["train_loss"], values["tokens_per_sec"]
-                self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-                self.bar.update(values["step"] - self.bar.n)
+        if self.rank:
+            return
+        cells = [repr(values[name]) if name in values else "" for name in self.columns]
+        self.append(self.files.curve, ",".join(cells) + "\n")
+        if "train_loss" in values:
+            loss, speed = values["train_loss"], values["tokens_per_sec"]
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.update(values["step"] - self.bar.n)
 
-    def save(self):
-        """Writes summary and row; in both a number that is not finite is a blank, for JSON has none."""
-        summary = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in self.summary.items()
-        }
-        write_whole(self.json, json.dumps(summary, indent=1) + "\n")
-        update_results(self.cfg.results_csv, [summary])
+    def save(self) -> None:
+        """Writes summary and row; a number that is not finite is a blank, for JSON has none."""
+        finite = dict(self.summary)
+        for name, value in self.summary.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                finite[name] = None
+        write_whole(self.files.json, json.dumps(finite, indent=1) + "\n")
+        update_results(self.cfg.results_csv, [finite])
 
-    def close(self, status, **values):
+    def close(self, status: str, **values: Any) -> None:
         """The run's last words: a block of figures and files, the summary, the row."""
         self.summary |= {"status": status, "error": self.lost or None} | values
-        if self.bar is not None:
-            self.bar.close()
-            told = [
-                "status",
-                *list(self.summary)[self.given :],
-                "resumes",
-                "error",
-            ]  # what was measured
-            files = {
-                "log": self.log,
-                "curve": self.curve,
-                "summary": self.json,
-                "row": self.cfg.results_csv,
-            }
-            try:
-                self.save()
-            except (OSError, ConfigError) as error:
-                self.lost = files["row"] = (
-                    f"not written ({error}); mend it, then python scripts/rebuild_results.py"
-                )
-            lines = {
-                key: self.summary[key] for key in told if self.summary.get(key) not in (None, "")
-            } | files
-            lines = {
-                key: f"{value:.6g}" if isinstance(value, float) else value
-                for key, value in lines.items()
-            }
-            self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
+        if self.bar is None:
+            return
+        self.bar.close()
+        row = self.cfg.results_csv
+        try:
+            self.save()
+        except (OSError, ConfigError) as error:
+            row = f"not written ({error}); mend it, then python scripts/rebuild_results.py"
+            self.lost = row
+        measured = ["status", *list(self.summary)[self.n_given :], "resumes", "error"]
+        lines = {
+            key: self.summary[key] for key in measured if self.summary.get(key) not in (None, "")
+        }
+        lines |= {"log": self.files.log, "curve": self.files.curve}
+        lines |= {"summary": self.files.json, "row": row}
+        for key, value in lines.items():
+            lines[key] = f"{value:.6g}" if isinstance(value, float) else value
+        self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
 
 
-def claim(folder, lock):
-    """Makes sure that no other live run has this RUN_ID, and clears away what a killed one left half done."""
+def claim(files: RunFiles, lock: FileLock) -> None:
+    """Makes sure that no other live run has this RUN_ID; clears what a killed one left."""
+    folder = files.folder
     if folder.resolve() != folder.parent.resolve() / folder.name:
         raise ConfigError(f"RUN_ID={folder.name}: {folder} leads out of LOG_DIR; remove that link")
     try:
         lock.acquire(timeout=1)  # makes the folder
     except Timeout:
         raise ConfigError(
-            f"RUN_ID={folder.name} is live; choose another, or end it: touch {folder}/stop"
+            f"RUN_ID={folder.name} is live; choose another, or end it: touch {files.stop}"
         ) from None
     except OSError as error:
         raise ConfigError(
             f"LOG_DIR={folder.parent}: cannot be written ({error}); name another"
         ) from None
     for path in folder.glob(".tmp_*"):
-        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(
-            path, ignore_errors=True
-        )
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def before(path, step):
-    """The whole lines of a log or curve, without those of the steps from `step` on, which will be run again."""
+def truncate_to_step(path: Path, step: int) -> str:
+    """The whole lines of a log or curve, without those of steps that will be run again.
+
+    That `step` itself had a bad gradient is in its checkpoint; all else of it is not yet logged.
+    """
     lines = re.findall(".*\n", path.read_text()) if path.exists() else []
-    return "".join(
-        line
-        for line in lines
-        if not (found := re.match(r"(?:\[MOE] )?(?:step:)?(\d+)[/,]", line))
-        or int(found[1]) < step + (" bad_gradient " in line)
-    )  # that of `step` is in the checkpoint
+    kept = []
+    for line in lines:
+        # "step:5/9 …" and "[MOE] step:5/9 …" of a log, "5,…" of a curve
+        number = re.match(r"(?:\[\w+\] )?(?:step:)?(\d+)[/,]", line)
+        first_dropped = step + 1 if " bad_gradient " in line else step
+        if not number or int(number[1]) < first_dropped:
+            kept.append(line)
+    return "".join(kept)
+
+
+def update_results(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Merges rows into the results table, one per run_id, under a lock: columns are united.
+
+    Without rows it only tries whether that could be done. Raises ConfigError.
+    """
+    path = Path(path).resolve()  # a link stays one
+    try:
+        with FileLock(f"{path}.lock"):  # which makes the folder
+            old = path.read_bytes().decode() if path.exists() else ""
+            table = {}
+            for row in csv.DictReader(io.StringIO(old, newline="")):
+                table[row["run_id"]] = renamed(row)
+            for row in map(renamed, rows):
+                cells = {name: int(v) if isinstance(v, bool) else v for name, v in row.items()}
+                table[row["run_id"]] = table.get(row["run_id"], {}) | cells
+            if rows:
+                write_whole(path, table_text(table.values()))
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(
+            f"RESULTS_CSV={path}: cannot be written as a table with a column run_id ({error!r}); "
+            "name another"
+        ) from None
+
+
+def table_text(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as CSV, under a header of all their columns."""
+    header = {column: column for row in rows for column in row}
+    lines = []
+    for row in (header, *rows):
+        line = io.StringIO()
+        csv.DictWriter(line, header).writerow(row)  # to \r\n: only so does Python 3.11 quote a \r
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)

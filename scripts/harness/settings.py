@@ -1,35 +1,86 @@
-"""Any frozen dataclass of settings from environment variables: parsing, presets, near misses, help, hash, secrets."""
+"""Any frozen dataclass of settings from environment variables: parsing, presets, help, secrets."""
 
-import dataclasses, difflib, hashlib, json, re
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from harness.contract import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]  # the folder of train_gpt.py
+ROOT = Path(__file__).resolve().parents[2]  # the folder that scripts/harness/ is in
 
 
 class Settings:
-    """What a dataclass of settings can do. It has SYNONYMS, UNTRAINED (names that the hash leaves out), and check()."""
+    """What a dataclass of settings can do. A subclass says by these attributes what it knows."""
 
-    def __post_init__(self):
-        self.check()
+    SYNONYMS: ClassVar[dict[str, str]] = {}  # names that others use: the name here
+    LISTS: ClassVar[tuple[str, ...]] = ()  # fields that hold several choices, separated by commas
+    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {}  # "field field …": (lowest, highest)
+    LABELS: ClassVar[tuple[str, ...]] = ()  # fields that only name and place what a run leaves
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ()  # fields that say nothing of what is trained and how
+    SCHEDULED: ClassVar[tuple[str, ...]] = ()  # fields that matter only through `scheduled`
 
     @classmethod
-    def from_env(cls, env):
-        """Settings from a mapping of environment variables, over the preset, over the defaults. Raises ConfigError."""
-        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
-        check_env(env, fields, cls.SYNONYMS)
-        preset = read_preset(env.get("PRESET") or cls.preset, fields)
-        settings = preset | {name: env[name] for name in fields if env.get(name)}
-        return cls(
-            **{
-                fields[name].name: parse(fields[name], text)
-                for name, text in settings.items()
-                if text
-            }
-        )
+    def choices(cls) -> dict[str, Collection[str]]:
+        """The values of every field that has a list of them."""
+        return {}
 
-    def changes(self):
+    def check(self) -> None:
+        """Raises ConfigError for values that have no meaning together."""
+
+    def scheduled(self, step: int) -> tuple[float, ...]:
+        """What the schedules say of the step that follows `step` steps."""
+        return ()
+
+    def resumable(self) -> set[str]:
+        """Fields that a run may change when it goes on, since they do not change what it learns."""
+        return set(self.NOT_HASHED)
+
+    def advice(self, status: str) -> str:
+        """What to do about a run that ended as `diverged` or `oom`, after a semicolon."""
+        return ""
+
+    def __post_init__(self) -> None:
+        self.check_choices()
+        self.check_bounds()
+        self.check()
+
+    def check_choices(self) -> None:
+        for name, choices in self.choices().items():
+            text = getattr(self, name)
+            for value in text.split(",") if name in self.LISTS else [text]:
+                if value not in choices:
+                    raise ConfigError(f"{name.upper()}={value}: choose one of {', '.join(choices)}")
+
+    def check_bounds(self) -> None:
+        for names, (low, high) in self.BOUNDS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not low <= value <= high:
+                    raise ConfigError(f"{name.upper()}={value}: must lie between {low} and {high}")
+
+    def require(self, sound: Any, name: str, needed: str) -> None:
+        """Raises ConfigError that the field `name` needs something, unless that is so."""
+        if not sound:
+            value = repr(str(getattr(self, name)))[1:-1]
+            raise ConfigError(f"{name.upper()}={value} needs {needed}")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Self:
+        """Settings from variables, over the preset, over the defaults. Raises ConfigError."""
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        check_names(env, fields, cls.SYNONYMS)
+        check_secrets(env, fields)
+        preset = read_preset(env.get("PRESET") or cls.preset, fields, cls.preset)
+        texts = preset | {name: env[name] for name in fields if env.get(name)}
+        return cls(**{fields[n].name: parse(fields[n], text) for n, text in texts.items() if text})
+
+    def changes(self) -> dict[str, Any]:
         """What differs from the defaults: {variable: value}."""
         return {
             name.upper(): value
@@ -37,51 +88,53 @@ class Settings:
             if value != getattr(type(self), name)
         }
 
-    def hash(self):
-        """Eight hex digits that runs share when they train the same model the same way, whatever seed and labels."""
-        kept = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in {*self.UNTRAINED, "seed"}
-        }
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    def changes_text(self) -> str:
+        """What differs from the defaults, labels aside, as a shell reads it."""
+        words = []
+        for name, value in self.changes().items():
+            if name.lower() not in self.LABELS:
+                text = str(int(value)) if isinstance(value, bool) else str(value)
+                words.append(f"{name}={shlex.quote(text)}")
+        return " ".join(words)
+
+    def hash(self) -> str:
+        """Eight hex digits, shared by runs that train the same model the same way, on any seed."""
+        left_out = {*self.NOT_HASHED, "seed"}
+        hashed = {name: value for name, value in vars(self).items() if name not in left_out}
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def check_env(env, fields, synonyms):
-    """Raises ConfigError for a variable that is one of ours misspelled, and for a setting that shows a secret."""
+def check_names(env: Mapping[str, str], fields: Collection[str], synonyms: dict[str, str]) -> None:
+    """Raises ConfigError for a variable that is one of ours under another name."""
     by_letters = {name.replace("_", ""): name for name in fields}
     for name in env:
-        if (ours := synonyms.get(name) or by_letters.get(name.replace("_", ""), name)) != name:
+        ours = synonyms.get(name) or by_letters.get(name.replace("_", ""), name)
+        if ours != name:
             raise ConfigError(f"{name} is no setting; the name here is {ours} (unset {name})")
+
+
+def check_secrets(env: Mapping[str, str], fields: Collection[str]) -> None:
+    """Raises ConfigError for a setting that would show a secret in the records."""
     for secret, value in secrets_of(env).items():
-        if holders := [name for name in fields if value in env.get(name, "")]:
-            raise ConfigError(
-                f"{holders[0]} holds the value of {secret}, which no record may show; take it out"
-            )
+        for name in fields:
+            if value in env.get(name, ""):
+                raise ConfigError(
+                    f"{name} holds the value of {secret}, which no record may show; take it out"
+                )
 
 
-def secrets_of(env):
-    """Variables whose values no file and no output may show: {name: value}."""
-    return {
-        n: v
-        for n, v in env.items()
-        if n.endswith(("_TOKEN", "_KEY", "_SECRET", "PASSWORD")) and len(v) >= 8
-    }
+def near_misses(env: Mapping[str, str], cls: type[Settings]) -> list[str]:
+    """One sentence for every variable that is nearly one of ours."""
+    ours = [field.name.upper() for field in dataclasses.fields(cls)]
+    sentences = []
+    for name in env:
+        if len(name) > 4 and name not in ours:
+            for match in difflib.get_close_matches(name, ours, 1, 0.85):
+                sentences.append(f"{name} is no setting and is ignored; did you mean {match}?")
+    return sentences
 
 
-def redact(text, env):
-    """text with the values of secret variables, also as Python and JSON spell them, replaced by their names."""
-    hidden = {
-        spelling: name
-        for name, value in secrets_of(env).items()
-        for spelling in (value, *(spell(value)[1:-1] for spell in (repr, ascii, json.dumps)))
-    }
-    for spelling in sorted(hidden, key=len, reverse=True):  # one may begin like another
-        text = text.replace(spelling, f"[{hidden[spelling]}]")
-    return text
-
-
-def parse(field, text):
+def parse(field: dataclasses.Field, text: str) -> Any:
     """The value of a setting from its text. Raises ConfigError."""
     try:
         if field.type is bool:
@@ -92,47 +145,62 @@ def parse(field, text):
         raise ConfigError(f"{field.name.upper()}={text!r}: must be {wanted}") from None
 
 
-def read_preset(name, fields):
-    """Settings of experiments/presets/<name>.env: {variable: text}. Raises ConfigError."""
-    files = {path.stem: path for path in sorted((ROOT / "experiments" / "presets").glob("*.env"))}
+def preset_files() -> dict[str, Path]:
+    """The presets that there are: {name: file}."""
+    return {path.stem: path for path in sorted((ROOT / "experiments" / "presets").glob("*.env"))}
+
+
+def read_preset(name: str, fields: Collection[str], default: str) -> dict[str, str]:
+    """Settings of experiments/presets/<name>.env: {variable: text}. Raises ConfigError.
+
+    The default preset is what the fields say: it needs no file.
+    """
+    files = preset_files()
+    if name == default and name not in files:
+        return {}
     if name not in files:
         raise ConfigError(f"PRESET={name}: choose one of {', '.join(files)}")
-    lines = [
-        line
-        for line in map(str.strip, files[name].read_text().splitlines())
-        if line and line[0] != "#"
-    ]
-    if bad := [line for line in lines if "=" not in line or line.split("=")[0] not in fields]:
-        raise ConfigError(
-            f"PRESET={name}: {bad[0]!r} in {files[name]} is no NAME=value of python train_gpt.py --help"
-        )
-    return dict(line.split("=", 1) for line in lines) | {"PRESET": name}
+
+    settings = {"PRESET": name}
+    for line in map(str.strip, files[name].read_text().splitlines()):
+        if not line or line.startswith("#"):
+            continue
+        variable, equals, value = line.partition("=")
+        if not equals or variable not in fields:
+            raise ConfigError(
+                f"PRESET={name}: {line!r} in {files[name]} is no NAME=value of "
+                "python train_gpt.py --help"
+            )
+        settings[variable] = value
+    return settings
 
 
-def settings_table(cls, doc, source, axes):
-    """The table of settings, read from the source: variable, default, choices and the comment of its line."""
-    comments = dict(re.findall(r"^    (\w+): [^=]+ = .*?  # (.*)$", source, re.M))
-    lines = [doc.strip(), "", "Settings (environment variables; a blank one counts as not set):"]
+def settings_table(cls: type[Settings], source: str) -> str:
+    """A line for each setting, read from the source: variable, default, choices, comment."""
+    comments = dict(re.findall(r"^    (\w+): [^=\n]+ = .*?  # (.*)$", source, re.M))
+    axes = cls.choices()
+    lines = []
     for field in dataclasses.fields(cls):
-        value = (
-            int(field.default)
-            if field.type is bool
-            else "blank"
-            if field.default in (None, "")
-            else field.default
-        )
+        default = "blank" if field.default in (None, "") else field.default
+        if field.type is bool:
+            default = int(field.default)
         choices = f"[{'|'.join(axes[field.name])}] " if field.name in axes else ""
-        lines.append(f"  {field.name.upper():20} {value!s:36} {choices}{comments[field.name]}")
-    presets = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
-    return "\n".join([*lines, f"Presets: {', '.join(presets)}"])
+        lines.append(f"  {field.name.upper():20} {default!s:36} {choices}{comments[field.name]}")
+    return "\n".join([*lines, f"Presets: {', '.join(preset_files())}"])
 
 
-def near_misses(env, cls):
-    """One sentence for every variable that is nearly one of ours."""
-    ours = [field.name.upper() for field in dataclasses.fields(cls)]
-    return [
-        f"{name} is no setting and is ignored; did you mean {match}?"
-        for name in env
-        if len(name) > 4 and name not in ours
-        for match in difflib.get_close_matches(name, ours, 1, 0.85)
-    ]
+def secrets_of(env: Mapping[str, str]) -> dict[str, str]:
+    """Variables whose values no file and no output may show: {name: value}."""
+    endings = ("_TOKEN", "_KEY", "_SECRET", "PASSWORD")
+    return {n: value for n, value in env.items() if n.endswith(endings) and len(value) >= 8}
+
+
+def redact(text: str, env: Mapping[str, str]) -> str:
+    """text with the values of secrets, also as Python and JSON spell them, replaced by names."""
+    hidden = {}
+    for name, value in secrets_of(env).items():
+        spellings = [value, *(spell(value)[1:-1] for spell in (repr, ascii, json.dumps))]
+        hidden |= dict.fromkeys(spellings, name)
+    for spelling in sorted(hidden, key=len, reverse=True):  # one may begin like another
+        text = text.replace(spelling, f"[{hidden[spelling]}]")
+    return text

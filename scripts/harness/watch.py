@@ -1,56 +1,69 @@
-"""Signals, stop file, and stacks of ranks that hang."""
+"""Ends a run in good order: signals, the stop file, and stacks of ranks that hang."""
 
-import faulthandler, signal
+import faulthandler
+import signal
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from harness.ranks import FIRST_STEP_TIMEOUT
+from harness.files import RunFiles
+from harness.ranks import FIRST_STEP_TIMEOUT, Ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+GO_ON, PREEMPTED, STOPPED = 0, 1, 2  # what a rank asks for; the largest wins
+STATUS = {GO_ON: "", PREEMPTED: "preempted", STOPPED: "stopped"}
 
 
 class Watch:
-    """Ends a run in good order, by one decision of all ranks; ranks that make no step write where they stand."""
+    """One decision of all ranks on whether to end; ranks that make no step write their stacks."""
 
-    def __init__(self, folder, ranks, timeout):
-        self.stop_file, self.leads, self.timeout = folder / "stop", ranks.rank == 0, timeout
-        self.asked, self.status, self.pending, self.flag, self.patience = (
-            0,
-            "",
-            None,
-            None,
-            FIRST_STEP_TIMEOUT,
-        )
-        (stacks := folder / f"stacks_rank{ranks.rank}.txt").unlink(
-            missing_ok=True
-        )  # it may be a link to elsewhere
-        self.stacks = open(stacks, "x")
-        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
+    def __init__(self, files: RunFiles, ranks: Ranks, hang_timeout: float):
+        self.files = files
+        self.sees_stop_file = ranks.rank == 0
+        self.hang_timeout = hang_timeout
+        self.patience = FIRST_STEP_TIMEOUT  # seconds without a step until the stacks are written
+        self.hurried = False
+        self.asks = GO_ON  # what this rank was told by a signal
+        self.status = ""  # what all ranks have agreed on
+        self.flag = None  # the largest that any rank asks for, while it is being reduced
+        self.reduction = None
+        self.stacks_path = files.folder / f"stacks_rank{ranks.rank}.txt"
+        self.stacks_path.unlink(missing_ok=True)  # it may be a link to elsewhere
+        self.stacks = open(self.stacks_path, "x")
+        for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(
-                    number, lambda *_: setattr(self, "asked", 1)
-                )  # for good: none may cut off last words
+                signal.signal(number, self.ask_to_end)
 
-    def agreed(self):
-        """Status to end with, or "". Every rank calls it equally often; all learn in the next call what one asks."""
-        if self.pending:
-            self.pending.wait()
-            self.status = self.status or ("", "preempted", "stopped")[self.flag.item()]
-        self.flag = torch.tensor(2 if self.leads and self.stop_file.exists() else self.asked)
-        self.pending = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
+    def ask_to_end(self, *_: object) -> None:
+        """The handler of all signals, for good: a second one may not cut off the last words."""
+        self.asks = PREEMPTED
+
+    def poll(self) -> str:
+        """The status to end with, or "".
+
+        Every rank calls it equally often; what one rank asks, all learn in their next call.
+        """
+        if self.reduction:
+            self.reduction.wait()
+            self.status = self.status or STATUS[self.flag.item()]
+        stop = self.sees_stop_file and self.files.stop.exists()
+        self.flag = torch.tensor(STOPPED if stop else self.asks)
+        self.reduction = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
         faulthandler.dump_traceback_later(self.patience, file=self.stacks)
         return self.status
 
-    def hurry(self):
+    def hurry(self) -> None:
         """Shortens the patience, once a step has been made."""
-        self.patience = self.timeout
-        dist.distributed_c10d._set_pg_timeout(
-            timedelta(seconds=1.5 * self.patience)
-        )  # first the stacks, then the end
+        if self.hurried:
+            return
+        self.hurried = True
+        self.patience = self.hang_timeout
+        end = timedelta(seconds=1.5 * self.patience)  # first the stacks, then the end
+        dist.distributed_c10d._set_pg_timeout(end)
 
-    def close(self):
+    def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         if not self.stacks.tell():
-            Path(self.stacks.name).unlink(missing_ok=True)
-        self.stop_file.unlink(missing_ok=True)  # it has been obeyed
+            self.stacks_path.unlink(missing_ok=True)
+        self.files.stop.unlink(missing_ok=True)  # it has been obeyed

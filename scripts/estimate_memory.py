@@ -1,0 +1,132 @@
+"""Estimates the memory that a run takes on each GPU, from the counts that the trainer makes."""
+
+import functools
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from harness.ranks import Ranks
+import train_gpt
+from price_runs import Gpu, kind_of
+from train_gpt import Config
+
+CONTEXT = 2**30  # bytes, of CUDA and its libraries: 0.5 to 2 GB are usual
+MARGIN = 0.9  # of the memory may be planned with
+
+
+def shape(cfg: Config) -> Config:
+    """cfg without what changes no count, so that runs of one model share them."""
+    return replace(
+        cfg,
+        input_bin="",
+        num_iterations=1,
+        warmup_iters=0,
+        warmdown_iters=0,
+        max_epochs=0,
+        device_batch_size=1,
+    )
+
+
+@functools.cache
+def plan_shape(cfg: Config) -> dict:
+    """The trainer's plan of a shape."""
+    return train_gpt.make_plan(cfg, Ranks())
+
+
+def count(cfg: Config) -> dict:
+    """The trainer's plan: params_total, params_active, flops_per_token, tokens_per_step, …"""
+    return plan_shape(shape(cfg))
+
+
+@functools.cache
+def layout(cfg: Config) -> dict[str, int]:
+    """What the memory of a shape depends on: weights in the matrices inside the blocks, in those of
+    the most common shape (Muon updates them at once), in those that a forward pass casts, and
+    hidden units of an FFN."""
+    with torch.device("meta"):
+        model = train_gpt.GPT(cfg)
+
+    stacks = Counter()
+    for p in train_gpt.split_params(model)["matrices"]:
+        stacks[p.shape[-2:]] += p.numel()
+
+    cast = 0  # times top_k
+    for i in model.order:
+        for part in model.blocks[i].modules():
+            if isinstance(part, train_gpt.Linear):
+                is_experts = isinstance(part, train_gpt.ExpertLinear)
+                copies = cfg.num_experts if is_experts else cfg.top_k
+                cast += part.flops_per_token // 6 * copies
+
+    ffns = [part for part in model.modules() if isinstance(part, train_gpt.MLP)]
+    return {
+        "matrices": stacks.total(),
+        "stack": max(stacks.values()),
+        "cast": cast // cfg.top_k,
+        "width": max(ffn.proj.weight.size(-1) for ffn in ffns),
+    }
+
+
+def saved_bytes(cfg: Config) -> int:
+    """Bytes that a forward pass keeps for the backward pass, all bfloat16: by what
+    saved_tensors_hooks counts of the eager trainer on a CPU; compiled blocks should need less.
+
+    A visit of a block keeps, a token, 12 C (inputs of linear layers and, in float32, of norms; q,
+    k, v, the output of attention) and both sides of the FFN's activation: in the way of arXiv
+    2205.05198, which has 17 C in all. And the cast weights, 3 C a token and the gradient of the
+    head.
+    """
+    C = cfg.n_embd
+    sizes = layout(shape(cfg))
+    is_moe = kind_of(cfg.ffn) == "moe"
+
+    channels = 12  # of C, a visit and token
+    if cfg.qk_norm:
+        channels += 4
+    if cfg.norm == "rms_gain":
+        channels += 2
+    if cfg.dropout > 0:
+        channels += 2
+    if is_moe:
+        channels += 1 + 2 * cfg.top_k
+
+    experts = cfg.top_k + cfg.shared_expert if is_moe else 1
+    activation = cfg.expert if is_moe else cfg.ffn
+    sides = 4 if "swiglu" in activation else 2
+    visit = channels * C + sides * experts * sizes["width"]
+    tokens = cfg.device_batch_size * cfg.sequence_length
+    rotary = 0  # cosines and sines in float32, a visit
+    if cfg.pos == "rotary":
+        rotary = 8 * cfg.sequence_length * C // cfg.n_head
+    weights = 2 * sizes["cast"] + 4 * cfg.vocab_size * C
+    return 2 * tokens * (cfg.n_layer * visit + 3 * C) + cfg.n_layer * rotary + weights
+
+
+def kept_bytes(cfg: Config, gpus: int = 1) -> float:
+    """Bytes of float32 weights, their gradients, and the ranks' share of the optimizers: 4 B a
+    weight of Muon's, which has one momentum, 8 B of AdamW's."""
+    total = count(cfg)["params_total"]
+    muon = layout(shape(cfg))["matrices"] if cfg.optimizer == "muon" else 0
+    return 8 * total + (4 * muon + 8 * (total - muon)) / gpus
+
+
+def memory(cfg: Config, gpus: int = 1) -> float:
+    """Bytes on each of `gpus` GPUs, an estimate: what is kept, and the larger of what a forward and
+    backward pass and Muon's update need besides."""
+    sizes = layout(shape(cfg))
+    tokens = cfg.device_batch_size * cfg.sequence_length
+    # 2 + 4 + 4 + 2 B: raw, float32, log, gradient
+    logits = 12 * min(tokens * cfg.vocab_size, train_gpt.LOGITS_PER_CHUNK["cuda"])
+    cast_head = 2 * cfg.vocab_size * cfg.n_embd
+    passes = saved_bytes(cfg) + logits + cast_head
+
+    update = 0
+    if cfg.optimizer == "muon":  # gradients side by side; float32 and bfloat16 copies
+        update = 4 * sizes["matrices"] + 12 * sizes["stack"] / gpus
+    return kept_bytes(cfg, gpus) + max(passes, update) + CONTEXT
+
+
+def fits(cfg: Config, gpu: Gpu, gpus: int) -> bool:
+    """Whether cfg may be planned on so many of the GPU."""
+    return memory(cfg, gpus) <= MARGIN * gpu.memory * 1e9

@@ -1,0 +1,75 @@
+"""Whether two texts of a program are the same experiment. Needs no torch."""
+
+import functools
+import hashlib
+import io
+import keyword
+import tokenize
+from pathlib import Path
+
+HARNESS = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+
+
+def code_tokens(source: str) -> list[str]:
+    """The words of a Python text that decide what it does, the same under every Python.
+
+    Without comments, docstrings and other strings that stand alone, blank lines, the layout within
+    brackets and a comma that only ends a list there. Blocks are kept as marks; an f-string is one
+    word.
+    """
+    lines = source.splitlines(keepends=True)
+    words, statement = [], []
+    brackets = []  # that are open: how many commas make something of them, how many there are
+    string_start, string_depth = (0, 0), 0
+    marks = {tokenize.INDENT: "<indent>", tokenize.DEDENT: "<dedent>"}
+
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, text = tokenize.tok_name[token.type], token.string
+        if kind in ("FSTRING_START", "TSTRING_START"):  # Python 3.12 and later take them apart
+            string_start = token.start if string_depth == 0 else string_start
+            string_depth += 1
+            continue
+        if kind in ("FSTRING_END", "TSTRING_END"):
+            string_depth -= 1
+            text = text_between(lines, string_start, token.end)
+        if string_depth or kind in ("COMMENT", "NL", "ENCODING", "ENDMARKER"):
+            continue
+        if token.type in marks:
+            words.append(marks[token.type])
+        elif kind == "NEWLINE":
+            if any(word[-1] not in "\"'" for word in statement):  # else a docstring
+                words += [*statement, "<newline>"]
+            statement = []
+        else:
+            if text in tuple(")]}"):
+                commas_needed, commas = brackets.pop()
+                if statement[-1] == "," and commas > commas_needed:
+                    statement.pop()
+            elif text == "," and brackets:
+                brackets[-1][1] += 1
+            elif text in tuple("([{"):
+                brackets.append([commas_that_count(text, statement), 0])
+            statement.append(text)
+    return words
+
+
+def commas_that_count(bracket: str, before: list[str]) -> int:
+    """How many commas a bracket may need to be what it is: one makes a tuple of (a,) and x[a,]."""
+    last = before[-1] if before else ""
+    after_operand = last.isidentifier() and not keyword.iskeyword(last)
+    after_operand = after_operand or last in (")", "]")
+    is_tuple = (bracket == "(" and not after_operand) or (bracket == "[" and after_operand)
+    return 1 if is_tuple else 0
+
+
+def text_between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The text from (line, column) to (line, column), lines counted from 1."""
+    chosen = lines[start[0] - 1 : end[0]]
+    chosen[-1] = chosen[-1][: end[1]]
+    return "".join(chosen)[start[1] :]
+
+
+@functools.cache
+def source_hash(source: str) -> str:
+    """Twelve hex digits of a Python text without comments, docstrings and layout."""
+    return hashlib.sha256("\0".join(code_tokens(source)).encode()).hexdigest()[:12]

@@ -1,0 +1,176 @@
+"""The harness by itself: any settings, the hash of a source, older rows, older checkpoints."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+from conftest import launch, rows
+
+import split_results
+import train_gpt
+from harness.contract import ConfigError
+from harness.files import sha256sum
+from harness.records import truncate_to_step, update_results
+from harness.settings import Settings
+from harness.source import code_tokens, source_hash
+
+TEXT = '''"""A program."""
+
+import math
+
+
+class Shape:
+    """Has an area."""
+
+    sides: int = 4  # how many
+
+    def name(self, *, short=False):
+        """How it is called."""
+        label = f"{'sq' if short else 'square'}: {self.sides!r:>{8}}"
+        return [
+            label,
+            math.pi,
+        ]
+'''
+SAME = {
+    "comments": TEXT.replace("  # how many", "").replace("import math", "# for pi\nimport math"),
+    "docstrings": TEXT.replace('"""Has an area."""', '"""Another\n    sentence."""'),
+    "no docstring": TEXT.replace('        """How it is called."""\n', ""),
+    "blank lines": TEXT.replace("\n\n", "\n\n\n").replace("return [", "\n        return ["),
+    "layout": TEXT.replace(
+        "[\n            label,\n            math.pi,\n        ]", "[label, math.pi]"
+    ),
+    "indentation": TEXT.replace("    ", "  "),
+}
+OTHER = {
+    "a number": TEXT.replace("= 4", "= 5"),
+    "text in an f-string": TEXT.replace("'sq'", "'sqr'"),
+    "a space in an f-string": TEXT.replace(": {self", ":  {self"),
+    "the order": TEXT.replace("label,\n            math.pi", "math.pi,\n            label"),
+    "a block": TEXT.replace("        return [", "    return ["),
+    "a string that is used": TEXT.replace("label = f", "label = '' f"),
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_what_does_nothing_is_the_same_source(change):
+    assert SAME[change] != TEXT and code_tokens(SAME[change]) == code_tokens(TEXT)
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_what_does_something_is_another_source(change):
+    assert OTHER[change] != TEXT and source_hash(OTHER[change]) != source_hash(TEXT)
+
+
+def test_a_comma_that_makes_a_tuple_counts_and_no_other():
+    for one, exploded in (("f(x)", "f(\n    x,\n)"), ("[x]", "[x,]"), ("{x}", "{x,}")):
+        assert code_tokens(one) == code_tokens(exploded)
+    assert code_tokens("x[1]") != code_tokens("x[1,]") and code_tokens("return (x)") != code_tokens(
+        "return (x,)"
+    )
+    assert code_tokens("x = (1,)") != code_tokens("x = (1)")
+    assert code_tokens("x = (1, 2,)") == code_tokens("x = (1, 2)")
+    assert code_tokens("f(a, (b,), )") == code_tokens("f(a, (b,))") != code_tokens("f(a, (b))")
+
+
+def test_every_python_hashes_alike():
+    """Written down under Python 3.11, which has an f-string as one token; 3.12 takes it apart."""
+    assert source_hash(TEXT) == "5898df1958c9"
+
+
+def test_a_run_says_which_source_and_harness_it_had(settings):
+    assert launch(settings | {"NUM_ITERATIONS": 1, "WARMDOWN_ITERS": 0})[0] == [0]
+    (row,) = rows(settings)
+    assert row["source_sha"] == source_hash(train_gpt.SOURCE)
+    assert len(row["harness_sha"]) == 12 and row["harness_sha"] != row["source_sha"]
+    log = (settings["LOG_DIR"] / "toy.txt").read_text()
+    assert train_gpt.SOURCE in log and "class Records:" in log
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Settings):
+    """Settings of another program."""
+
+    preset: str = "own"  # is the default, and needs no file
+    width: int = 3  # of something
+    kind: str = "round"  # one of two
+    shapes: str = "round"  # several of them
+
+    LISTS = ("shapes",)
+    BOUNDS = {"width": (1, 9)}
+    SYNONYMS = {"SIZE": "WIDTH"}
+    NOT_HASHED = ("preset",)
+
+    @classmethod
+    def choices(cls):
+        return {"kind": ("round", "square"), "shapes": ("round", "square")}
+
+    def check(self):
+        self.require(self.kind == "round" or self.width > 1, "width", "2 or more for KIND=square")
+
+
+def test_any_dataclass_is_read_from_the_environment():
+    cfg = Own.from_env({"WIDTH": "4", "SHAPES": "round,square", "PATH": "/bin"})
+    assert (cfg.width, cfg.shapes, cfg.preset) == (4, "round,square", "own")
+    assert cfg.changes() == {"WIDTH": 4, "SHAPES": "round,square"}
+    assert cfg.hash() != Own().hash() == Own(preset="own").hash()
+
+
+@pytest.mark.parametrize(
+    "env, sentence",
+    [
+        ({"WIDTH": "x"}, "WIDTH='x': must be a whole number"),
+        ({"WIDTH": "10"}, "WIDTH=10: must lie between 1 and 9"),
+        ({"KIND": "flat"}, "KIND=flat: choose one of round, square"),
+        ({"SHAPES": "round,flat"}, "SHAPES=flat: choose one of round, square"),
+        ({"SIZE": "2"}, "SIZE is no setting; the name here is WIDTH (unset SIZE)"),
+        ({"KIND": "square", "WIDTH": "1"}, "WIDTH=1 needs 2 or more for KIND=square"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_sentence(env, sentence):
+    with pytest.raises(ConfigError) as error:
+        Own.from_env(env)
+    assert str(error.value) == sentence
+
+
+def test_a_column_that_was_renamed_is_read_under_both_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(split_results, "RESULTS", tmp_path / "results.csv")
+    table = tmp_path / "results.csv"
+    table.write_text("run_id,per_step,stage\nold,norm,s\n")
+    assert list(split_results.read_results(table).per_visit) == ["norm"]
+    update_results(table, [{"run_id": "rebuilt", "per_step": "norm", "stage": "s"}])
+    update_results(table, [{"run_id": "new", "per_visit": "scale", "stage": "s"}])
+    with open(table, newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [(row["run_id"], row["per_visit"]) for row in written] == [
+        ("old", "norm"),
+        ("rebuilt", "norm"),
+        ("new", "scale"),
+    ]
+    assert "per_step" not in written[0]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(settings):
+    settings |= {"NUM_ITERATIONS": 2, "WARMDOWN_ITERS": 0}
+    assert launch(settings)[0] == [0]
+    about = settings["LOG_DIR"] / "toy" / "step_000002" / "run.json"
+    saved = json.loads(about.read_text())
+    del saved["version"]
+    about.write_text(json.dumps(saved))
+    sums = about.with_name("SHA256SUMS")
+    lines = [line for line in sums.read_text().splitlines(keepends=True) if "run.json" not in line]
+    sums.write_text("".join(lines) + sha256sum(about))
+    codes, out = launch(settings | {"RESUME": "auto"})
+    assert (
+        codes == [2] and "is of an earlier version of the trainer; go on with that version" in out
+    )
+
+
+def test_lines_of_steps_that_are_run_again_are_left_out(tmp_path):
+    log = tmp_path / "x.txt"
+    kept = "run_id:x\nstep:1/9 train_loss:2.0\n[MOE] step:2/9 coef:0.1\n"
+    kept += "step:3/9 bad_gradient rank:0\n"  # which is in the checkpoint of step 3
+    log.write_text(kept + "step:3/9 train_loss:1.0\n[MOE] step:3/9 coef:0.1\nstep:4/9 val_lo")
+    assert truncate_to_step(log, 3) == kept
+    assert truncate_to_step(tmp_path / "none", 3) == ""
