@@ -40,6 +40,7 @@ from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
 from harness.provenance import CPUINFO, dataset_index, fingerprint, how_to_get
 from harness.run import Run
 from harness.settings import Settings, near_misses, settings_table
+from harness.source import source_hash
 
 ########################################
 #                Config                #
@@ -68,11 +69,11 @@ class Config(Settings):
     max_epochs: int = 1  # passes over the data that NUM_ITERATIONS may take; 0: as many as it takes
     val_every: int = 125  # steps between validations; 0: only the last
     val_tokens: int = 10485760  # tokens of each validation, from the start of the validation shards
-    vocab_size: int = 50304  # rows of the embedding; 0: what the dataset's index.json says
+    vocab_size: int = 50304  # rows of the embedding; auto or 0: what the data's index.json says
     n_layer: int = 12  # blocks, or visits of shared ones
     n_head: int = 6  # attention heads; head size n_embd / n_head
     n_embd: int = 768  # channels of the residual stream
-    d_ff: int = 0  # hidden units of an FFN or expert; 0: 4 n_embd (swiglu 8/3), experts share it
+    d_ff: int = 0  # hidden units of an FFN or expert; auto: 4 n_embd (swiglu 8/3), experts share it
     mixer: str = "attention"  # a comma list tiles over the layers
     ffn: str = "relu2"  # relu2: 2109.08668; swiglu: 2002.05202; a comma list tiles over the layers
     norm: str = "rms"  # rms has no gains; rms_gain has; layer has a gain, and a bias if BIAS=1
@@ -103,9 +104,9 @@ class Config(Settings):
     per_visit: str = "none"  # what each visit of a shared block has for itself, a comma list
     optimizer: str = "muon"  # of the matrices inside the blocks; AdamW has the rest
     lr: float = 0.0036  # AdamW learning rate
-    embed_lr: float | None = None  # of the embedding; blank: LR
-    head_lr: float | None = None  # of an untied head; blank: LR
-    muon_lr: float | None = None  # blank: 0.1 LR
+    embed_lr: float | None = None  # of the embedding; auto: LR
+    head_lr: float | None = None  # of an untied head; auto: LR
+    muon_lr: float | None = None  # of Muon; auto: 0.1 LR
     muon_scale: str = "unit"  # of Muon's update: unit mean square, or one of torch.optim.Muon's two
     muon_momentum: float = 0.95  # Nesterov momentum of Muon
     beta1: float = 0.9  # AdamW
@@ -120,7 +121,7 @@ class Config(Settings):
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: str = "auto"  # of activations and products; auto: bfloat16 on cuda, float32 on cpu
     compile: str = "auto"  # torch.compile of the blocks and the loss; auto: on cuda
-    peak_tflops: float | None = None  # of one device, for mfu; blank: from a table of devices
+    peak_tflops: float | None = None  # of one device, for mfu; auto: from a table of devices
     resume: str = "none"  # auto: from the newest valid checkpoint of RUN_ID, if any; or a path
     init_from: str = ""  # safetensors file, or folder with model.safetensors: weights to start with
     save_every: int = 500  # steps between checkpoints; 0: only when the run ends
@@ -171,10 +172,27 @@ class Config(Settings):
         num_iterations lr_schedule warmup_iters warmdown_iters min_lr_frac aux_loss_coef
         aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac
     """.split()
-    OF_EXPERTS = """
-        num_experts top_k expert shared_expert aux_loss_coef aux_loss_coef_start aux_loss_coef_end
-        aux_warmup_frac aux_decay_end_frac router_optimizer
-    """.split()  # without effect unless FFN=moe
+    AUTO = {  # settings that may say auto, and the setting that they follow then
+        "embed_lr": "lr",
+        "head_lr": "lr",
+        "muon_lr": "lr",
+        "d_ff": "n_embd",
+        "vocab_size": "input_bin",
+        "peak_tflops": "device",
+    }
+    NEEDS = {  # what must hold, or else these settings have no effect
+        "FFN=moe": """num_experts top_k expert shared_expert router_optimizer aux_loss_coef
+            aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac""",
+        "BALANCE=aux": """aux_loss_coef aux_loss_coef_start aux_loss_coef_end aux_warmup_frac
+            aux_decay_end_frac""",
+        "AUX_LOSS_COEF_START=none": "aux_loss_coef",
+        "MIXER=attention": "attngate gatepos gateact qk_norm",
+        "ATTNGATE!=none": "gatepos gateact",
+        "OPTIMIZER=muon": "muon_lr muon_scale muon_momentum",
+        "LR_SCHEDULE=trapezoid": "warmdown_iters",
+        "LR_SCHEDULE=cosine": "min_lr_frac",
+        "TIE_EMBEDDINGS=0": "head_lr",
+    }
 
     @classmethod
     def choices(cls):
@@ -205,7 +223,10 @@ class Config(Settings):
         )
 
     def has_moe(self):
-        return "moe" in self.ffn.split(",")
+        return self.holds("FFN=moe")
+
+    def resolved(self):
+        return resolved_settings(self)
 
 
 def axes():
@@ -232,6 +253,23 @@ def axes():
         "compile": ("auto", "0", "1"),
         "trackers": ("none", "tensorboard", "wandb"),
     }
+
+
+def peak_rate(cfg, name):
+    """The peak of a learning rate: lr, embed_lr, head_lr or muon_lr."""
+    own = getattr(cfg, name)
+    if own is not None:
+        return own
+    return 0.1 * cfg.lr if name == "muon_lr" else cfg.lr
+
+
+def resolved_settings(cfg):
+    """{field: value} of the rates, and of D_FF where all FFNs have the same, auto worked out."""
+    values = {name: peak_rate(cfg, name) for name in ("embed_lr", "head_lr", "muon_lr")}
+    widths = {ffn_width(cfg, *shape) for shape in ffn_shapes(cfg)}
+    if len(widths) == 1:
+        values["d_ff"] = widths.pop()
+    return {name: value for name, value in values.items() if name not in cfg.idle()}
 
 
 def check_run(cfg):
@@ -318,10 +356,10 @@ def cautions(env, cfg):
         sentences.append(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {start}"
         )
-    if not cfg.has_moe():
-        for name in cfg.changes():
-            if name.lower() in cfg.OF_EXPERTS:
-                sentences.append(f"{name} has no effect without FFN=moe")
+    idle = cfg.idle()
+    for name in cfg.changes():
+        if name.lower() in idle:
+            sentences.append(f"{name} has no effect without {idle[name.lower()]}")
     return sentences
 
 
@@ -696,6 +734,18 @@ def ffn_width(cfg, parts, active=1):
     return 64 * math.ceil(width / active / 64)
 
 
+def ffn_shapes(cfg):
+    """(parts, active), as ffn_width takes them, of the kinds of FFN that have a D_FF."""
+    shapes = []
+    for kind in cfg.ffn.split(","):
+        active = 1
+        if kind == "moe":
+            kind, active = cfg.expert, cfg.top_k + cfg.shared_expert
+        if kind in EXPERTS:
+            shapes.append((EXPERTS[kind].parts, active))
+    return shapes
+
+
 class MLP(nn.Module):
     """Two-layer FFN, the base of the kinds below. Experts are built with another `linear`."""
 
@@ -846,7 +896,8 @@ class MoE(nn.Module):
 
 
 FFNS = {**EXPERTS, "moe": MoE}
-HEALTH = ("aux", "entropy", "load_min", "load_max", "dead")  # what is logged of a routing
+# What is logged of a routing.
+HEALTH = ("aux", "entropy", "load_min", "load_max", "dead", "dropped")
 
 
 def aux_loss(load, importance):
@@ -864,6 +915,7 @@ def expert_health(routing):
         "load_min": load.amin(-1),
         "load_max": load.amax(-1),
         "dead": (load == 0).sum(-1),
+        "dropped": (1 - load.sum(-1)).round(decimals=5).abs(),  # of all choices
     }
 
 
@@ -965,7 +1017,7 @@ class GPT(nn.Module):
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype = dtype
-        self.loss_chunk = loss_chunk
+        self.loss_chunk, self.score_chunk = loss_chunk, score_chunk
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.head = None  # the embedding
         init_weight(cfg, self.embed)
@@ -993,7 +1045,8 @@ class GPT(nn.Module):
             visits_until_now[index] += 1
             yield self.blocks[index], {name: parts[visit] for name, parts in banks[index].items()}
 
-    def forward(self, tokens_BT, targets_BT=None):
+    def hidden(self, tokens_BT):
+        """Normed output (B, T, C) of the last visit, the head (V, C), and a list of routings."""
         ctx = Context(positions=torch.arange(tokens_BT.size(1), device=tokens_BT.device))
         x = F.embedding(tokens_BT, self.embed).to(self.dtype)
         x = self.dropout(self.add_position(x, ctx))
@@ -1001,13 +1054,25 @@ class GPT(nn.Module):
         for block, own in self.visits():
             x, of_block = torch.func.functional_call(block, own, (x, ctx)) if own else block(x, ctx)
             routings += of_block
-        x = self.norm(x)
-        head = self.embed if self.head is None else self.head
+        return self.norm(x), self.embed if self.head is None else self.head, routings
+
+    def forward(self, tokens_BT, targets_BT=None):
+        x, head, routings = self.hidden(tokens_BT)
         if targets_BT is None:
             return F.linear(x, head.type_as(x)).float()
         args = x.flatten(0, 1), head, targets_BT.flatten(), self.loss_chunk
         loss = LinearCrossEntropy.apply(*args)
         return loss, torch.stack(routings) if routings else loss.new_zeros(0, 4, 0)
+
+    @torch.no_grad()
+    def score(self, tokens_BT, targets_BT):
+        """Mean loss and accuracy, (2,), of the likeliest token, of tokens against targets."""
+        x, head, _ = self.hidden(tokens_BT)
+        x, weight, targets = x.flatten(0, 1), head.type_as(x), targets_BT.flatten()
+        rows = rows_per_chunk(x, head)
+        chunks = zip(x.split(rows), targets.split(rows))
+        sums = sum(self.score_chunk(xs, weight, ts) for xs, ts in chunks)
+        return sums / len(x)
 
     def router_states(self):
         """[(router_state (E,) of an MoE, its visits among those of all MoEs)].
@@ -1066,6 +1131,19 @@ def make_bank(block, name, slices):
 LOGITS_PER_CHUNK = {"cuda": 2**28, "cpu": 2**23}
 
 
+def rows_per_chunk(x, head):
+    """How many of the rows x (N, C) have their logits over head (V, C) at a time."""
+    n_chunks = math.ceil(len(x) * len(head) / LOGITS_PER_CHUNK[x.device.type])
+    return math.ceil(len(x) / n_chunks)
+
+
+def score_chunk(x, head, targets):
+    """Summed loss of x (n, C) against targets (n,), and how many of these are likeliest: (2,)."""
+    logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
+    loss = -logp.gather(-1, targets[:, None]).sum()
+    return torch.stack([loss, (logp.argmax(-1) == targets).sum().type_as(loss)])
+
+
 def loss_chunk(x, head, targets):
     """Summed loss () of x (n, C) against targets (n,), and its gradient for the logits (n, V)."""
     logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
@@ -1087,8 +1165,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         training = ctx.needs_input_grad[0]
         grad_x = torch.empty_like(x) if training else x
         grad_head = torch.zeros_like(head) if training else None
-        n_chunks = math.ceil(len(x) * len(head) / LOGITS_PER_CHUNK[x.device.type])
-        rows = math.ceil(len(x) / n_chunks)
+        rows = rows_per_chunk(x, head)
         for xs, ts, grad_xs in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
             loss, grad_logits = loss_chunk(xs, weight, ts)
             total += loss
@@ -1241,8 +1318,7 @@ class Muon(UpdateRule):
 
     @staticmethod
     def peak(cfg):
-        lr = 0.1 * cfg.lr if cfg.muon_lr is None else cfg.muon_lr
-        return Hyper(lr, cfg.muon_momentum, cfg.weight_decay)
+        return Hyper(peak_rate(cfg, "muon_lr"), cfg.muon_momentum, cfg.weight_decay)
 
     def update(self, params, grads, state, hyper, skip):
         scale = MUON_SCALES[self.cfg.muon_scale]
@@ -1487,16 +1563,13 @@ def split_params(model):
 
 def build_optimizers(model, cfg, ranks):
     """The optimizers of cfg over the groups of split_params, learning rates as in the settings."""
-    rule = OPTIMIZERS[cfg.optimizer]
+    rule, adamw_peak = OPTIMIZERS[cfg.optimizer], AdamW.peak(cfg)
     kinds = {
         "matrices": (rule, rule.peak(cfg)),
-        "embed": (AdamW, AdamW.peak(cfg)),
-        "head": (AdamW, AdamW.peak(cfg)),
-        "vectors": (AdamW, AdamW.peak(cfg)._replace(weight_decay=0.0)),
+        "embed": (AdamW, adamw_peak._replace(lr=peak_rate(cfg, "embed_lr"))),
+        "head": (AdamW, adamw_peak._replace(lr=peak_rate(cfg, "head_lr"))),
+        "vectors": (AdamW, adamw_peak._replace(weight_decay=0.0)),
     }
-    for name, lr in (("embed", cfg.embed_lr), ("head", cfg.head_lr)):
-        if lr is not None:
-            kinds[name] = (AdamW, AdamW.peak(cfg)._replace(lr=lr))
     return [
         Optimizer(params, kinds[name][0](cfg), kinds[name][1], cfg, ranks)
         for name, params in split_params(model).items()
@@ -1720,6 +1793,7 @@ def make_plan(cfg, ranks):
     return {
         "world_size": ranks.world_size,
         "config_hash": cfg.hash(),
+        "source_sha": source_hash(SOURCE),
         "params_total": total,
         "params_active": total - in_experts * (cfg.num_experts - cfg.top_k) // cfg.num_experts,
         "flops_per_token": model.flops_per_token(),
@@ -1777,6 +1851,15 @@ def preflight(cfg, ranks):
     return train, val
 
 
+def data_identity(cfg, train, val):
+    """Fingerprints of all data of a run and of what it is validated on."""
+    files, log_dir = train.files + val.files, Path(cfg.log_dir)
+    return {
+        "data_fingerprint": fingerprint(files, log_dir),
+        "val_fingerprint": fingerprint(val.files, log_dir),
+    }
+
+
 @dataclasses.dataclass
 class State:
     """What a step changes."""
@@ -1822,12 +1905,12 @@ def compile_model(model, cfg, device):
         block.compile()
     # Two sizes, since the last chunk has its own.
     model.loss_chunk = torch.compile(loss_chunk, dynamic=False)
+    model.score_chunk = torch.compile(score_chunk, dynamic=False)
     shape = cfg.device_batch_size, cfg.sequence_length
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     model(tokens, tokens)[0].backward()
     model.zero_grad()
-    with torch.no_grad():
-        model.eval()(tokens, tokens)
+    model.eval().score(tokens, tokens)
     model.train()
     dist.barrier()
 
@@ -1908,7 +1991,7 @@ def train_step(state, cfg, inputs, targets):
 
 @torch.no_grad()
 def evaluate(model, loader, cfg, run, step):
-    """Mean loss of the first VAL_TOKENS; None where the run is to end.
+    """Mean loss and accuracy of the first VAL_TOKENS; None where the run is to end.
 
     Each rank takes its share of the samples.
     """
@@ -1918,7 +2001,7 @@ def evaluate(model, loader, cfg, run, step):
     starts = range(micro * run.ranks.rank, samples, micro * world)
     slices = [(start, min(micro, samples - start)) for start in starts]
     batches_of_every_rank = samples // (micro * world)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
     with contextlib.closing(loader.prefetch(slices, device)) as batches:
         for i, (x, y, _) in enumerate(batches):
@@ -1931,10 +2014,10 @@ def evaluate(model, loader, cfg, run, step):
             if odd_size:
                 stance = torch.compiler.set_stance("force_eager")
             with stance:
-                total += model(x, y)[0] * len(x)
+                total += model.score(x, y) * len(x)
     model.train()
     dist.all_reduce(total)
-    return None if run.status else total.item() / samples
+    return None if run.status else (total / samples).tolist()
 
 
 def bad_step_lines(step, flags, cfg, loader):
@@ -1979,20 +2062,22 @@ def expert_report(state, cfg, routing):
         "load_max": health["load_max"].max().item(),
     }
     coef, dead = aux_coef(state.step - 1, cfg), health["dead"].sum().item()
+    dropped = health["dropped"].mean().item()  # 0 as long as an expert takes whatever comes
     words = " ".join(f"{name}:{value:.4f}" for name, value in figures.items())
     line = (
         f"[MOE] step:{state.step}/{cfg.num_iterations} coef:{coef:.4f} {words} dead:{dead} "
-        "dropped:0"  # for an expert takes whatever comes
+        f"dropped:{dropped:g}"
     )
-    figures |= {"dead": dead, "max_vio": figures["load_max"] * cfg.num_experts - 1}
+    max_vio = figures["load_max"] * cfg.num_experts - 1
+    figures |= {"dead": dead, "dropped": dropped, "max_vio": max_vio}
     of_visits = expert_health(routing)
     cells = torch.stack([of_visits[name] for name in HEALTH], dim=-1).flatten().tolist()
     columns = dict(zip(health_columns(cfg), [coef, *cells]))
     return line, {f"moe_{name}": value for name, value in figures.items()}, columns
 
 
-def log_point(run, state, cfg, stats, val_loss, loader):
-    """Logs the last step, whose StepStats may be None, and the validation loss, likewise."""
+def log_point(run, state, cfg, stats, validation, loader):
+    """Logs the last step, whose StepStats may be None, and loss and accuracy, likewise."""
     step = state.step
     values, lines, figures = {"epoch": step * cfg.batch_size / loader.samples}, [], {}
     bad_steps = take_bad_steps(state, cfg, loader)
@@ -2004,8 +2089,9 @@ def log_point(run, state, cfg, stats, val_loss, loader):
             line, figures, columns = expert_report(state, cfg, stats.routing.cpu())
             lines.append(line)
             values |= columns
-    if val_loss is not None:
-        values["val_loss"] = val_loss
+    if validation is not None:
+        values["val_loss"], values["val_accuracy"] = validation
+        figures["val_accuracy"] = values["val_accuracy"]
     run.point(values, lines, figures, bad_steps)
 
 
@@ -2073,14 +2159,14 @@ def train(cfg, run, train_loader, val_loader):
             if status:
                 break
 
-            val_loss = None
+            validation = None
             if last or (cfg.val_every and step % cfg.val_every == 0):
                 with run.timed("eval_time"):
-                    val_loss = evaluate(state.model, val_loader, cfg, run, step)
+                    validation = evaluate(state.model, val_loader, cfg, run, step)
                 if run.status:
                     continue  # it was cut short: save, and leave the point to who goes on
-            if val_loss is not None or log_due(step, cfg, stats):
-                log_point(run, state, cfg, stats, val_loss, train_loader)
+            if validation is not None or log_due(step, cfg, stats):
+                log_point(run, state, cfg, stats, validation, train_loader)
             if last:
                 break
 
@@ -2107,16 +2193,16 @@ def main(argv, env):
         if cfg.dry_run:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr)
-            for key, value in (dataclasses.asdict(cfg) | plan).items():
+            for key, value in (vars(cfg) | cfg.resolved() | plan).items():
                 print(f"{key}:{value}")
             return 0
 
         train_loader, val_loader = preflight(cfg, run.ranks)
-        plan["data_fingerprint"] = ""
+        plan |= {"data_fingerprint": "", "val_fingerprint": ""}
         if run.ranks.rank == 0:  # before the other ranks wait for it
-            files = train_loader.files + val_loader.files
-            plan["data_fingerprint"] = fingerprint(files, Path(cfg.log_dir))
-        run.open(cfg, asked.changes_text(), plan, warnings, health_columns(cfg))
+            plan |= data_identity(cfg, train_loader, val_loader)
+        columns = ["val_accuracy", *health_columns(cfg)]
+        run.open(cfg, asked.changes_text(), plan, warnings, columns)
         state = train(cfg, run, train_loader, val_loader)
         run.close(state.model.state_dict())
     return run.exit_code

@@ -226,6 +226,67 @@ def test_a_blank_line_of_a_preset_counts_as_not_set(preset):
     assert Config.from_env({"PRESET": "mine"}) == Config(preset="mine")
 
 
+def test_auto_gives_a_setting_back_to_those_that_decide_on_it(preset):
+    preset("LR=0.5\nMUON_LR=0.0018\nEMBED_LR=0.2\nD_FF=256\nAUX_LOSS_COEF_START=1\n")
+    with_auto = {"PRESET": "mine", "MUON_LR": "auto", "EMBED_LR": "auto", "D_FF": "auto"}
+    cfg = Config.from_env(with_auto | {"AUX_LOSS_COEF_START": "none"})
+    assert cfg == Config(preset="mine", lr=0.5)
+    assert cfg.resolved() == {"embed_lr": 0.5, "muon_lr": 0.05, "d_ff": 4 * 768}
+    assert Config.from_env({"VOCAB_SIZE": "auto"}).vocab_size == 0
+    assert refused({"MUON_LR": "none"}) == "MUON_LR='none': must be a number or auto"
+    assert refused({"LR": "auto"}) == "LR='auto': must be a number"
+    assert refused({"AUX_LOSS_COEF_END": "auto"}).endswith("must be a number")
+
+
+def test_what_is_resolved_is_what_the_optimizers_and_the_model_get():
+    swiglu = {"FFN": "swiglu", "N_EMBD": "96", "TIE_EMBEDDINGS": "0", "LR": "0.02"}
+    cfg = Config.from_env(swiglu)
+    assert cfg.resolved() == {"embed_lr": 0.02, "head_lr": 0.02, "muon_lr": 0.002, "d_ff": 256}
+    both = Config.from_env({"FFN": "relu2,swiglu", "OPTIMIZER": "adamw", "EMBED_LR": "0.1"})
+    assert both.resolved() == {"embed_lr": 0.1}, "two widths are no number, no Muon no rate of it"
+    experts = Config.from_env({"FFN": "moe", "TOP_K": "2", "N_EMBD": "96", "N_HEAD": "2"})
+    assert experts.resolved()["d_ff"] == 192
+
+
+@pytest.mark.parametrize(
+    "settings, name, need",
+    [
+        ("OPTIMIZER=adamw MUON_LR=1", "MUON_LR", "OPTIMIZER=muon"),
+        ("LR_SCHEDULE=cosine WARMDOWN_ITERS=9", "WARMDOWN_ITERS", "LR_SCHEDULE=trapezoid"),
+        ("MIN_LR_FRAC=0.1", "MIN_LR_FRAC", "LR_SCHEDULE=cosine"),
+        ("GATEACT=ns_sigmoid", "GATEACT", "ATTNGATE!=none"),
+        ("HEAD_LR=1", "HEAD_LR", "TIE_EMBEDDINGS=0"),
+        ("TOP_K=3", "TOP_K", "FFN=moe"),
+        ("FFN=moe BALANCE=none AUX_LOSS_COEF=1", "AUX_LOSS_COEF", "BALANCE=aux"),
+        (
+            "FFN=moe AUX_LOSS_COEF=1 AUX_LOSS_COEF_START=1 AUX_LOSS_COEF_END=0",
+            "AUX_LOSS_COEF",
+            "AUX_LOSS_COEF_START=none",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_told_and_counts_for_nothing(settings, name, need):
+    env = dict(word.split("=") for word in settings.split())
+    cfg, without = Config.from_env(env), Config.from_env(env | {name: ""})
+    assert f"{name} has no effect without {need}" in cautions({}, cfg)
+    assert cfg.effective() == without.effective() and cfg.hash() != without.hash()
+    assert name.lower() not in cfg.effective()
+    met = dict([need.replace("!=none", "=const").split("=")])
+    if "START" in need:
+        met["AUX_LOSS_COEF_END"] = ""
+    if "FFN" in env:
+        met["FFN"] = "moe"
+    assert name.lower() in Config.from_env(env | met).effective()
+
+
+def test_what_settings_need_names_settings_and_choices():
+    for need, names in Config.NEEDS.items():
+        setting, value = need.replace("!", "").split("=")
+        assert {setting.lower(), *names.split()} <= FIELDS.keys()
+        assert value == "none" or Config.parse(setting.lower(), value) is not None
+    assert {*Config.AUTO, *Config.AUTO.values()} <= FIELDS.keys()
+
+
 # Refusals
 
 
@@ -400,14 +461,10 @@ def test_help_lists_every_setting_with_default_choices_and_comment():
     assert lines.keys() == {name.upper() for name in FIELDS}
     for name, line in lines.items():
         default = FIELDS[name.lower()].default
-        default = (
-            int(default)
-            if isinstance(default, bool)
-            else "blank"
-            if default in (None, "")
-            else default
-        )
-        assert line.split()[1] == str(default)
+        said = line.split()[1]
+        if said != "blank":
+            assert getattr(Config.from_env({name: said}), name.lower()) == default
+        assert (said == "blank") == (default == "")
         assert line.endswith(f" {comments[name.lower()]}")
         choices = re.findall(r"\[(\S+)\]", line.removesuffix(comments[name.lower()]))
         assert choices == (["|".join(axes()[name.lower()])] if name.lower() in axes() else [])

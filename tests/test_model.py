@@ -50,6 +50,27 @@ def test_contract(variant):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
     assert torch.equal(trained_a_little(cfg)(tokens[:, :-1]), logits)
 
+    scored = model.score(tokens[:, :-1], tokens[:, 1:])
+    hits = (logits.argmax(-1) == tokens[:, 1:]).float().mean()
+    assert torch.allclose(scored, torch.stack([loss.detach(), hits]), atol=1e-6)
+    assert not scored.requires_grad
+
+
+def test_scores_in_chunks_are_those_of_all_at_once(monkeypatch):
+    """Accuracy and loss against plain logits, where the last chunk is shorter than the others."""
+    model = trained_a_little(tiny())
+    tokens = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(1))
+    x, y = tokens[:, :-1], tokens[:, 1:].clone()
+    y[:, ::2] = model(x).argmax(-1)[:, ::2]  # half of them are right
+    whole = model.score(x, y)
+    assert whole[1] >= 0.5
+    monkeypatch.setitem(train_gpt.LOGITS_PER_CHUNK, "cpu", 64 * 7)
+    assert torch.allclose(model.score(x, y), whole)
+    logits = model(x).double().flatten(0, 1)
+    right = (logits.argmax(-1) == y.flatten()).double().mean()
+    loss = F.cross_entropy(logits, y.flatten())
+    assert torch.allclose(whole.double(), torch.stack([loss, right]), atol=1e-6)
+
 
 def gradients(variant, dtype):
     """{name: gradient} of a small model whose blocks take and give this dtype."""

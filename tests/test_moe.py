@@ -247,6 +247,9 @@ def test_health_of_loads_that_are_known():
         "dead"
     ].tolist() == [0, 6, 7]
     assert health["aux"].tolist() == pytest.approx([1, 4, 1])
+    assert health["dropped"].tolist() == [0, 0, 0]
+    routing[1, 0, 1] = 0.25  # a quarter of the choices reach nobody
+    assert expert_health(routing)["dropped"].tolist() == [0, 0.25, 0]
     assert health["load_min"].tolist() == [1 / 8, 0, 0] and health["load_max"].tolist() == [
         1 / 8,
         0.5,
@@ -294,6 +297,7 @@ def test_a_run_tells_the_health_of_its_experts(settings):
         assert least <= 1 / 8 <= most <= 1 / 2 and 0 < entropy <= 1
     assert {step for step, row in curve.items() if row["aux_1"]} == set(lines)
     told = summary(settings)
+    assert told["moe_dropped"] == 0 and told["val_accuracy"] == float(curve[10]["val_accuracy"])
     assert told["moe_load_max"] == pytest.approx(lines[10][4], abs=1e-4)
     assert told["moe_max_vio"] == pytest.approx(8 * told["moe_load_max"] - 1)
     cells = row(settings)

@@ -38,7 +38,7 @@ SIBLINGS = {  # preset: (its small sibling, what else is different)
 SIZES = """
     preset input_bin input_val_bin vocab_size n_layer n_head n_embd d_ff num_experts sequence_length
     batch_size device_batch_size num_iterations warmup_iters lr val_every val_tokens
-    max_train_tokens dtype balance_log_interval
+    max_train_tokens dtype balance_log_interval shuffle
 """.split()
 
 
@@ -61,7 +61,12 @@ def test_the_small_sibling_is_of_the_same_kind(preset):
     name, other = SIBLINGS[preset]
     big, small = (dataclasses.asdict(Config.from_env({"PRESET": each})) for each in (preset, name))
     assert {key for key in big if big[key] != small[key]} - {*SIZES} == set(other)
-    assert small["num_iterations"] == 50 and small["n_layer"] == 4 and small["dtype"] == "auto"
+    assert (
+        small["shuffle"]
+        and small["num_iterations"] == 50
+        and small["n_layer"] == 4
+        and small["dtype"] == "auto"
+    )
     plans = [make_plan(Config.from_env({"PRESET": each}), Ranks()) for each in (preset, name)]
     assert plans[0]["grad_accumulation"] > 1 and plans[1]["grad_accumulation"] > 1
 

@@ -34,6 +34,7 @@ FIGURES = [  # what a summary and a row measure, beside moe_*; the rest of their
     "best_loss",
     "bits_per_byte",
     "ppl",
+    "val_accuracy",
     "status",
     "error",
     "resumes",

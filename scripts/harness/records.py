@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -38,7 +37,7 @@ class Records:
         self.files = RunFiles(cfg.log_dir, run_id)
         self.columns = columns  # of the curve
         self.source = source  # text of the program that trains
-        self.summary = dataclasses.asdict(cfg) | {"run_id": run_id}
+        self.summary = vars(cfg) | cfg.resolved() | {"run_id": run_id}
         self.lock = FileLock(self.files.lock)
         self.bar = None
         self.live = False  # the run_id is claimed

@@ -24,6 +24,8 @@ class Settings:
     LABELS: ClassVar[tuple[str, ...]] = ()  # fields that only name and place what a run leaves
     NOT_HASHED: ClassVar[tuple[str, ...]] = ()  # fields that say nothing of what is trained and how
     SCHEDULED: ClassVar[tuple[str, ...]] = ()  # fields that matter only through `scheduled`
+    AUTO: ClassVar[dict[str, str]] = {}  # fields that may say auto: the field that they follow
+    NEEDS: ClassVar[dict[str, str]] = {}  # see `holds`: the fields without effect where it does not
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -36,6 +38,32 @@ class Settings:
     def scheduled(self, step: int) -> tuple[float, ...]:
         """What the schedules say of the step that follows `step` steps."""
         return ()
+
+    def resolved(self) -> dict[str, Any]:
+        """The values of fields that say auto, as far as others give them."""
+        return {}
+
+    def holds(self, need: str) -> bool:
+        """Whether FIELD=value is so, or FIELD!=value; of a list one value is enough."""
+        name, _, wanted = need.partition("=")
+        value = getattr(self, name.rstrip("!").lower())
+        text = {None: "none"}.get(value, str(int(value) if isinstance(value, bool) else value))
+        return (wanted in text.split(",")) != name.endswith("!")
+
+    def idle(self) -> dict[str, str]:
+        """The fields that have no effect, and what they would need for one."""
+        idle = {}
+        for need, names in self.NEEDS.items():
+            if not self.holds(need):
+                for name in names.split():
+                    idle.setdefault(name, need)
+        return idle
+
+    def effective(self) -> dict[str, Any]:
+        """The values of all fields that have an effect on what is trained."""
+        without = {*self.NOT_HASHED, *self.idle()}
+        values = vars(self) | self.resolved()
+        return {name: value for name, value in values.items() if name not in without}
 
     def resumable(self) -> set[str]:
         """Fields that a run may change when it goes on, since they do not change what it learns."""
@@ -78,7 +106,26 @@ class Settings:
         check_secrets(env, fields)
         preset = read_preset(env.get("PRESET") or cls.preset, fields, cls.preset)
         texts = preset | {name: env[name] for name in fields if env.get(name)}
-        return cls(**{fields[n].name: parse(fields[n], text) for n, text in texts.items() if text})
+        values = {fields[name].name: text for name, text in texts.items() if text}
+        return cls(**{name: cls.parse(name, text) for name, text in values.items()})
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Any:
+        """The value of a field from its text. Raises ConfigError."""
+        kind = cls.__dataclass_fields__[name].type
+        is_auto, may_be_none = name in cls.AUTO, kind not in (int, str, bool)
+        if text == "auto" and is_auto:
+            return None if may_be_none else kind()
+        if text == "none" and may_be_none and not is_auto:
+            return None
+        try:
+            if kind is bool:
+                return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+            return kind(text) if kind in (int, str) else float(text)
+        except (ValueError, KeyError):
+            wanted = {bool: "0 or 1", int: "a whole number"}.get(kind, "a number")
+            wanted += " or auto" if is_auto else ""
+            raise ConfigError(f"{name.upper()}={text!r}: must be {wanted}") from None
 
     def changes(self) -> dict[str, Any]:
         """What differs from the defaults: {variable: value}."""
@@ -97,10 +144,14 @@ class Settings:
                 words.append(f"{name}={shlex.quote(text)}")
         return " ".join(words)
 
-    def hash(self) -> str:
-        """Eight hex digits, shared by runs that train the same model the same way, on any seed."""
+    def hash(self, options: Mapping[str, Any] = {}) -> str:
+        """Eight hex digits, shared by runs that train the same model the same way, on any seed.
+
+        `options` are those of a program that has its own beside the settings.
+        """
         left_out = {*self.NOT_HASHED, "seed"}
         hashed = {name: value for name, value in vars(self).items() if name not in left_out}
+        hashed |= options
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -134,26 +185,16 @@ def near_misses(env: Mapping[str, str], cls: type[Settings]) -> list[str]:
     return sentences
 
 
-def parse(field: dataclasses.Field, text: str) -> Any:
-    """The value of a setting from its text. Raises ConfigError."""
-    try:
-        if field.type is bool:
-            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
-        return field.type(text) if field.type in (int, str) else float(text)
-    except (ValueError, KeyError):
-        wanted = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a number")
-        raise ConfigError(f"{field.name.upper()}={text!r}: must be {wanted}") from None
-
-
 def preset_files() -> dict[str, Path]:
     """The presets that there are: {name: file}."""
     return {path.stem: path for path in sorted((ROOT / "experiments" / "presets").glob("*.env"))}
 
 
-def read_preset(name: str, fields: Collection[str], default: str) -> dict[str, str]:
+def read_preset(name: str, fields: Collection[str] | None, default: str) -> dict[str, str]:
     """Settings of experiments/presets/<name>.env: {variable: text}. Raises ConfigError.
 
-    The default preset is what the fields say: it needs no file.
+    The default preset is what the fields say: it needs no file. Where there are `fields`, a file
+    may set no other.
     """
     files = preset_files()
     if name == default and name not in files:
@@ -166,7 +207,7 @@ def read_preset(name: str, fields: Collection[str], default: str) -> dict[str, s
         if not line or line.startswith("#"):
             continue
         variable, equals, value = line.partition("=")
-        if not equals or variable not in fields:
+        if not equals or (fields and variable not in fields):
             raise ConfigError(
                 f"PRESET={name}: {line!r} in {files[name]} is no NAME=value of "
                 "python train_gpt.py --help"
@@ -181,9 +222,13 @@ def settings_table(cls: type[Settings], source: str) -> str:
     axes = cls.choices()
     lines = []
     for field in dataclasses.fields(cls):
-        default = "blank" if field.default in (None, "") else field.default
-        if field.type is bool:
-            default = int(field.default)
+        default = "blank" if field.default == "" else field.default
+        if field.name in cls.AUTO and not default:
+            default = "auto"
+        elif default is None:
+            default = "none"
+        elif field.type is bool:
+            default = int(default)
         choices = f"[{'|'.join(axes[field.name])}] " if field.name in axes else ""
         lines.append(f"  {field.name.upper():20} {default!s:36} {choices}{comments[field.name]}")
     return "\n".join([*lines, f"Presets: {', '.join(preset_files())}"])
