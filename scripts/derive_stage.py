@@ -4,11 +4,20 @@ from dataclasses import replace
 
 from harness.contract import ConfigError
 from plan_stage import pairs, refuse_unknown
-from stages import FOLDER, RESERVED, Stage, load_stage, text_of, write_stage
+from stages import (
+    FOLDER,
+    RESERVED,
+    Stage,
+    check_free,
+    read,
+    stage_of,
+    text_of,
+    write_stage,
+)
 from train_gpt import Config
 
 
-def overridden(stage: Stage, changes: list[str], name: str) -> Stage:
+def overridden(stage: Stage, changes: list[str], name: str, write: bool = True) -> Stage:
     """The stage with NAME=VALUE for every run; where that changes what is trained, as a stage
     `name`, which has a file of its own, so that no table mixes the two. Raises ConfigError."""
     given = pairs("--set", changes)
@@ -16,7 +25,9 @@ def overridden(stage: Stage, changes: list[str], name: str) -> Stage:
     if reserved:
         raise ConfigError(f"--set {min(reserved)}: is not for a stage to set")
     refuse_unknown(given)
-    Config.from_env(stage.variants[stage.reference] | given)
+    for settings in stage.variants.values():
+        own = {setting: text for setting, text in settings.items() if setting.isupper()}
+        Config.from_env(own | given)
 
     untrained = {setting.upper() for setting in Config.NOT_HASHED}
     trained = sorted(set(given) - untrained)
@@ -27,56 +38,85 @@ def overridden(stage: Stage, changes: list[str], name: str) -> Stage:
         raise ConfigError(
             f"--set {trained[0]} makes another stage of {stage.name}; give it a name by --as"
         )
-    varied = [setting for setting in trained if setting.lower() in stage.axes]
-    if varied:
-        raise ConfigError(
-            f"--set {varied[0]}: in that the variants of {stage.name} differ; write a stage for it"
-        )
+    tables = read(stage.name)
+    made = stage_of(name, tables | {"base": tables["base"] | given})
+    for setting in given:
+        values = {settings[setting] for settings in made.variants.values()}
+        if values != {given[setting]}:
+            raise ConfigError(
+                f"--set {setting}={given[setting]}: variants of {stage.name} have their own, "
+                f"{', '.join(sorted(values))}; write a stage for it"
+            )
+    file = {"extends": stage.name, "base": given}
     try:
-        write_stage(name, {"extends": stage.name, "base": given})
+        check_free(name, file)
     except FileExistsError as error:
         raise ConfigError(f"--as {name}: {error}; choose another name") from None
-    return load_stage(name)
+    if write:
+        write_stage(name, file)
+    return made
+
+
+def variants_after(stage: Stage, promoted: list[str]) -> dict[str, dict[str, str]]:
+    """{label: settings} of what goes on: the reference of the best promoted, it and others with
+    the same reference, as many as the step says, and variants around the best."""
+    step = stage.next[0]
+    changes = {name: text_of(value) for name, value in step.items() if name.isupper()}
+    best = promoted[0] if promoted else stage.in_order()[0]
+    reference = stage.references[best]
+    going_on = [label for label in promoted if stage.references[label] == reference]
+    going_on = going_on[: step.get("most", len(going_on))]
+    kept = {label: stage.variants[label] | changes for label in (reference, *going_on)}
+    for label, own in step.get("around", {}).items():
+        own = {name: text_of(value) for name, value in own.items()}
+        kept[f"{best}, {label}"] = kept[best] | own
+    return kept
 
 
 def next_tables(stage: Stage, promoted: list[str]) -> dict:
-    """The tables of the stage that follows, of the reference and the promoted variants."""
-    first, *later = stage.next
-    changes = {name: text_of(value) for name, value in first.items() if name != "name"}
-    kept = {label: stage.variants[label] | changes for label in (stage.reference, *promoted)}
+    """The tables of the stage that follows."""
+    kept = variants_after(stage, promoted)
+    first, *later = kept.values()
     base = {
         name: value
-        for name, value in kept[stage.reference].items()
-        if all(settings.get(name) == value for settings in kept.values())
+        for name, value in first.items()
+        if all(settings.get(name) == value for settings in later)
     }
+    varied = {name for settings in kept.values() for name in settings if name not in base}
     tables = {
         "question": stage.question,
-        "reference": stage.reference,
+        "reference": next(iter(kept)),
         "seeds": stage.seeds,
         "max_seeds": stage.max_seeds,
-        "axes": [name.upper() for name in stage.axes],
+        "axes": sorted(varied | {name.upper() for name in stage.axes} - base.keys()),
         "base": base,
         "variants": {
             label: {name: value for name, value in settings.items() if name not in base}
             for label, settings in kept.items()
         },
         "gate": stage.gate,
+        "program": stage.program,
     }
-    return tables | ({"next": later} if later else {})
+    return tables | ({"next": list(stage.next[1:])} if stage.next[1:] else {})
 
 
 def build_next(stage: Stage, promoted: list[str]) -> str:
     """Writes the file of the stage that follows; says what came of it."""
     if not stage.next:
         return f"no next stage: {stage.name} names none"
-    if not promoted:
+    if not promoted and not stage.next[0].get("around"):
         return "no next stage: no variant is promoted"
     name = stage.next[0]["name"]
+    tables = next_tables(stage, promoted)
     try:
-        write_stage(name, next_tables(stage, promoted))
+        stage_of(name, tables)
+        write_stage(name, tables)
     except FileExistsError as error:
         return f"{error}; it is left as it is"
+    except ValueError as error:
+        return f"no next stage: {error}"
+    reference, *others = tables["variants"]
     return (
-        f"next stage: {FOLDER / f'{name}.toml'} with {', '.join(promoted)} beside "
-        f"{stage.reference}; python scripts/run_stage.py {name}"
+        f"next stage: {FOLDER / f'{name}.toml'} with {', '.join(others)} beside {reference}; "
+        f"python scripts/run_stage.py {name}"
     )

@@ -87,7 +87,8 @@ def dry_run(
     for run in runs:
         status = status_of(run, rows) if run.identity[-1] else ""
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in run.settings.items())
-        command = f"{settings} torchrun --standalone --nproc_per_node={args.nproc} train_gpt.py"
+        words = shlex.join(run.words)
+        command = f"{settings} torchrun --standalone --nproc_per_node={args.nproc} {words}"
         if status in HAS_RESULT:
             print(f"# {command}  # has a result: {status}")
             continue

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -34,10 +34,11 @@ OF_ONE_RUN = (  # what begins like these is of one run, not of all
 POLL = 0.5  # seconds
 
 
-def command(world_size: int) -> list[str]:
-    """What starts a run, whose settings are the environment."""
+def command(world_size: int, words: Sequence[str]) -> list[str]:
+    """What starts a program and its options, `words`, whose settings are the environment."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc_per_node={world_size}", str(ROOT / "train_gpt.py")]
+    program, *options = words
+    return [*launcher, f"--nproc_per_node={world_size}", str(ROOT / program), *options]
 
 
 def devices() -> list[str]:
@@ -154,7 +155,7 @@ class Pool:
         env = environment(run.settings, run.cfg.device, world_size, self.jobs, run.slot)
         with open(run.files.output, "a") as out:
             run.process = subprocess.Popen(
-                command(world_size),
+                command(world_size, run.words),
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

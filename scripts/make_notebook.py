@@ -4,7 +4,8 @@
     python scripts/make_notebook.py                # runs all of notebooks/ again
 
 A notebook has four parts: the question, the data, plots, the answer; the last is for you to write,
-and stays. It reads nothing but experiments/.
+and stays. Its figures are not typed: {elementwise|difference} becomes that cell of the table when
+the notebook is run; see make_tables.filled. It reads nothing but experiments/.
 """
 
 import argparse
@@ -26,18 +27,23 @@ import sys
 sys.path.insert(0, "scripts")
 import pandas as pd
 from IPython.display import Markdown, display
-import make_tables, plot_ablation, split_results
+import make_tables, plot_ablation
 from stages import load_stage"""
 DATA = """rows = make_tables.rows_of(stage.name)
-runs = split_results.comparable(rows, stage)
-display(Markdown(make_tables.markdown(stage, make_tables.table(stage, rows), runs)))"""
+display(Markdown(make_tables.markdown(stage, make_tables.table(stage, rows), rows)))"""
 VERDICT = (
     """gate = pd.read_csv(f"experiments/tables/{stage.name}_gate.csv")
-columns = "variant verdict reason val_loss gap se time_to_target reference_time_to_target".split()
+columns = "variant verdict reason time_to_target reference_time_to_target".split()
 pd.set_option("display.max_colwidth", None)
 display(gate[gate.kind == "variant"][columns]"""
     """.style.hide(axis="index").format(precision=4, na_rep=""))"""
 )
+STEPS = """steps = pd.read_csv(f"experiments/tables/{stage.name}_steps.csv")
+display(steps.style.hide(axis="index").format(precision=4, na_rep=""))"""
+ANSWER = '''answer = """
+Not yet written.
+"""
+display(Markdown(make_tables.filled(answer, stage.name)))'''
 PLOTS = """for figure in plot_ablation.figures(stage.name).values():
     display(figure)"""
 
@@ -51,12 +57,16 @@ def new(stage: Stage) -> nbformat.NotebookNode:
             new_markdown_cell("## Data"),
             new_code_cell(DATA),
             new_markdown_cell(
-                "The gate compares at the same step, and takes the noise of seeds into account:"
+                "The gate compares at the last step that both have, and takes the noise of seeds "
+                "and the number of looks into account:"
             ),
             new_code_cell(VERDICT),
+            new_markdown_cell("Differences at every step that both have:"),
+            new_code_cell(STEPS),
             new_markdown_cell("## Plots"),
             new_code_cell(PLOTS),
-            new_markdown_cell("## Answer\n\nNot yet written."),
+            new_markdown_cell("## Answer"),
+            new_code_cell(ANSWER),
         ],
         metadata={
             "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}

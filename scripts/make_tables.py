@@ -2,12 +2,14 @@
 
     python scripts/make_tables.py            # every stage that has rows, and README.md
     python scripts/make_tables.py stage1_cpu
+    python scripts/make_tables.py stage2_cpu --against LR=0.015  # print it with other references
 
 Reads experiments/results_<stage>.csv; writes experiments/tables/<stage>.csv and .md. Compared are
-finished runs of one trainer source and one dataset, one a seed; what did not finish is counted in a
-column. The interval (95 %) and p (two-sided) of the difference to the reference are those of
-Welch's t-test, which takes no equal variances for granted; p is not corrected for the number of
-variants.
+finished runs of one trainer source, on one dataset and validation set, one a seed; what did not
+finish is counted in a column. Runs with the same seed share data order and initialisation, so
+difference, interval (95 %) and p (two-sided) are those of the paired t-test over the seeds that a
+variant and its reference share; where they share fewer than two, of Welch's. p_holm is p corrected
+for the number of comparisons in the table.
 """
 
 import argparse
@@ -15,12 +17,14 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from scipy import stats
 
+import gate_stats
 from harness.files import write_whole
-from split_results import RESULTS, comparable, read_results, write_table
-from stages import Stage, load_stage, stage_names
+from split_results import RESULTS, comparable, current, read_results, tried, validation_of
+from split_results import write_table
+from stages import Stage, load_stage, read, stage_names, stage_of
 
 NAMES = {  # as published
     "attngate": "attn_gate",
@@ -29,13 +33,14 @@ NAMES = {  # as published
     "lr": "learning_rate",
 }
 MEANS = ("bits_per_byte", "train_time", "tokens_per_sec", "moe_entropy", "moe_max_vio")
-TEST = ("difference", "low", "high", "p")
+TEST = ("difference", "low", "high", "pairs", "p", "p_holm")
 SIZES = ("params_total", "params_active")
 FORMATS = {
     "final_loss": ".4f",
     "sd": ".4f",
     "difference": "+.4f",
     "p": ".3f",
+    "p_holm": ".3f",
     "tokens_per_sec": ",.0f",
     "moe_entropy": ".3f",
     "moe_max_vio": ".2f",
@@ -57,21 +62,23 @@ def rows_of(stage_name: str) -> pd.DataFrame:
     return read_results(path)
 
 
-def welch(losses: pd.Series, reference: pd.Series) -> dict[str, float]:
-    """Difference of the means, its 95 % interval and p; with fewer than two seeds of either, the
-    first alone."""
-    difference = losses.mean() - reference.mean()
-    if min(len(losses), len(reference)) < 2:
-        return {"difference": difference}
-    test = stats.ttest_ind(losses, reference, equal_var=False)
-    low, high = test.confidence_interval(0.95)
-    return dict(zip(TEST, (difference, low, high, test.pvalue)))
+def difference_of(stage: Stage, variant: str, runs: pd.DataFrame) -> dict[str, float]:
+    """A variant's final losses minus its reference's, the 95 % interval and p, as far as seeds
+    allow; {} where they were validated on other data."""
+    own, reference = (runs[runs.variant == label] for label in (variant, stage.references[variant]))
+    if stage.is_reference(variant) or len(validation_of(pd.concat([own, reference]))) > 1:
+        return {}
+    ours, theirs = (one.set_index("seed").final_loss for one in (own, reference))
+    difference, test = gate_stats.compare(ours, theirs)
+    pairs = difference.n if test == "paired" else np.nan
+    values = (difference.mean, difference.low, difference.high, pairs, difference.p)
+    return dict(zip(TEST, values))
 
 
 def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) -> dict:
-    """A variant's line: its axes, seeds, loss, difference to the reference, speed, sizes, and what
+    """A variant's line: its axes, seeds, loss, difference to its reference, speed, sizes, and what
     did not finish."""
-    own, reference = runs[runs.variant == variant], runs[runs.variant == stage.reference]
+    own = runs[runs.variant == variant]
     all_of_it = rows[rows.variant == variant]
     described = (own if len(own) else all_of_it).tail(1)
 
@@ -80,9 +87,9 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
         NAMES.get(axis, axis): value for axis in stage.axes for value in described.get(axis, [])
     }
     line |= {"seeds": len(own), "final_loss": own.final_loss.mean(), "sd": own.final_loss.std()}
-    line |= dict.fromkeys(TEST)
-    if variant != stage.reference:
-        line |= welch(own.final_loss, reference.final_loss)
+    if len({*stage.references.values()}) > 1:
+        line["against"] = None if stage.is_reference(variant) else stage.references[variant]
+    line |= dict.fromkeys(TEST) | difference_of(stage, variant, runs)
     line |= {name: own[name].mean() for name in MEANS if name in own}
     if len(own):
         line |= {name: own[name].iloc[0] for name in SIZES}
@@ -95,8 +102,9 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
 def table(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
     """The table of a stage, a line a variant in the order of its file; columns without a figure are
     left out."""
-    runs = comparable(rows, stage)
+    runs, rows = comparable(rows, stage), tried(rows, stage)
     lines = pd.DataFrame([line_of(stage, variant, rows, runs) for variant in stage.variants])
+    lines["p_holm"] = gate_stats.holm(lines.p)
     return lines.replace({"unfinished": {"": None}}).dropna(axis="columns", how="all")
 
 
@@ -107,43 +115,74 @@ def cell(name: str, value: object) -> str:
     if name == "train_time":
         minutes, seconds = divmod(round(value, 1), 60)
         return f"{minutes:.0f}m {seconds:.1f}s"
-    if name == "p" and value < 0.001:
+    if name in ("p", "p_holm") and value < 0.001:
         return "< 0.001"
     if name in FORMATS:
         return format(value, FORMATS[name])
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def markdown(stage: Stage, lines: pd.DataFrame, runs: pd.DataFrame) -> str:
+def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
+    """What a reader of the table must know, in sentences."""
+    runs = comparable(rows, stage)
+    devices = sorted({f"{run.device_name}, torch {run.torch}" for run in runs.itertuples()})
+    said = [f"Measured on {' / '.join(devices) or 'nothing yet'}."]
+    if "p" in lines:
+        compared = lines.dropna(subset="p")
+        is_paired = compared.get("pairs", compared.p * np.nan).notna()
+        test = "the paired t-test, over seeds that both have"
+        if not is_paired.all():
+            test = "Welch's t-test" if not is_paired.any() else f"{test}; without pairs, Welch's"
+        said.append(
+            f"Difference, interval and p by {test}; p_holm is p after Holm's correction for "
+            f"{len(compared)} comparisons."
+        )
+    if current(rows, stage).groupby("variant").seed.nunique().nunique() > 1:
+        said.append(
+            "Where numbers of seeds differ, some were added because of the losses: p does not know "
+            "of that."
+        )
+    if runs.sequence_length.nunique() > 1:
+        said.append(
+            "Sequence lengths differ: with a longer one there is more to predict from, so the "
+            "losses are not the same measurement."
+        )
+    if len(validation_of(runs)) > 1:
+        said.append("Runs that were validated on different tokens are not compared.")
+    finished = rows[rows.status == "ok"]
+    left_out = len(finished) - len(tried(finished, stage))
+    if left_out:
+        said.append(
+            f"Left out: {left_out} finished runs with other settings than the stage has now."
+        )
+    return said
+
+
+def markdown(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> str:
     """The table in Markdown, with what was compared, on what device, below it."""
     shown = lines.drop(columns=[name for name in ("low", "high", "bits_per_byte") if name in lines])
     if "low" in lines:
-        intervals = [
-            "" if pd.isna(low) else f"{low:+.4f} to {high:+.4f}"
-            for low, high in zip(lines.low, lines.high)
-        ]
-        shown.insert(shown.columns.get_loc("difference") + 1, "95 % interval", intervals)
-
+        shown.insert(
+            shown.columns.get_loc("difference") + 1,
+            "95 % interval",
+            [interval_text(low, high) for low, high in zip(lines.low, lines.high)],
+        )
     cells = [
         [cell(name, value) for name, value in line.items()] for line in shown.to_dict("records")
     ]
     if "difference" in shown:
-        reference = list(lines.variant).index(stage.reference)
-        cells[reference][shown.columns.get_loc("difference")] = "reference"
+        column = shown.columns.get_loc("difference")
+        for label, line in zip(lines.variant, cells):
+            if stage.is_reference(label):
+                line[column] = "reference"
     head, *body = ["| " + " | ".join(line) + " |" for line in [list(shown.columns), *cells]]
     rule = "|-" * len(shown.columns) + "|"
+    return "\n".join([head, rule, *body, "", " ".join(notes(stage, lines, rows)), ""])
 
-    devices = sorted({f"{run.device_name}, torch {run.torch}" for run in runs.itertuples()})
-    note = (
-        f"Measured on {' / '.join(devices) or 'nothing yet'}; "
-        "difference, interval and p by Welch's test, over seeds."
-    )
-    if lines.seeds.nunique() > 1:
-        note += (
-            " Where numbers of seeds differ, some were added because of the losses: "
-            "p does not know of that."
-        )
-    return "\n".join([head, rule, *body, "", note, ""])
+
+def interval_text(low: float, high: float) -> str:
+    """An interval as the Markdown table shows it."""
+    return "" if pd.isna(low) else f"{low:+.4f} to {high:+.4f}"
 
 
 def write_tables(stage_name: str) -> str:
@@ -152,11 +191,45 @@ def write_tables(stage_name: str) -> str:
     stage = load_stage(stage_name)
     rows = rows_of(stage_name)
     lines = table(stage, rows)
-    text = markdown(stage, lines, comparable(rows, stage))
+    text = markdown(stage, lines, rows)
     folder = RESULTS.with_name("tables")
     write_table(lines, folder / f"{stage_name}.csv")
     write_whole(folder / f"{stage_name}.md", text)
     return text
+
+
+def other_view(stage_name: str, against: list[str]) -> str:
+    """The text of a stage's table with other references, as `against` in its file would have them:
+    a label, or words NAME=VALUE. Raises ValueError."""
+    words = against[0]
+    if "=" in words:
+        words = dict(word.split("=", 1) for word in against)
+    tables = read(stage_name)
+    tables.pop("reference", None)
+    stage, rows = stage_of(stage_name, tables | {"against": words}), rows_of(stage_name)
+    return markdown(stage, table(stage, rows), rows)
+
+
+def filled(text: str, stage_name: str) -> str:
+    """A text with a stage's figures in it: {variant|column} becomes that cell of its table,
+    {variant|interval} the 95 % interval of the difference; columns of its verdicts and settings of
+    its runs serve as well. Raises ValueError for what is none of these."""
+    stage, rows = load_stage(stage_name), rows_of(stage_name)
+    lines = table(stage, rows).set_index("variant")
+    gate = pd.read_csv(RESULTS.with_name("tables") / f"{stage_name}_gate.csv")
+    gate = gate[gate.kind == "variant"].set_index("variant")
+    runs = comparable(rows, stage).drop_duplicates("variant", keep="last").set_index("variant")
+
+    def figure(place: re.Match) -> str:
+        label, column = place[1].split("|")
+        if column == "interval" and label in lines.index and "low" in lines:
+            return interval_text(lines.low[label], lines.high[label])
+        for source in (lines, gate, runs):
+            if label in source.index and column in source and pd.notna(source[column][label]):
+                return cell(column, source[column][label])
+        raise ValueError(f"{place[0]} is no figure of {stage_name}: no such variant or column")
+
+    return re.sub(r"\{([^{}|]+\|\w+)\}", figure, text)
 
 
 def with_tables(readme: str) -> str:
@@ -179,8 +252,19 @@ def main(argv: list[str] | None = None) -> int:
     """Makes tables; exit code 0, or 2 with one sentence where a stage is unknown or has no rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("stage", nargs="*", help="only these")
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="LABEL or NAME=VALUE",
+        help="print the table of a stage with each variant against this, or the one that has this",
+    )
     args = parser.parse_args(argv)
     try:
+        if args.against:
+            for name in args.stage:
+                print(other_view(name, args.against))
+            return 0
         with_rows = [
             name for name in stage_names() if RESULTS.with_name(f"results_{name}.csv").is_file()
         ]

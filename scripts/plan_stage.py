@@ -1,31 +1,45 @@
-"""Plans the runs of a stage: which there are, with what settings, and which have a result."""
+"""Plans the runs of a stage: which there are, with what settings, and which have a result.
+
+Before anything runs it works out every setting and refuses a stage whose variants differ in less
+than it says, or are validated on different data.
+"""
 
 import csv
 import difflib
 import functools
 import hashlib
+import itertools
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from harness.contract import ConfigError, DataError
-from harness.provenance import fingerprint
 from harness.ranks import Ranks
 from harness.settings import ROOT
 from harness.source import source_hash
 import train_gpt
 from harness.files import RunFiles
-from stages import Stage
+from stages import TRAINER, Stage
 from train_gpt import Config
 
 # With --gate a stopped run has a result, too. Anything else is tried again by the next start.
 HAS_RESULT = ("ok", "diverged")
-SETTINGS = [field.name.upper() for field in fields(Config)]
+SETTINGS = [one.name.upper() for one in fields(Config)]
 IDENTITY = ("stage", "variant", "seed", "config_hash", "source_sha", "data_fingerprint")
+
+
+class Checked(NamedTuple):
+    """Settings that have been checked as the program will check them."""
+
+    cfg: Config
+    plan: dict[str, Any]
+    data: str  # fingerprint; "" where it is not known yet
+    val_data: str
 
 
 @dataclass
@@ -36,6 +50,9 @@ class PlannedRun:
     cfg: Config
     plan: dict
     identity: tuple[str, ...]  # what a row must agree in to be this run's result
+    val_data: str = ""  # fingerprint; "" where it is not known yet
+    program: str = TRAINER
+    options: dict[str, str] = field(default_factory=dict)  # of the program's command line
     process: subprocess.Popen | None = None
     slot: int = -1
 
@@ -51,6 +68,33 @@ class PlannedRun:
     def flops(self) -> int:
         """Training FLOPs of the whole run."""
         return self.plan["flops_per_token"] * self.plan["tokens_needed"]
+
+    @property
+    def words(self) -> list[str]:
+        """The program and its options, as on a command line."""
+        return [self.program, *option_words(self.options)]
+
+    def resolved(self) -> dict[str, Any]:
+        """{setting: value} of all that has an effect, auto worked out, and the options."""
+        values = {name.upper(): value for name, value in self.cfg.effective().items()}
+        return {**values, **self.options}
+
+    def validation(self) -> tuple[str, int]:
+        """The data that validate, and how many tokens of them."""
+        length = self.cfg.sequence_length
+        return self.val_data or self.cfg.input_val_bin, self.cfg.val_tokens // length * length
+
+
+def option_words(options: Mapping[str, str]) -> list[str]:
+    """Options as on a command line; True is a switch, and False none."""
+    words = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if value == "True":
+            words.append(option)
+        elif value != "False":
+            words += [option, value]
+    return words
 
 
 def results() -> dict[str, dict[str, str]]:
@@ -89,77 +133,213 @@ def refuse_unknown(settings: Mapping[str, str]) -> None:
 
 
 @functools.cache
-def checked(
-    settings: tuple[tuple[str, str], ...], world_size: int, mode: str
-) -> tuple[Config, dict, str]:
-    """(Config, plan, fingerprint of the data) of settings, checked as the trainer will check them.
+def checked(settings: tuple[tuple[str, str], ...], world_size: int, mode: str) -> Checked:
+    """Settings, checked as the trainer will check them.
 
     In mode `dry` the data need not be there and is blank, in `dry` and `slurm` no device need be.
     Raises ConfigError, DataError.
     """
     asked = Config.from_env(dict(settings))
     ranks = Ranks(world_size=world_size)
-    data = ""
+    identity = {"data_fingerprint": "", "val_fingerprint": ""}
     refuse_unknown(dict(settings))
     if mode != "dry":
         make_embedded_data(asked.input_bin)
 
     try:
         cfg = train_gpt.resolve(replace(asked, dry_run=mode != "run"))
-        train, val = train_gpt.preflight(replace(cfg, device="cpu"), ranks)
-        data = fingerprint(train.files + val.files, Path(cfg.log_dir))
+        loaders = train_gpt.preflight(replace(cfg, device="cpu"), ranks)
+        identity = train_gpt.data_identity(cfg, *loaders)
     except DataError:
         if mode != "dry":
             raise
         cfg = train_gpt.resolve(replace(asked, dry_run=True, vocab_size=asked.vocab_size or 257))
 
     train_gpt.check_batch(cfg, ranks)
-    return cfg, train_gpt.make_plan(cfg, ranks), data
+    return Checked(cfg, train_gpt.make_plan(cfg, ranks), *identity.values())
+
+
+@functools.cache
+def asked_of(
+    program: str, settings: tuple[tuple[str, str], ...], options: tuple[tuple[str, str], ...]
+) -> Checked:
+    """The same of another program, which says with DRY_RUN=1 what it would do, as lines
+    `name:value`, among them config_hash and source_sha. Raises ConfigError, DataError."""
+    exported = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    refuse_unknown(dict(settings))
+    if not (ROOT / program).is_file():
+        raise ConfigError(f"program = {program!r}: {ROOT / program} is not there")
+    done = subprocess.run(
+        [sys.executable, ROOT / program, *option_words(dict(options))],
+        env=exported | dict(settings) | {"DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+    )
+    said = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
+    missing = {"config_hash", "source_sha"} - said.keys()
+    if done.returncode or missing:
+        reason = (done.stderr.strip().splitlines() or [f"prints no {min(missing, default='')}"])[-1]
+        error = DataError if done.returncode == 3 else ConfigError
+        raise error(f"{program} with DRY_RUN=1: {reason}")
+
+    plan: dict[str, Any] = {"flops_per_token": 0, "tokens_needed": 0, "tokens_on_disk": 0} | said
+    for name in ("flops_per_token", "tokens_needed", "tokens_on_disk"):
+        plan[name] = int(plan[name])
+    asked = Config.from_env(dict(settings))
+    cfg = train_gpt.resolve(replace(asked, dry_run=True, vocab_size=asked.vocab_size or 257))
+    steps = int(said.get("num_iterations", cfg.num_iterations))
+    data = said.get("data_fingerprint", "none"), said.get("val_fingerprint", "none")
+    return Checked(replace(cfg, num_iterations=steps, dry_run=False), plan, *data)
 
 
 def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) -> PlannedRun:
     """The run of a variant with a seed. Raises ConfigError, DataError."""
-    settings = ({"DEVICE": "cuda"} if mode == "slurm" else {}) | stage.variants[variant]
+    given = ({"DEVICE": "cuda"} if mode == "slurm" else {}) | stage.variants[variant]
+    settings = {name: value for name, value in given.items() if name.isupper()}
+    options = {name: value for name, value in given.items() if name not in settings}
     try:
-        cfg, plan, data = checked(tuple(settings.items()), world_size, mode)
+        if stage.program == TRAINER:
+            known = checked(tuple(settings.items()), world_size, mode)
+        else:
+            known = asked_of(stage.program, tuple(settings.items()), tuple(options.items()))
     except (ConfigError, DataError) as error:
         raise type(error)(f"{stage.name}, {variant}: {error}") from None
 
-    source = source_hash((ROOT / "train_gpt.py").read_text())
-    identity = (stage.name, variant, str(seed), cfg.hash(), source, data)
+    plan = known.plan | {"world_size": world_size}
+    if stage.program == TRAINER:  # as it is now, which the runs will read
+        plan["source_sha"] = source_hash((ROOT / TRAINER).read_text())
+    data = "" if known.data == "none" else known.data
+    identity = (stage.name, variant, str(seed), plan["config_hash"], plan["source_sha"], data)
     settings |= {"SEED": str(seed), "STAGE": stage.name, "VARIANT": variant}
-    if data:  # without, it is not yet known what it will be called
+    if known.data:  # without, it is not yet known what it will be called
         label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{stage.name}-{variant}").strip("-.")[:80]
         digest = hashlib.sha256("".join(identity[3:]).encode()).hexdigest()[:6]
         settings |= {"RUN_ID": f"{label}-s{seed}-{digest}", "RESUME": "auto"}
-    return PlannedRun(settings, cfg, plan, identity)
+    return PlannedRun(settings, known.cfg, plan, identity, known.val_data, stage.program, options)
 
 
 def plan_runs(
     stage: Stage, seeds: Mapping[str, Sequence[int]], world_size: int, mode: str
 ) -> list[PlannedRun]:
-    """All runs of a stage: the reference's first, then seed by seed, so that what is there can be
-    compared. Raises ConfigError, also where two variants are the same; DataError."""
+    """All runs of a stage: the references' first, then seed by seed, so that what is there can be
+    compared. Raises ConfigError, also where variants do not differ as the stage says; DataError."""
     places = [
         (place, variant, seed)
         for variant in seeds
         for place, seed in enumerate(seeds[variant])
-        if variant != stage.reference
+        if not stage.is_reference(variant)
     ]
     places.sort(key=lambda run: run[0])
-    order = [(stage.reference, seed) for seed in seeds[stage.reference]]
+    order = [
+        (variant, seed)
+        for variant in stage.in_order()
+        if stage.is_reference(variant)
+        for seed in seeds[variant]
+    ]
     order += [(variant, seed) for _, variant, seed in places]
-
     runs = [make_run(stage, variant, seed, world_size, mode) for variant, seed in order]
-    variant_of = {}
-    for run in runs:
-        variant = run.settings["VARIANT"]
-        other = variant_of.setdefault(run.cfg.hash(), variant)
-        if other != variant:
-            raise ConfigError(
-                f"variants {other} and {variant} of {stage.name} have the same settings"
-            )
+    check_differences(stage, {run.settings["VARIANT"]: run for run in runs})
     return runs
+
+
+def check_differences(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> None:
+    """Raises ConfigError where two variants differ in less than the stage says, once everything is
+    resolved, or are compared and were validated on something else."""
+    for one, other in itertools.combinations(of_variants, 2):
+        runs = of_variants[one], of_variants[other]
+        both = f"variants {one} and {other} of {stage.name}"
+        are_compared = stage.references[one] == other or stage.references[other] == one
+        ours, theirs = (run.resolved() for run in runs)
+        if ours == theirs:
+            raise ConfigError(f"{both} have the same settings")
+        for name in said_to_differ(stage, one, other, are_compared):
+            if ours.get(name) == theirs.get(name):
+                idle = runs[0].cfg.idle().get(name.lower())
+                reason = f"has no effect without {idle}" if idle else f"is {ours.get(name)} in both"
+                raise ConfigError(f"{both} are said to differ in {name}, which {reason}")
+            for run in runs:
+                check_followers(stage, name, run)
+        if are_compared and runs[0].validation() != runs[1].validation():
+            told = [f"VAL_TOKENS={run.cfg.val_tokens} of {run.cfg.input_val_bin}" for run in runs]
+            raise ConfigError(
+                f"{both} are validated on different data or amounts, {' and '.join(told)}; give "
+                "the stage's base one"
+            )
+
+
+def said_to_differ(stage: Stage, one: str, other: str, are_compared: bool) -> list[str]:
+    """The settings in which the stage says that two variants differ: both give them a value, or
+    one of the two where they are compared."""
+    ours, theirs = (
+        {name: text for name, text in stage.variants[label].items() if text}
+        for label in (one, other)
+    )
+    untrained = {name.upper() for name in Config.NOT_HASHED}  # PRESET is one: it may say little
+    return [
+        name
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
+        and name not in untrained
+        and (are_compared or (name in ours and name in theirs))
+    ]
+
+
+def check_followers(stage: Stage, name: str, run: PlannedRun) -> None:
+    """Raises ConfigError where a preset holds a setting that would follow one that varies."""
+    variant = run.settings["VARIANT"]
+    for follower in run.cfg.resolved():
+        value = getattr(run.cfg, follower)
+        held_by_stage = stage.variants[variant].get(follower.upper())
+        if Config.AUTO[follower] == name.lower() and value and not held_by_stage:
+            raise ConfigError(
+                f"{stage.name} varies {name}, but {follower.upper()} stays at {value:g}, as the "
+                f'preset has it, so less changes than one thinks; {follower.upper()} = "auto" in '
+                f"the stage lets it follow, {follower.upper()} = {value:g} holds it on purpose"
+            )
+
+
+def change_text(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """How a resolved setting differs from that of the reference, which may have no use for it."""
+    new, old = (
+        f"{values.get(name):g}" if isinstance(values.get(name), float) else str(values.get(name))
+        for values in (ours, theirs)
+    )
+    if name not in theirs:
+        return f"{name}={new}"
+    return f"{name} {old} -> {new}" if name in ours else f"no {name}"
+
+
+def description(stage: Stage, runs: Sequence[PlannedRun]) -> list[str]:
+    """For every variant in a line what differs from its reference after everything is resolved, for
+    further references from the first one; then warnings."""
+    of_variants = {run.settings["VARIANT"]: run for run in runs}
+    first = stage.in_order()[0]
+    lines = []
+    for variant, run in of_variants.items():
+        beside = first if stage.is_reference(variant) else stage.references[variant]
+        ours, theirs = run.resolved(), of_variants[beside].resolved()
+        differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        changes = ", ".join(change_text(name, ours, theirs) for name in differing)
+        text = f"against {beside}: {changes}"
+        if stage.is_reference(variant):
+            text = f"a reference; beside {beside}: {changes}" if changes else "the reference"
+        lines.append(f"{variant}: {text}")
+    return lines + [f"warning: {sentence}" for sentence in cautions_of(runs)]
+
+
+def cautions_of(runs: Sequence[PlannedRun]) -> list[str]:
+    """What the runs of a stage are allowed and hardly meant to do, a sentence each."""
+    sentences = []
+    for run in runs:
+        cfg, on_disk = run.cfg, run.plan["tokens_on_disk"]
+        there = min(on_disk, cfg.max_train_tokens or on_disk)
+        if not cfg.shuffle and run.plan["tokens_needed"] < there:
+            part = run.plan["tokens_needed"] / there
+            sentences.append(
+                f"{run.settings['VARIANT']} trains on the first {part:.1%} of the data in file "
+                "order, the same batches for every seed; SHUFFLE=1 draws them from all of it"
+            )
+    return list(dict.fromkeys(sentences))
 
 
 def status_of(run: PlannedRun, rows: Mapping[str, dict[str, str]]) -> str:

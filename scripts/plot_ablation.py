@@ -4,42 +4,48 @@
     python scripts/plot_ablation.py batch_vs_seqlen  # and one a rate, ..._lr0005.png for 0.005
 
 Dots and lines are means over seeds, bars and bands their 95 % t-intervals, small dots the seeds.
+Differences to the reference, and their intervals, are those of make_tables.py. With fewer than
+three seeds there is no interval.
 """
 
 import argparse
+import itertools
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.transforms import ScaledTranslation, Transform
 from scipy.special import stdtrit
 
-from plot_runs import GREY, SPEED, Looks, dress, frame, name_of, save, styles
+from gate_stats import FEWEST
+from make_tables import difference_of
+from plot_runs import ACCURACY, GREY, SPEED, Looks, dress, frame, has, name_of, save, styles
 from split_results import RESULTS, comparable, read_curves, read_results
 from stages import Stage, load_stage
 
 # stages with these axes ask what should fill the memory
 SHAPE = {"batch_size", "sequence_length"}
 RATE = "muon_lr"
-FILLS = {  # red, teal, blue, as the source
-    "large batch": "#C1272D",
-    "long sequence": "#2AB7A9",
-    "balanced": "#1F4FD8",
-}
-SEEDS = {"alpha": 0.4, "markersize": 4, "markeredgewidth": 0}  # their small dots
+TIMED = {"train_time", SPEED}  # other work on a CPU decides these
+SEEDS = {"alpha": 0.6, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5}
 DASHED = {"color": GREY, "linewidth": 0.8, "linestyle": "--"}  # the reference
+PAIR = {"color": "#BBBBBB", "linewidth": 0.7, "zorder": 1}  # two runs of one seed
+LABEL = 30  # letters of a label on one line
+MOST_PAIRS = 12  # of more lines none can be followed
+WIDTHS = (14, 40)  # at one value of a numeric axis, in points: of a line's dots, of all lines'
 
 Groups = Mapping[str, pd.DataFrame]  # rows of results, by the label of their line
 
 
 def load(stage_name: str) -> tuple[Stage, pd.DataFrame, pd.DataFrame]:
-    """(Stage, its comparable runs by the order of its variants, their curves). Raises ValueError
-    where it has none."""
+    """(Stage, its comparable runs by the order of its variants, with differences, their curves).
+    Raises ValueError where it has none."""
     stage = load_stage(stage_name)
     path = RESULTS.with_name(f"results_{stage_name}.csv")
     rows = pd.DataFrame({"variant": []})
@@ -53,7 +59,18 @@ def load(stage_name: str) -> tuple[Stage, pd.DataFrame, pd.DataFrame]:
             f"{path} has no finished run; python scripts/run_stage.py {stage_name} makes them"
         )
     curves = read_curves(stage_name)
-    return stage, rows, curves[curves["run_id"].isin(rows["run_id"])]
+    return stage, with_differences(stage, rows), curves[curves["run_id"].isin(rows["run_id"])]
+
+
+def with_differences(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs with the final loss of the reference's run with the same seed, and the difference to
+    it; NaN where they are not compared."""
+    losses = rows.set_index(["variant", "seed"])["final_loss"]
+    partners = pd.MultiIndex.from_arrays([rows["variant"].map(stage.references), rows["seed"]])
+    compared = [label for label in rows["variant"].unique() if difference_of(stage, label, rows)]
+    theirs = pd.Series(losses.reindex(partners).to_numpy(), rows.index)
+    theirs = theirs.where(rows["variant"].isin(compared))
+    return rows.assign(reference_loss=theirs, difference=rows["final_loss"] - theirs)
 
 
 def grouped(rows: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
@@ -61,46 +78,139 @@ def grouped(rows: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
     return {value: rows[rows[column] == value] for value in rows[column].unique()}
 
 
-def interval(values: pd.Series) -> tuple[pd.Series | float, pd.Series | float]:
-    """(mean, half the width of its 95 % t-interval, NaN for one value) of a column, or of each
-    group of columns."""
+def interval(values) -> tuple[pd.Series, pd.Series]:
+    """(mean, half the width of its 95 % t-interval, NaN for fewer than three) of each group of
+    values."""
     n = values.count()
-    return values.mean(), stdtrit(n - 1, 0.975) * values.std() / n**0.5
+    halves = stdtrit(n - 1, 0.975) * values.std() / n**0.5
+    return values.mean(), halves.where(n >= FEWEST)
 
 
-def draw_dots(ax: Axes, groups: Groups, looks: Looks, y: str, reference: str | None = None) -> None:
-    """For each of {label: rows} mean, interval and seeds of column y, each at its height; the
-    reference's mean."""
-    for i, (label, rows) in enumerate(groups.items()):
-        mean, half = interval(rows[y])
+def difference_line(stage: Stage, label: str, rows: pd.DataFrame) -> dict:
+    """Mean, interval and test of a variant's difference to its reference, as the table has them; a
+    reference has 0."""
+    if stage.is_reference(label):
+        return {"mean": 0.0}
+    line = difference_of(stage, label, rows)
+    if not line:
+        return {}
+    counts = rows["variant"].value_counts()
+    n, test = line["pairs"], "paired"
+    if np.isnan(n):
+        n, test = min(counts.get(label, 0), counts.get(stage.references[label], 0)), "Welch"
+    if n < FEWEST or np.isnan(line["low"]):
+        return {"mean": line["difference"]}
+    return {"mean": line["difference"], "low": line["low"], "high": line["high"], "test": test}
+
+
+def estimates(stage: Stage, rows: pd.DataFrame, y: str) -> pd.DataFrame:
+    """Mean, ends of the interval (low, high) and, of a difference, test of column y, by label."""
+    if y == "difference":
+        labels = rows["variant"].unique()
+        lines = [difference_line(stage, label, rows) for label in labels]
+        return pd.DataFrame(lines, labels, ["mean", "low", "high", "test"])
+    means, halves = interval(rows.groupby("variant")[y])
+    return pd.DataFrame({"mean": means, "low": means - halves, "high": means + halves})
+
+
+def is_compared(stage: Stage, rows: pd.DataFrame) -> bool:
+    """Whether any variant has a difference to its reference."""
+    known = estimates(stage, rows, "difference")["mean"].dropna()
+    return not all(map(stage.is_reference, known.index))
+
+
+def is_on_cpu(rows: pd.DataFrame) -> bool:
+    """Whether any of the runs was measured on a CPU."""
+    return rows["device_name"].str.startswith("cpu").any()
+
+
+def panels(stage: Stage, rows: pd.DataFrame, columns: Iterable[str]) -> list[str]:
+    """Those of the columns that can be shown: differences of what is compared, times of no CPU."""
+    left_out = TIMED if is_on_cpu(rows) else set()
+    if not is_compared(stage, rows):
+        left_out = left_out | {"difference"}
+    return [name for name in columns if name not in left_out]
+
+
+def offsets(values: Iterable) -> dict:
+    """{value: its place between -0.5 and 0.5}, in ascending order and around 0."""
+    values = sorted(set(values))
+    return {value: (i + 0.5) / len(values) - 0.5 for i, value in enumerate(values)}
+
+
+def mark_reference(draw: Callable, stage: Stage, rows: pd.DataFrame, y: str) -> None:
+    """A dashed line, by ax.axvline or axhline, at no difference, or at the mean of column y of the
+    reference where there is one for all."""
+    references = {*stage.references.values()}
+    own = rows.loc[rows["variant"].isin(references), y]
+    if y == "difference":
+        draw(0, **DASHED)
+    elif len(references) == 1 and own.notna().any():
+        draw(own.mean(), **DASHED)
+
+
+def draw_dots(ax: Axes, stage: Stage, groups: Groups, looks: Looks, y: str) -> None:
+    """For each of {label: rows of a variant} mean, interval and seeds of column y, at its
+    height."""
+    rows = pd.concat(groups.values())
+    lines = estimates(stage, rows, y)
+    places = offsets(rows["seed"])
+    for i, (label, own) in enumerate(groups.items()):
         color = looks[label]["color"]
-        ax.plot(rows[y], [i + 0.25] * len(rows), "o", **SEEDS | {"color": color})
-        ax.errorbar(mean, i, xerr=half, fmt="o", color=color, capsize=4, markersize=7)
-        if label == reference:
-            ax.axvline(mean, **DASHED)
-    ax.set_yticks(range(len(groups)), [textwrap.fill(label, 24) for label in groups])
+        mean, low, high = lines.loc[own["variant"].iloc[0], ["mean", "low", "high"]]
+        ends = [[mean - low], [high - mean]]
+        ax.errorbar(mean, i, xerr=ends, fmt="o", color=color, capsize=4, markersize=7)
+        heights = i + 0.6 * own["seed"].map(places)
+        ax.plot(own[y], heights, "o", color=color, zorder=3, **SEEDS)
+        if y == "final_loss" and is_joined(rows) and own["reference_loss"].notna().any():
+            up = [*groups].index(stage.references[label]) - i
+            ax.plot([own[y], own["reference_loss"]], [heights, heights + up], **PAIR)
+    texts = [textwrap.fill(label, LABEL) for label in groups]
+    ax.set_yticks(range(len(groups)), texts, fontsize=8.5 if "\n" in "".join(texts) else 10)
     ax.set_ylim(len(groups) - 0.4, -0.6)
     dress(ax, y, "variant", name_of(y))
 
 
-def draw_over(ax: Axes, groups: Groups, looks: Looks, x: str, y: str) -> None:
-    """For each of {label: rows} a line over the numeric setting x: means, intervals and seeds of
-    column y."""
-    for i, (label, rows) in enumerate(groups.items()):
-        means, halves = interval(rows.groupby(x)[y])
-        shift = ScaledTranslation((8 + 6 * i) / 72, 0, ax.figure.dpi_scale_trans)  # off the bars
-        style = SEEDS | {"color": looks[label]["color"]}
-        ax.plot(rows[x], rows[y], "o", transform=ax.transData + shift, **style)
-        ax.errorbar(means.index, means, yerr=halves, capsize=4, marker="o", **looks[label])
+def is_joined(rows: pd.DataFrame) -> bool:
+    """Whether lines join the runs of a seed: where there are pairs, and few."""
+    return 0 < rows["difference"].count() <= MOST_PAIRS
 
-    values = sorted({value for rows in groups.values() for value in rows[x]})
+
+def moved(ax: Axes, points: float) -> Transform:
+    """Data coordinates of a panel, so many points to the right."""
+    return ax.transData + ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
+
+
+def draw_over(ax: Axes, stage: Stage, groups: Groups, looks: Looks, x: str, y: str) -> None:
+    """For each of {label: rows} a line over the numeric setting x: means, intervals and seeds of
+    column y, side by side."""
+    rows = pd.concat(groups.values())
+    lines = estimates(stage, rows, y)
+    width = min(WIDTHS[0], WIDTHS[1] / len(groups))
+    places = offsets(rows["seed"])
+    for i, (label, own) in enumerate(groups.items()):
+        middle = (i - (len(groups) - 1) / 2) * width
+        cells = own.drop_duplicates("variant").sort_values(x)
+        marks = lines.loc[cells["variant"]].reset_index(drop=True)
+        ends = [marks["mean"] - marks["low"], marks["high"] - marks["mean"]]
+        style = {"capsize": 3, "marker": "o", "transform": moved(ax, middle)}
+        ax.errorbar(cells[x], marks["mean"], yerr=ends, **style, **looks[label])
+        for seed, runs in own.groupby("seed"):
+            style = SEEDS | {"transform": moved(ax, middle + 0.8 * width * places[seed])}
+            ax.plot(runs[x], runs[y], "o", color=looks[label]["color"], zorder=3, **style)
+
+    ranges = rows[["variant", x, y]].join(lines[["mean", "low", "high"]], on="variant")
+    for column in (y, "mean", "low", "high"):  # what is moved says nothing to the axes
+        ax.update_datalim(ranges[[x, column]].dropna().to_numpy(float))
+
+    values = sorted(rows[x].unique())
     if 0 < 3 * values[0] < values[-1]:
         ax.set_xscale("log")
-    ax.margins(x=0.12)
+    ax.margins(x=0.18)  # room for what is moved
     rotation = 45 if len(values) > 6 else 0
     ax.set_xticks(values, [f"{value:g}" for value in values], rotation=rotation)
     ax.xaxis.set_minor_locator(NullLocator())
-    dress(ax, x, y, f"{name_of(y)} over {name_of(x)}")
+    dress(ax, x, y, name_of(y))
 
 
 def draw_curves(
@@ -114,7 +224,7 @@ def draw_curves(
         (line,) = ax.plot(means.index, means, **looks[label])
         band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
         ax.fill_between(means.index, means - halves, means + halves, **band)
-    dress(ax, "tokens", y, title, log=True)
+    dress(ax, "tokens", y, title, log=y != ACCURACY)
 
 
 def draw_halves(axes: list[Axes], groups: Groups, looks: Looks, curves: pd.DataFrame) -> None:
@@ -124,113 +234,196 @@ def draw_halves(axes: list[Axes], groups: Groups, looks: Looks, curves: pd.DataF
     draw_curves(axes[1], groups, looks, late, "val_loss", "validation loss, second half")
 
 
-def caption(stage: Stage, rows: pd.DataFrame) -> str:
-    """Devices, seeds, what was not run, and how to read the marks."""
+def names(labels: Iterable[str]) -> str:
+    """Labels in a sentence: in quotes, for a label may have commas, and `none` is one."""
+    return ", ".join(f"'{label}'" for label in labels)
+
+
+def seeds_text(rows: pd.DataFrame) -> str:
+    """How many seeds the variants have; where they differ, of which how many."""
     seeds = rows.groupby("variant", sort=False).size()
-    each = f"{seeds.iloc[0]} a variant"
-    if seeds.nunique() > 1:
-        each = ", ".join(f"{n} {label}" for label, n in seeds.items())
-    text = (
-        f"Measured on {' / '.join(sorted(rows['device_name'].unique()))}. Seeds: n = {each}. "
-        "Dots and lines: means; bars and bands: 95 % t-intervals; small dots: seeds."
-    )
-    missing = ", ".join(label for label in stage.variants if label not in seeds)
-    return f"{text} No finished run of {missing}." if missing else text
+    if seeds.nunique() == 1:
+        return f"Seeds: n = {seeds.iloc[0]} a variant."
+    parts = [f"{n} of {names(own.index)}" for n, own in seeds.groupby(seeds)]
+    return f"Seeds: n = {'; '.join(parts)}."
+
+
+def interval_text(rows: pd.DataFrame) -> str:
+    """How to read the marks of means."""
+    seeds = rows.groupby("variant").size()
+    if seeds.max() < FEWEST:
+        return "Dots and lines: means; small dots: seeds. Fewer than three seeds have no interval."
+    text = "Dots and lines: means; bars and bands: 95\u00a0% t-intervals; small dots: seeds."
+    return text if seeds.min() >= FEWEST else f"{text} Fewer than three seeds have no interval."
+
+
+def difference_text(stage: Stage, rows: pd.DataFrame) -> str:
+    """What is compared with what, and by which test; "" where nothing is."""
+    if not is_compared(stage, rows):
+        return ""
+    lines = estimates(stage, rows, "difference")
+    references = dict.fromkeys(stage.references.values())
+    whose = "its reference, one of " if len(references) > 1 else ""
+    text = f"Differences: each variant minus {whose}{names(references)}"
+    tests = lines["test"].dropna()
+    unpaired = list(tests.index[tests == "Welch"])
+    if len(tests):
+        text += "; 95\u00a0% intervals of "
+        text += "Welch's test" if len(unpaired) == len(tests) else "the paired differences"
+        if 0 < len(unpaired) < len(tests):
+            text += f", for {names(unpaired)} of Welch's test"
+    text += "; small dots: pairs of one seed."
+    unknown = lines.index[lines["mean"].isna()]
+    apart = [label for label in unknown if stage.references[label] in lines.index]
+    if apart:
+        text += f" Not compared, since validated on other tokens: {names(apart)}."
+    return text
+
+
+def caption(stage: Stage, rows: pd.DataFrame, *sentences: str) -> str:
+    """Devices, seeds, how to read the marks, what else there is to say, and what was not run."""
+    devices = " / ".join(sorted(rows["device_name"].unique()))
+    said = [f"Measured on {devices}.", seeds_text(rows), interval_text(rows), *sentences]
+    missing = [label for label in stage.variants if label not in set(rows["variant"])]
+    if missing:
+        said.append(f"No finished run of {names(missing)}.")
+    return " ".join(filter(None, said))
+
+
+def dashed_text(stage: Stage, rows: pd.DataFrame) -> str:
+    """What the dashed lines are, where there is one reference for all."""
+    references = {*stage.references.values()} & {*rows["variant"]}
+    if len({*stage.references.values()}) > 1 or not references:
+        return ""
+    return f"Dashed: the mean of {names(references)}."
 
 
 def variants_figure(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """Final loss and train time of every variant, in the order of the stage file, and their
-    validation curves."""
+    """Differences, final losses and, on a GPU, train times of the variants, in the order of the
+    stage file, and their validation curves."""
     groups = grouped(rows, "variant")
-    others = [label for label in stage.variants if label != stage.reference]
-    looks = styles([stage.reference, *others])
-    fig = Figure(figsize=(10, 5.5 + 0.35 * len(groups)), layout="constrained")
+    looks = styles(stage.in_order())
+    lines = max(len(textwrap.wrap(label, LABEL)) for label in groups)
+    heights = [1 + (0.2 + 0.16 * lines) * max(4, len(groups)), 2.8]
+    fig = Figure(figsize=(10, 1.2 + sum(heights)), layout="constrained")
     # apart, for the labels of the upper ones are wide
-    upper, lower = (part.subplots(1, 2) for part in fig.subfigures(2))
-    for ax, y in zip(upper, ("final_loss", "train_time")):
-        draw_dots(ax, groups, looks, y, stage.reference)
-    draw_halves(lower, groups, looks, curves)
+    upper, lower = fig.subfigures(2, height_ratios=heights)
+    shown = panels(stage, rows, ["difference", "final_loss", "train_time"])
+    for ax, y in zip(upper.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown):
+        draw_dots(ax, stage, groups, looks, y)
+        mark_reference(ax.axvline, stage, rows, y)
+    draw_halves(lower.subplots(1, 2), groups, looks, curves)
+    joined = "Grey lines join losses of one seed." if is_joined(rows) else ""
+    said = [difference_text(stage, rows), joined, dashed_text(stage, rows)]
     frame(
         fig,
         f"{stage.name}: {stage.question}",
-        f"{caption(stage, rows)} Dashed: the mean of {stage.reference}.",
+        caption(stage, rows, *said),
         {label: looks[label] for label in groups},
     )
     return fig
 
 
-def grid_figure(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame, number: str) -> Figure:
-    """Final loss and train time over the numeric axis, a line for each value of the other; curves
-    at its best value."""
-    (other,) = {*stage.axes} - {number}
+def draw_grid(
+    figure, stage: Stage, groups: Groups, looks: Looks, x: str, columns: Iterable[str]
+) -> None:
+    """Panels of these columns, as far as they can be shown, over the numeric setting x."""
+    rows = pd.concat(groups.values())
+    shown = panels(stage, rows, columns)
+    for ax, y in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        draw_over(ax, stage, groups, looks, x, y)
+        mark_reference(ax.axhline, stage, rows, y)
+
+
+def looks_of(stage: Stage, groups: Groups, part: Callable[[str], str]) -> Looks:
+    """{label: keywords of its lines} of groups of variants: by the order in which the stage names
+    that part of them, run or not."""
+    looks = styles(dict.fromkeys(map(part, stage.in_order())))
+    return {label: looks[part(rows["variant"].iloc[0])] for label, rows in groups.items()}
+
+
+def grid_figure(
+    stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame, number: str, other: str
+) -> Figure:
+    """Final losses, differences and, on a GPU, train times over the numeric axis, a line for each
+    value of the other; curves at its best value."""
     labels = [f"{other.upper()}={value}" for value in rows[other]]
     groups = grouped(rows.assign(group=labels), "group")
-    looks = styles(groups)
+    looks = looks_of(
+        stage, groups, lambda label: stage.variants[label].get(other.upper(), "its default")
+    )
     fig = Figure(figsize=(10, 7.2), layout="constrained")
-    axes = fig.subplots(2, 2)
-    for ax, y in zip(axes[0], ("final_loss", "train_time")):
-        draw_over(ax, groups, looks, number, y)
-        ax.axhline(rows.loc[rows["variant"] == stage.reference, y].mean(), **DASHED)
+    upper, lower = fig.subfigures(2)
+    draw_grid(upper, stage, groups, looks, number, ["final_loss", "difference", "train_time"])
 
     best = {
         label: cells.groupby(number)["final_loss"].mean().idxmin()
         for label, cells in groups.items()
     }
     at_best = {label: cells[cells[number] == best[label]] for label, cells in groups.items()}
-    draw_halves(axes[1], at_best, looks, curves)
+    draw_halves(lower.subplots(1, 2), at_best, looks, curves)
     shown = ", ".join(f"{label} at {value:g}" for label, value in best.items())
-    frame(
-        fig,
-        f"{stage.name}: {stage.question}",
-        f"{caption(stage, rows)} Dashed: the mean of {stage.reference}. "
+    said = [
+        difference_text(stage, rows),
+        dashed_text(stage, rows),
         f"Curves: each at the {name_of(number)} of its least mean loss ({shown}).",
-        looks,
-    )
+    ]
+    frame(fig, f"{stage.name}: {stage.question}", caption(stage, rows, *said), looks)
     return fig
 
 
-def fill_looks(fills: list[str]) -> dict[str, dict[str, str]]:
-    """{what fills the memory: keywords of its lines}, in the colours of the source."""
-    looks = styles(fills)
-    for fill in looks:
-        for name, color in FILLS.items():
-            if fill.startswith(name):
-                looks[fill]["color"] = color
-    return looks
-
-
-def rate_figure(cells: pd.DataFrame, curves: pd.DataFrame, looks: Looks) -> Figure:
-    """Curves, final losses and throughput of the runs of one learning rate."""
+def rate_figure(stage: Stage, cells: pd.DataFrame, curves: pd.DataFrame, looks: Looks) -> Figure:
+    """Training loss, validation loss and accuracy, and throughput of the runs of one learning
+    rate."""
     groups = grouped(cells, "fill")
-    fig = Figure(figsize=(10, 5.4), layout="constrained")
-    axes = fig.subplot_mosaic([["curve", "final_loss"], ["curve", SPEED]], width_ratios=[3, 2])
-    draw_curves(axes["curve"], groups, looks, curves, "train_loss", "training loss")
-    for y in ("final_loss", SPEED):
-        draw_dots(axes[y], groups, looks, y)
+    with_accuracy = has(curves[curves["run_id"].isin(cells["run_id"])], ACCURACY)
+    corner = ACCURACY if with_accuracy else "train_loss"
+    fig = Figure(figsize=(10, 7.2 if with_accuracy else 5.8), layout="constrained")
+    axes = fig.subplot_mosaic([["train_loss", "val_loss"], [corner, SPEED]])
+    for y, ax in axes.items():
+        if y == SPEED:
+            draw_dots(ax, stage, groups, looks, y)
+        else:
+            draw_curves(ax, groups, looks, curves, y, name_of(y))
     return fig
+
+
+def strategy_of(label: str) -> str:
+    """What fills the memory, of a variant: its label without the learning rate."""
+    return label.partition(f" {RATE.upper()}=")[0]
 
 
 def fill_figures(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Figure]:
-    """{name: Figure}: all learning rates in one, then for each its curves, final losses and
-    throughput."""
-    rows = rows.assign(fill=[label.partition(f" {RATE.upper()}=")[0] for label in rows["variant"]])
-    looks = fill_looks(rows["fill"].unique())
-    whole = Figure(figsize=(10, 4.8), layout="constrained")
-    for ax, y in zip(whole.subplots(1, 2), ("final_loss", SPEED)):
-        draw_over(ax, grouped(rows, "fill"), looks, RATE, y)
-
-    made = {stage.name: (whole, f"{stage.name}: {stage.question}")}
-    for rate, cells in rows.groupby(RATE):
-        name = f"{stage.name}_lr{f'{rate:g}'.replace('.', '')}"
-        title = f"{stage.name} at {name_of(RATE)} {rate:g}: {stage.question}"
-        made[name] = rate_figure(cells, curves, looks), title
-    foot = (
-        f"{caption(stage, rows)} Losses at different sequence lengths are not the same "
-        "measurement: with a longer one the model sees more."
+    """{name: Figure}: all learning rates in one, then for each its curves and throughput."""
+    groups = grouped(rows.assign(fill=rows["variant"].map(strategy_of)), "fill")
+    looks = looks_of(stage, groups, strategy_of)
+    lengths = (
+        "Losses at different sequence lengths are not the same measurement: "
+        "with a longer one the model sees more."
     )
-    for fig, title in made.values():
-        frame(fig, title, foot, looks)
-    return {name: fig for name, (fig, _) in made.items()}
+    whole = Figure(figsize=(10, 4.8), layout="constrained")
+    draw_grid(whole, stage, groups, looks, RATE, ["final_loss", "difference", SPEED])
+    said = [difference_text(stage, rows), dashed_text(stage, rows), lengths]
+    frame(whole, f"{stage.name}: {stage.question}", caption(stage, rows, *said), looks)
+
+    made = {stage.name: whole}
+    shared = "Other work on the machine decides the throughput." if is_on_cpu(rows) else ""
+    for rate, cells in pd.concat(groups.values()).groupby(RATE):
+        fig = rate_figure(stage, cells, curves, looks)
+        title = f"{stage.name} at {name_of(RATE)} {rate:g}: {stage.question}"
+        frame(fig, title, caption(stage, rows, lengths, shared), looks)
+        made[f"{stage.name}_lr{f'{rate:g}'.replace('.', '')}"] = fig
+    return made
+
+
+def is_grid(rows: pd.DataFrame, number: str, other: str) -> bool:
+    """Whether the variants make lines over one axis, the other one telling the lines apart: the one
+    has three values or more, at least two on every line, the other, if numeric, has fewer."""
+    if not {number, other} <= {*rows} or not pd.api.types.is_numeric_dtype(rows[number]):
+        return False
+    if pd.api.types.is_numeric_dtype(rows[other]) and rows[other].nunique() > 2:
+        return False
+    return rows[number].nunique() > 2 and rows.groupby(other)[number].nunique().min() > 1
 
 
 def figures(stage_name: str) -> dict[str, Figure]:
@@ -242,13 +435,10 @@ def figures(stage_name: str) -> dict[str, Figure]:
     stage, rows, curves = load(stage_name)
     if SHAPE | {RATE} <= {*stage.axes}:
         return fill_figures(stage, rows, curves)
-    numbers = [
-        axis
-        for axis in stage.axes  # three values or more: two make no line, and a switch has no more
-        if axis in rows and pd.api.types.is_numeric_dtype(rows[axis]) and rows[axis].nunique() > 2
-    ]
-    if len(stage.axes) == 2 and len(numbers) == 1:
-        return {stage_name: grid_figure(stage, rows, curves, *numbers)}
+    if len(stage.axes) == 2:
+        for number, other in itertools.permutations(stage.axes):
+            if is_grid(rows, number, other):
+                return {stage_name: grid_figure(stage, rows, curves, number, other)}
     return {stage_name: variants_figure(stage, rows, curves)}
 
 

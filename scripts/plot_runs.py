@@ -24,6 +24,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from split_results import RESULTS, read_curve, read_curves, read_results
+from stages import load_stage, stage_names
 
 COLORS = [  # Okabe and Ito's
     "#000000",
@@ -34,6 +35,11 @@ COLORS = [  # Okabe and Ito's
     "#E69F00",
     "#56B4E9",
 ]
+FILLS = {  # what fills the memory: red, teal, blue, as the source
+    "large batch": "#C1272D",
+    "long sequence": "#2AB7A9",
+    "balanced": "#1F4FD8",
+}
 DASHES = ["-", "--", ":"]  # for more lines than colours
 GREY = "#888888"
 AXES = {  # column: what its axis says, and the unit
@@ -44,6 +50,8 @@ AXES = {  # column: what its axis says, and the unit
     "train_loss": ("training loss", "nats per token"),
     "val_loss": ("validation loss", "nats per token"),
     "final_loss": ("final validation loss", "nats per token"),
+    "difference": ("difference of the final loss", "nats per token"),
+    "val_accuracy": ("validation accuracy", "fraction of tokens"),
     "tokens_per_sec": ("throughput", "tokens/s"),
     "aux_coef": ("coefficient of the aux loss", ""),
     "entropy": ("load entropy", "1 = even"),
@@ -53,6 +61,8 @@ AXES = {  # column: what its axis says, and the unit
 }
 LOSSES = ["step", "tokens", "train_time"]
 SPEED = "tokens_per_sec"
+ACCURACY = "val_accuracy"
+POSITIVE = {"train_time", "step_avg", SPEED}  # their axes have no values below zero
 
 
 def millions(value: float, _: int) -> str:
@@ -74,14 +84,34 @@ def name_of(column: str) -> str:
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, str]]:
     """{label: keywords of its lines}: black first, then colours that the colour-blind can tell,
-    then another dash."""
-    return {
-        label: {
-            "color": COLORS[i % len(COLORS)],
-            "linestyle": DASHES[i // len(COLORS) % len(DASHES)],
+    then another dash; of what fills the memory its own colour."""
+    looks = {}
+    for i, label in enumerate(labels):
+        own = [color for name, color in FILLS.items() if label.startswith(name)]
+        looks[label] = {
+            "color": [*own, COLORS[i % len(COLORS)]][0],
+            "linestyle": "-" if own else DASHES[i // len(COLORS) % len(DASHES)],
         }
-        for i, label in enumerate(labels)
-    }
+    return looks
+
+
+def looks_of(runs: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, str]]:
+    """{label: keywords of its lines} of {label: curve}: those of their variants in the figures of
+    their stage, if they are different ones of one stage."""
+    stages = {curve.attrs.get("stage") for curve in runs.values()}
+    variants = {label: curve.attrs.get("variant") for label, curve in runs.items()}
+    if len(stages) == 1 and stages & {*stage_names()}:
+        known = styles(load_stage(*stages).in_order())
+        looks = {label: known.get(variant) for label, variant in variants.items()}
+        different = {tuple(look.items()) for look in looks.values() if look}
+        if len(different) == len(runs):
+            return looks
+    return styles(runs)
+
+
+def has(curve: pd.DataFrame, name: str) -> bool:
+    """Whether a curve has figures in a column."""
+    return name in curve and curve[name].notna().any()
 
 
 def axis_label(column: str) -> str:
@@ -96,9 +126,13 @@ def dress(ax: Axes, x: str, y: str, title: str, log: bool = False) -> None:
     """Names the panel and its axes with their units; `log` where the values span more than a factor
     of two."""
     for column, axis in ((x, ax.xaxis), (y, ax.yaxis)):
-        axis.set_label_text(axis_label(column))
+        text = axis_label(column)
+        is_short = axis is ax.yaxis or ax.get_gridspec().ncols > 2
+        axis.set_label_text(text.replace(" (", "\n(") if is_short and len(text) > 30 else text)
         if column in FORMATS:
             axis.set_major_formatter(FORMATS[column])
+        if column in POSITIVE and min(axis.get_view_interval()) < 0:
+            axis.set_view_interval(0, max(axis.get_view_interval()), ignore=True)
     ax.set_title(title[0].upper() + title[1:], fontsize=10, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
@@ -113,14 +147,18 @@ def dress(ax: Axes, x: str, y: str, title: str, log: bool = False) -> None:
 
 def frame(fig: Figure, title: str, caption: str, looks: Looks) -> None:
     """Title above, a legend of {label: keywords of its lines} below it, and at the foot what a
-    reader must know."""
-    title, caption = textwrap.fill(title, 85), textwrap.fill(caption, 140)
-    width, height = fig.get_size_inches()
-    columns = min(len(looks), max(1, 125 // (6 + max(map(len, looks)))))
+    reader must know; the figure grows with the rows of both."""
+    title, caption = textwrap.fill(title, 85), textwrap.fill(caption, 150)
+    font = 10 if len(looks) <= 8 else 8.5
+    columns = min(len(looks), max(1, int(1250 / font / (6 + max(map(len, looks))))))
     rows = -(-len(looks) // columns)
+    lines = len(caption.splitlines())
+    width, height = fig.get_size_inches()
+    height += 0.02 * font * (rows - 1) + 0.15 * max(0, lines - 2)
+    fig.set_size_inches(width, height)
     under_title = 1 - (0.15 + 0.22 * len(title.splitlines())) / height
-    top = under_title - 0.25 * rows / height
-    bottom = (0.1 + 0.15 * len(caption.splitlines())) / height
+    top = under_title - (0.12 + 0.02 * font * rows) / height
+    bottom = (0.1 + 0.15 * lines) / height
 
     fig.suptitle(title, y=1 - 0.1 / height, fontsize=13, fontweight="bold")
     fig.legend(
@@ -130,6 +168,7 @@ def frame(fig: Figure, title: str, caption: str, looks: Looks) -> None:
         loc="upper center",
         bbox_to_anchor=(0.5, under_title),
         ncols=columns,
+        fontsize=font,
         frameon=False,
         borderaxespad=0,
     )
@@ -186,8 +225,8 @@ def find_curve(run: str, log_dir: str) -> tuple[pd.DataFrame, Path, str]:
 
 
 def load_run(run: str, log_dir: str = "logs") -> pd.DataFrame:
-    """The curve of a run given in any of the ways above; its attrs say device_name and, with
-    experts, num_experts.
+    """The curve of a run given in any of the ways above; its attrs say device_name, stage, variant
+    and, with experts, num_experts, as far as they are known.
 
     Raises FileNotFoundError with the newest runs, ValueError where the file is no curve.
     """
@@ -199,9 +238,8 @@ def load_run(run: str, log_dir: str = "logs") -> pd.DataFrame:
             f"--run {run}: is not the curve of a run; name logs/<run_id>.csv or the run_id"
         ) from None
     facts = facts_of(path, run_id)
-    curve.attrs = {
-        name: facts[name] for name in ("device_name", "num_experts") if not pd.isna(facts.get(name))
-    }
+    names = ("device_name", "stage", "variant", "num_experts")
+    curve.attrs = {name: facts[name] for name in names if not pd.isna(facts.get(name))}
     return curve
 
 
@@ -285,13 +323,11 @@ def devices_text(runs: Mapping[str, pd.DataFrame]) -> str:
 def runs_figure(runs: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """A Figure of {label: curve}: losses against steps, tokens and train time, throughput, and
     balance of experts."""
-    looks = styles(runs)
-    experts = {
-        label: curve
-        for label, curve in runs.items()
-        if "aux_coef" in curve and curve["aux_coef"].notna().any()
-    }
+    looks = looks_of(runs)
+    experts = {label: curve for label, curve in runs.items() if has(curve, "aux_coef")}
     panels = PANELS + EXPERT_PANELS if experts else PANELS
+    if any(has(curve, ACCURACY) for curve in runs.values()):
+        panels = [*panels[:-1], ["aux_coef", ACCURACY]] if experts else [*panels, [ACCURACY] * 2]
     fig = Figure(figsize=(10, 1.2 + 2.9 * len(panels)), layout="constrained")
     axes = fig.subplot_mosaic(panels)
 
@@ -301,9 +337,12 @@ def runs_figure(runs: Mapping[str, pd.DataFrame], title: str) -> Figure:
     columns = {"balance": "max_vio" if experts_known else "load_max"}
     for panel in [panel for panel in axes if panel not in LOSSES]:
         y = columns.get(panel, panel)
-        for label, curve in (runs if panel == SPEED else experts).items():
+        marker = "o" if panel == ACCURACY else ""
+        for label, curve in (runs if panel in (SPEED, ACCURACY) else experts).items():
             points = curve[["step"]].assign(y=health(curve, y)).dropna()
-            axes[panel].plot(points["step"], points["y"], **looks[label])
+            axes[panel].plot(
+                points["step"], points["y"], marker=marker, markersize=4, **looks[label]
+            )
         dress(axes[panel], "step", y, name_of(y))
 
     caption = (

@@ -6,11 +6,13 @@ then its tables.
     python scripts/run_stage.py stage1 --nproc 8     # each run on 8 GPUs, one after another
     python scripts/run_stage.py stage1_cpu --jobs 2  # two runs at a time
     python scripts/run_stage.py moe_aux --gate       # and act on verdicts: stop, seeds, next stage
+    python scripts/run_stage.py smoke --seeds 101,102,103  # once more, beside the seeds it has
     python scripts/run_stage.py stage1 --nproc 8 --slurm partition=gpu time=120
 
 A run has a result when results.csv holds one of the same settings, seed, trainer source and data.
-Settings that the shell exports reach no run; --set NAME=VALUE gives one to all, and --as names the
-stage that this makes. Started again after any end, kill -9 too, it goes on: runs that are still
+Before the first run it prints in what variants differ once everything is resolved. Settings that
+the shell exports reach no run; --set NAME=VALUE gives one to all, and --as names the stage that
+this makes. Started again after any end, kill -9 too, it goes on: runs that are still
 live are waited for, those that were cut short go on from their last checkpoint.
 """
 
@@ -18,6 +20,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +33,7 @@ import stage_gate
 from derive_stage import build_next, overridden
 from estimate_runs import dry_run
 from launch_runs import Pool, devices
-from plan_stage import SETTINGS, PlannedRun, plan_runs, results
+from plan_stage import SETTINGS, PlannedRun, description, plan_runs, results
 from price_runs import GPUS
 from stages import Stage, load_stage
 from submit_slurm import submit
@@ -38,15 +41,22 @@ from harness.contract import ConfigError, DataError
 from train_gpt import Config
 
 
-def finish(stage: Stage) -> pd.DataFrame:
+def finish(stage: Stage, fresh_seeds: Sequence[int] = ()) -> pd.DataFrame:
     """Tables, figure and verdicts of the stage from what is there; returns the verdicts, a row a
-    variant. Raises ValueError."""
-    split_results.split(stage.name, split_results.read_results(), Path(Config.log_dir))
+    variant. Of fresh seeds there is a table beside it. Raises ValueError."""
+    rows = split_results.read_results()
+    split_results.split(stage.name, rows, Path(Config.log_dir))
+    if fresh_seeds:
+        alone = rows[(rows.stage == stage.name) & rows.seed.isin(fresh_seeds)]
+        lines = make_tables.table(stage, alone)
+        print(f"seeds {', '.join(map(str, fresh_seeds))} alone:")
+        print(make_tables.markdown(stage, lines, alone))
+        print("all seeds:")
     verdicts = stage_gate.write_gate(stage.name).query("kind == 'variant'")
     print(make_tables.write_tables(stage.name))
     for one in verdicts.itertuples():
         print(f"{one.variant}: {one.verdict}, {one.reason}")
-    print(f"experiments/tables/{stage.name}.md .csv _gate.csv")
+    print(f"experiments/tables/{stage.name}.md .csv _gate.csv _steps.csv")
     try:
         plot_ablation.write_figures(stage.name)
     except ValueError as error:
@@ -62,7 +72,7 @@ def stopper(stage: Stage) -> Callable[[PlannedRun], None]:
     def look(run: PlannedRun) -> None:
         curve = split_results.read_curve(run.files.curve)
         stop, reason, _ = stage_gate.stop_verdict(curve, rules, run.cfg.num_experts)
-        is_reference = run.settings["VARIANT"] == stage.reference
+        is_reference = stage.is_reference(run.settings["VARIANT"])
         if stop and not is_reference:  # others are compared with it, at their steps
             run.files.stop.touch()
             tqdm.write(f"{run.run_id}: stopped by the gate: {reason}")
@@ -80,8 +90,10 @@ def ask(
         variant: int(variant in asking and len(known) < stage.max_seeds)
         for variant, known in seeds.items()
     }
-    most = max(len(known) + more[variant] for variant, known in seeds.items())
-    more[stage.reference] = most - len(seeds[stage.reference])
+    for reference in filter(stage.is_reference, seeds):
+        compared = [variant for variant in seeds if stage.references[variant] == reference]
+        most = max(len(seeds[variant]) + more[variant] for variant in compared)
+        more[reference] = most - len(seeds[reference])
     return [
         (variant, max(seeds[variant]) + 1 + i)
         for variant, count in more.items()
@@ -103,14 +115,18 @@ def work_through(stage: Stage, args: argparse.Namespace) -> int:
     pool = Pool(args.jobs, stopper(stage) if args.gate else None, args.gate)
     seeds: dict[str, list[int]] = {}
     wanted = [(variant, seed) for variant in stage.variants for seed in stage.seeds]
+    is_first = True
     while wanted:
         for variant, seed in wanted:
             seeds.setdefault(variant, []).append(seed)
         runs = plan_runs(stage, seeds, args.nproc, "run")
         check_devices(runs, args)
+        if is_first:
+            print("\n".join(description(stage, runs)))
+            is_first = False
 
         failed = pool.work(runs)
-        verdicts = None if pool.asked_to_end else finish(stage)
+        verdicts = None if pool.asked_to_end else finish(stage, stage.seeds if args.seeds else ())
         if pool.asked_to_end or failed:
             print("some runs have no result yet; the same command goes on with them")
             return 1
@@ -119,8 +135,17 @@ def work_through(stage: Stage, args: argparse.Namespace) -> int:
         for variant, seed in wanted:
             print(f"the gate asks for another seed: {variant}, seed {seed}")
     if args.gate:
-        print(build_next(stage, list(verdicts[verdicts.verdict == "promote"].variant)))
+        promoted = verdicts[verdicts.verdict == "promote"].sort_values("difference")
+        print(build_next(stage, list(promoted.variant)))
     return 0
+
+
+def seed_list(text: str) -> tuple[int, ...]:
+    """The numbers of --seeds 101,102. Raises ConfigError."""
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ConfigError(f"--seeds {text}: must be different whole numbers, as in 101,102")
+    return tuple(map(int, words))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -152,6 +177,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="",
         metavar="STAGE",
         help="the stage that --set makes of it",
+    )
+    add(
+        "--seeds",
+        default="",
+        metavar="N,N",
+        help="other seeds than the stage's, beside those that have a result",
     )
     add("--dry-run", action="store_true", help="print the commands; needs no data and no GPU")
     add(
@@ -186,7 +217,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if min(args.jobs, args.nproc) < 1:
             raise ConfigError(f"--jobs {args.jobs} --nproc {args.nproc}: both must be at least 1")
-        stage = overridden(load_stage(args.stage), args.set, args.name)
+        only_looks = args.dry_run or args.no_run
+        stage = overridden(load_stage(args.stage), args.set, args.name, write=not only_looks)
+        fresh_seeds = seed_list(args.seeds) if args.seeds else ()
+        if fresh_seeds:
+            stage = replace(stage, seeds=fresh_seeds)
         stage_gate.rules_of(stage)
         exported = [name for name in SETTINGS if os.environ.get(name)]
         if exported:
@@ -197,10 +232,12 @@ def main(argv: list[str] | None = None) -> int:
 
         if args.dry_run:
             seeds = dict.fromkeys(stage.variants, stage.seeds)
-            dry_run(plan_runs(stage, seeds, args.nproc, "dry"), args, results())
+            runs = plan_runs(stage, seeds, args.nproc, "dry")
+            print("\n".join(f"# {line}" for line in description(stage, runs)))
+            dry_run(runs, args, results())
             return 0
         if args.no_run:
-            finish(stage)
+            finish(stage, fresh_seeds)
             return 0
         if args.slurm is not None:
             return submit(stage, args)

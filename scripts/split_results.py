@@ -9,19 +9,24 @@ curves already holds of the run is kept.
 """
 
 import argparse
+import functools
 import io
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from harness.files import write_whole
 from harness.contract import RENAMED
+from harness.settings import preset_files, read_preset
 from harness.source import source_hash
 from stages import Stage
 
 RESULTS = Path("experiments/results.csv")
+SWITCH = {"True": 1, "False": 0}  # an option of a program, as rows have it
 TEXT = (  # never numbers
     "run_id",
     "stage",
@@ -32,6 +37,7 @@ TEXT = (  # never numbers
     "source_sha",
     "config_hash",
     "data_fingerprint",
+    "val_fingerprint",
     "changes",
     "note",
     "error",
@@ -50,10 +56,14 @@ NUMBERS = (  # of a run that ended early they may be missing
     "params_active",
     "flops_per_token",
     "num_experts",
+    "sequence_length",
+    "val_tokens",
     "bad_steps",
+    "resumes",
 )
 
 
+@functools.cache
 def untrained() -> set[str]:
     """The settings that make no other run of one, in capitals; without labels, which are not in the
     column `changes`."""
@@ -91,40 +101,74 @@ def source_here() -> str:
     return source_hash(trainer.read_text()) if trainer.exists() else ""
 
 
-def varied_settings(stage: Stage) -> set[str]:
-    """The settings in which variants of a stage differ, in capitals."""
-    return {
-        name
-        for name in set().union(*stage.variants.values())
-        if len({settings.get(name) for settings in stage.variants.values()}) > 1
-    }
+def preset_of(settings: Mapping[str, str]) -> dict[str, str]:
+    """What the preset of a variant sets; {} for the default one and for one that is gone."""
+    name = settings.get("PRESET")
+    return read_preset(name, None, "") if name in preset_files() else {}
+
+
+def is_same(name: str, text: str, asked: Mapping[str, str], row: Mapping) -> bool:
+    """Whether a run had for a setting what a stage says of it: `asked` is what differed from the
+    defaults, `row` has the values of all settings."""
+    value = asked.get(name)
+    if text == "auto":
+        return value in (None, "0")
+    if value is None:
+        value = row.get(name.lower(), text)  # what older rows have no column for counts as said
+    if pd.isna(value) or value == "":
+        return text == "none" or not row["preset"]  # without, nothing is known of its settings
+    try:
+        return float(value) == float(SWITCH.get(text, text))
+    except ValueError:
+        return str(value) == text
+
+
+def is_as_the_stage_says(row: Mapping, stage: Stage) -> bool:
+    """Whether a run had all settings that the stage's file, or its preset, gives its variant."""
+    own = {name: text for name, text in stage.variants[row["variant"]].items() if text}
+    asked = dict(word.split("=", 1) for word in shlex.split(row["changes"]))
+    skipped = untrained()
+    return all(
+        is_same(name, text, asked, row)
+        for name, text in (preset_of(own) | own).items()
+        if name == "PRESET" or name not in skipped
+    )
+
+
+def tried(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
+    """The rows of a stage as its file is now, whatever became of them. One that was refused, or
+    died before it began, has no source and no settings."""
+    rows = rows[rows.variant.isin(stage.variants)]
+    fits = [
+        row["source_sha"] == "" or is_as_the_stage_says(row, stage)
+        for row in rows.to_dict("records")
+    ]
+    return rows.loc[fits]
 
 
 def current(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
-    """The rows of a stage that go with its newest finished run, of the trainer that is here if
-    there is one: same trainer, same data, same settings but for those in which variants differ, and
-    of each variant those it had last."""
-    varied = varied_settings(stage)
-    given = set().union(*stage.variants.values()) - varied
-    skipped = untrained()
-
-    def base(changes: str) -> str:
-        """What the settings of a run are but for those that vary or train nothing."""
-        values = dict(word.split("=", 1) for word in shlex.split(changes))
-        names = (given if "PRESET" in varied else set(values) - varied) - skipped
-        return str(sorted((name, values.get(name)) for name in names))
-
-    # a refused run has no source
-    rows = rows[rows.variant.isin(stage.variants) & (rows.source_sha != "")]
-    rows = rows.assign(base=rows.changes.map(base)).sort_values("started", kind="stable")
+    """The rows of a stage as its file is now that go with its newest finished run, of the trainer
+    that is here if there is one: same trainer and, unless data are what varies, same data."""
+    rows = tried(rows[rows.source_sha != ""], stage).sort_values("started", kind="stable")
     finished = rows[rows.status == "ok"]
     of_trainer_here = finished[finished.source_sha == source_here()]
     newest = (of_trainer_here if len(of_trainer_here) else finished).tail(1)
-    if len(newest):
-        for name in ("source_sha", "data_fingerprint", "base"):
-            rows = rows[rows[name] == newest[name].item()]
-    last_hash = rows.groupby("variant").config_hash.transform("last")
-    return rows[rows.config_hash == last_hash].drop(columns="base")
+    same = ["source_sha"]
+    if len({settings.get("INPUT_BIN") for settings in stage.variants.values()}) == 1:
+        same.append("data_fingerprint")
+    for name in same if len(newest) else ():
+        rows = rows[rows[name] == newest[name].item()]
+    for name in ("config_hash", "data_fingerprint"):  # of each variant those it had last
+        rows = rows[rows[name] == rows.groupby("variant")[name].transform("last")]
+    return rows
+
+
+def validation_of(runs: pd.DataFrame) -> set[tuple[str, float]]:
+    """On what runs were validated: {(fingerprint, tokens)}."""
+    data = runs.val_fingerprint.where(runs.val_fingerprint != "", runs.data_fingerprint)
+    length = runs.sequence_length
+    tokens = (runs.val_tokens // length * length).fillna(0)
+    return {*zip(data, tokens)}
 
 
 def comparable(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
@@ -158,7 +202,8 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 def split(stage_name: str, rows: pd.DataFrame, logs: Path) -> tuple[int, int]:
     """Writes both files of a stage from the rows of all; returns how many runs and how many curves
     they hold."""
-    rows = rows[rows.stage == stage_name].dropna(axis="columns", how="all")
+    rows = rows[rows.stage == stage_name]
+    rows = rows[[name for name in rows if not rows[name].isin(["", np.nan]).all()]]
     curves_path = RESULTS.with_name(f"log_curves_{stage_name}.csv")
     kept = {}
     if curves_path.is_file():

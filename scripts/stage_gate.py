@@ -3,10 +3,11 @@
     python scripts/stage_gate.py stage1_cpu
     python scripts/stage_gate.py stage1_cpu --logs /big/disk/logs
 
-Prints the verdicts and writes them with all their numbers to experiments/tables/<stage>_gate.csv.
-Losses are compared at the same step only: the largest with a validation that all finished runs of a
-variant and the reference share; where the batches of a stage differ in tokens, after the same
-tokens.
+Prints the verdicts and writes them with all their numbers to experiments/tables/<stage>_gate.csv,
+and the differences at every step that a variant and its reference have both validated to
+<stage>_steps.csv. Verdicts are given at the last of these; where the batches of a stage differ in
+tokens, after the same tokens. What p has to reach is in gate_stats.py, what is known of a variant
+in gate_facts.py.
 """
 
 import argparse
@@ -17,15 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtr
 
-from split_results import comparable, current, read_curve, read_curves, read_results, write_table
+from gate_facts import FAILED, Curves, Facts, curves_of, first_of, gain_of_two, gather
+from gate_facts import step_table, stop_verdict, validations
+from gate_stats import FEWEST, HOLD, PROMOTE, SEED, SHARES, levels, rule_states
+from split_results import comparable, read_results, write_table
 from stages import Stage, load_stage
 
 RULES = {  # what the [gate] of a stage may say, with its default
-    # nats: a run goes on whose best validation loss falls by more than this in the last ...
+    # nats: a run goes on where one of the last `stop_evals` evaluations is below the best before it
+    # by more than this
     "stop_gain": 0.02,
-    "stop_evals": 3,  # ... evaluations
+    "stop_evals": 3,
     # nats per evaluation interval: about stop_gain / stop_evals, so a slope below brings no gain
     "flat_slope": 0.007,
     "routing_gain": 0.02,  # of the load's entropy over ln E, 0 to 1: counts as better balanced
@@ -42,6 +46,7 @@ RULES = {  # what the [gate] of a stage may say, with its default
     "first_gap": 0.10,  # nats above the reference at the first evaluation
     "widening": 0.02,  # nats by which that gap may grow at a later evaluation
     "collapse": 0.5,  # entropy of the load below which experts have collapsed
+    "restarts": 0,  # of a run that still count as healthy
     "target_loss": 0.0,  # nats, for the time to it; 0: the reference's mean at the matched step
     "rules": [  # which promote; first_gap only where a stage names it
         "better",
@@ -50,45 +55,12 @@ RULES = {  # what the [gate] of a stage may say, with its default
     ],
     "confidence": 0.01,  # stages without any difference that promote something
 }
-PROMOTIONS = "better", "same_loss", "half_params", "first_gap"
-FAILED = "diverged", "oom", "crash", "config", "data"
-# Of 20,000 simulated stages (4 variants and the reference, 2 to 8 seeds, all paths, sd 0.05) those
-# that promote what is no better, where nothing differs / where one variant's sd is four times the
-# others' / those that promote a variant that is two sd better. Variance pooled over all seeds:
-# 1.1 % / 4.7 % / 84 %; Welch's test: 0.9 % / 1.0 % / 71 %; both with LAST = 1. The larger of the
-# pooled p and half of Welch's, as below: 0.9 % / 0.8 % / 81 %. Where the reference alone has four
-# times the sd it is 1.3 %. LAST is above 1 where variants share a reference, since that and two
-# tests in one leave some of Bonferroni's bound unspent; not with one variant, where every look
-# counts in full.
-WELCH = 2  # divisor of Welch's p
-EARLY = 1 / 30  # share of the confidence that an early look has
-LAST = {1: 0.85, 2: 1.0}  # the share that the last look has, by the number of variants
-LAST_OF_MANY = 1.2  # the same for more of them
-# of several rules the highest counts, of several conditions the lowest
-PROMOTE = 1
-SEED = 0
-HOLD = -1
-FIGURES = ("loss", "first", "drift", "seconds", "imbalance", "violation")  # of a run, see decide
-
-Curves = Mapping[str, pd.DataFrame]  # by run_id
-
-
-class Sample(NamedTuple):
-    """One figure of the seeds of several variants, arrays of one shape. The variance is NaN for one
-    seed."""
-
-    n: np.ndarray
-    mean: np.ndarray
-    var: np.ndarray
-
-
-class Test(NamedTuple):
-    """How far variants are below the reference, and how sure that is."""
-
-    gain: np.ndarray
-    sd: np.ndarray  # of one run, pooled over all variants and the reference
-    se: np.ndarray  # of the gain
-    p: np.ndarray  # one-sided
+PROMOTIONS = {  # each rule in words
+    "better": "the loss is lower by {better:g} or more",
+    "same_loss": "at most {same_loss:g} more loss, and more even, faster or cheaper",
+    "half_params": "at most {half_params:g} of the parameters and {good:.0%} more loss",
+    "first_gap": "at most {first_gap:g} behind at first, never {widening:g} further, healthy",
+}
 
 
 def rules_of(stage: Stage) -> dict:
@@ -105,216 +77,16 @@ def rules_of(stage: Stage) -> dict:
     return RULES | stage.gate
 
 
-def layers(curve: pd.DataFrame, name: str) -> pd.Series:
-    """A figure of the experts averaged over layers, by step, where it was measured; empty for a
-    dense run."""
-    columns = [
-        column
-        for column in curve
-        if column.startswith(f"{name}_") and column[len(name) + 1 :].isdigit()
-    ]
-    if not columns:
-        return pd.Series(dtype=float)
-    return curve.set_index("step")[columns].mean(axis=1).dropna()
-
-
-def change(values: pd.Series, first: int, last: int) -> float:
-    """Rise of the least-squares line through the values after step `first` up to `last`; NaN for
-    under 3 of them."""
-    values = values[(values.index > first) & (values.index <= last)]
-    return np.polyfit(values.index, values, 1)[0] * (last - first) if len(values) > 2 else np.nan
-
-
-def stop_verdict(
-    curve: pd.DataFrame, rules: Mapping, experts: int = 1
-) -> tuple[bool, str, dict[str, float]]:
-    """Whether a live run should be stopped, why, and the numbers: it should when neither validation
-    loss nor training loss nor routing improves. With too few measurements to tell, it goes on.
-    `experts` is E, the unit of max violation."""
-    evals = curve.set_index("step").val_loss.dropna()
-    span = int(rules["stop_evals"])
-    numbers = {"evaluations": len(evals)}
-    if len(evals) <= span:
-        return False, f"{len(evals)} evaluations are too few to stop on", numbers
-
-    first, last = evals.index[-span - 1], evals.index[-1]
-    train_losses = curve.set_index("step").train_loss.dropna()
-    gain = evals.iloc[:-span].min() - evals.iloc[-span:].min()
-    slope = change(train_losses, first, last) / span
-    entropy = change(layers(curve, "entropy"), first, last)
-    violation = change(layers(curve, "load_max"), first, last) * experts
-    numbers |= {
-        "eval_gain": gain,
-        "train_slope": slope,
-        "entropy_change": entropy,
-        "violation_change": violation,
-    }
-    if gain > rules["stop_gain"]:
-        return False, f"validation gained {gain:.4f} in {span} evaluations", numbers
-    if not slope > -rules["flat_slope"]:  # NaN: too few points to call it flat
-        return False, f"training loss changes by {slope:.4f} an evaluation interval", numbers
-    has_experts = any(column.startswith("entropy_") for column in curve)
-    is_flat = entropy < rules["routing_gain"] and violation > -rules["violation_gain"]
-    if has_experts and not is_flat:
-        return False, f"routing improves: entropy by {entropy:.4f}", numbers
-    reason = (
-        f"validation gained {gain:.4f} in {span} evaluations, training loss and routing are flat"
-    )
-    return True, reason, numbers
-
-
-def compare(ours: Sample, theirs: Sample) -> Test:
-    """Variants along the last axis against the reference at the same place of `theirs`.
-
-    p is the larger of that with the variance pooled over all variants and of half of Welch's (see
-    WELCH).
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        freedom = np.maximum(ours.n - 1, 0)
-        reference_freedom = np.maximum(theirs.n - 1, 0)
-        df = freedom.sum(-1, keepdims=True) + reference_freedom
-        squares = np.nansum(freedom * ours.var, -1, keepdims=True)
-        squares = squares + np.nan_to_num(reference_freedom * theirs.var)
-        pooled = squares / df
-        gain = theirs.mean - ours.mean
-        se_pooled = np.sqrt(pooled * (1 / ours.n + 1 / theirs.n))
-
-        a, b = ours.var / ours.n, theirs.var / theirs.n
-        se_welch = np.sqrt(a + b)
-        df_welch = (a + b) ** 2 / (a**2 / (ours.n - 1) + b**2 / (theirs.n - 1))
-        df_welch = np.where(a + b > 0, df_welch, np.inf)
-        p = np.maximum(stdtr(df, -gain / se_pooled), stdtr(df_welch, -gain / se_welch) / WELCH)
-        return Test(gain, np.sqrt(pooled), np.fmax(se_pooled, se_welch), p)
-
-
-def surely(
-    test: Test, margin: float | np.ndarray, last: np.ndarray, early_level: float, last_level: float
-) -> np.ndarray:
-    """PROMOTE, SEED or HOLD for a gain of at least the margin that is no noise; `last` is where a
-    variant has no look left.
-
-    Before the last look it must be two standard deviations and hardly ever be chance (Haybittle,
-    1971); where even the upper bound is below the margin, no more seeds are spent.
-    """
-    early = (test.p <= early_level) & (test.gain >= 2 * test.sd)
-    promote = (test.gain >= margin) & np.where(last, test.p <= last_level, early)
-    hold = last | (test.gain + 2 * test.se < margin) | np.isnan(test.gain)
-    return np.where(promote, PROMOTE, np.where(hold, HOLD, SEED))
-
-
-def within(value: np.ndarray, se: np.ndarray, limit: float, last: np.ndarray) -> np.ndarray:
-    """The same for a value that must not be above a limit: by its bounds, and at the last look by
-    its mean."""
-    promote = np.where(last, value <= limit, value + 2 * se <= limit)
-    hold = last | (value - 2 * se > limit) | np.isnan(value)
-    return np.where(promote, PROMOTE, np.where(hold, HOLD, SEED))
-
-
-def levels(rules: Mapping, count: int) -> tuple[float, float]:
-    """What p has to reach at an early look and at the last, with so many variants: Bonferroni."""
-    level = rules["confidence"] / count
-    return EARLY * level, LAST.get(count, LAST_OF_MANY) * level
-
-
-def decide(
-    ours: Mapping[str, Sample], theirs: Mapping[str, Sample], facts: Mapping, rules: Mapping
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, Test]]:
-    """(state, whether the reference's seed comes first, state by enabled rule, Test by figure) of
-    every variant.
-
-    ours and theirs: Samples, variants along the last axis, of loss, first, drift (nats), seconds (a
-    step), imbalance (1 - entropy) and violation of the experts' load; a mean is NaN where nothing
-    was measured. facts, by variant: last (it has no seed left), reference_last, healthy, timed (on
-    one kind of GPU), flops and params (over the reference's).
-    """
-    tests = {name: compare(ours[name], theirs[name]) for name in ours}
-    last = facts["last"]
-    loss = tests["loss"]
-    scale = theirs["loss"].mean
-    early_level, last_level = levels(rules, ours["loss"].mean.shape[-1])
-
-    def side_path(figure: str, margin: float | np.ndarray) -> np.ndarray:
-        """A side path gets the early level only."""
-        return surely(tests[figure], margin, last, early_level, early_level)
-
-    def gap(figure: str, rule: str) -> np.ndarray:
-        """By how many nats a variant is above the reference, against the limit of a rule."""
-        return within(-tests[figure].gain, tests[figure].se, rules[rule], last)
-
-    efficiency = rules["efficiency_gain"]
-    balanced = side_path("imbalance", rules["routing_gain"])
-    balanced = np.where(tests["violation"].gain >= 0, balanced, HOLD)
-    faster = side_path("seconds", efficiency * theirs["seconds"].mean)
-    faster = np.where(facts["timed"], faster, HOLD)
-    cheaper = np.where(facts["flops"] <= 1 - efficiency, PROMOTE, HOLD)
-    advantage = np.maximum(np.maximum(balanced, faster), cheaper)
-
-    half = within(-loss.gain / scale, loss.se / scale, rules["good"], last)
-    near_and_firm = np.minimum(gap("first", "first_gap"), gap("drift", "widening"))
-    states = {
-        "better": surely(loss, rules["better"], last, early_level, last_level),
-        "same_loss": np.minimum(gap("loss", "same_loss"), advantage),
-        "half_params": np.where(facts["params"] <= rules["half_params"], half, HOLD),
-        "first_gap": np.where(facts["healthy"], near_and_firm, HOLD),
-    }
-    states = {rule: states[rule] for rule in rules["rules"]}
-    seeds, reference_seeds = ours["loss"].n, theirs["loss"].n
-    waits = ((reference_seeds < 2) | (reference_seeds < seeds)) & ~facts["reference_last"]
-    state = np.maximum.reduce([np.full(seeds.shape, HOLD), *states.values()])
-    return np.where(waits, SEED, state), waits, states, tests
-
-
-def sample(table: pd.DataFrame) -> dict[str, Sample]:
-    """n, mean and variance of each column; the mean is NaN unless every run has the figure."""
+def level_at(stage: Stage, rules: Mapping, pairs: int) -> dict[str, float]:
+    """What a one-sided p has to reach with so many pairs, by the names of SHARES: the stage looks
+    from its own number of seeds on, but not before FEWEST, and after each seed that is added."""
+    looks = tuple(range(max(FEWEST, len(stage.seeds)), max(FEWEST, stage.max_seeds) + 1))
+    count = sum(not stage.is_reference(label) for label in stage.variants)
+    look = min(max(pairs, looks[0]), looks[-1])
     return {
-        name: Sample(len(values), values.mean(skipna=False), values.var(skipna=False))
-        for name, values in table.items()
+        name: levels(rules["confidence"] * share / max(1, count), looks)[look]
+        for name, share in SHARES.items()
     }
-
-
-def validations(curves: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Validation loss and train time (s) by step, a column per run, of the steps after 0 that all
-    runs validated."""
-    evals = [curve[curve.val_loss.notna() & (curve.step > 0)].set_index("step") for curve in curves]
-    if not evals:
-        return pd.DataFrame(), pd.DataFrame()
-
-    def side_by_side(name: str) -> pd.DataFrame:
-        return pd.concat([run[name] for run in evals], axis=1, join="inner", ignore_index=True)
-
-    return side_by_side("val_loss"), side_by_side("train_time")
-
-
-def measure(known: Mapping, steps: list[int], worst: int | None) -> pd.DataFrame:
-    """The figures of each run at the last of the shared steps, and how its loss went from the first
-    to the worst; without a shared step no row."""
-    if not steps:
-        return pd.DataFrame(columns=list(FIGURES), dtype=float)
-    losses, times = known["evals"]
-    first, last = steps[0], steps[-1]
-    lines = []
-    for column, (curve, experts) in enumerate(zip(known["curves"], known["experts"])):
-        entropy = layers(curve, "entropy").loc[:last]
-        load = layers(curve, "load_max").loc[:last]
-        drift = losses[column][worst] - losses[column][first] if len(steps) > 1 else np.nan
-        lines.append(
-            {
-                "loss": losses[column][last],
-                "first": losses[column][first],
-                "drift": drift,
-                "seconds": times[column][last] / last,
-                "imbalance": 1 - entropy.iloc[-1] if len(entropy) else np.nan,
-                "violation": load.iloc[-1] * experts - 1 if len(load) else np.nan,
-            }
-        )
-    return pd.DataFrame(lines)
-
-
-def time_to(target: float, losses: pd.DataFrame, times: pd.DataFrame) -> float:
-    """Train time (s) at the first validation where the mean over the runs is at or below the
-    target; NaN for never."""
-    reached = losses.index[losses.mean(axis=1) <= target] if len(losses) else []
-    return times.loc[reached[0]].mean() if len(reached) else np.nan
 
 
 def class_of(increase: float, rules: Mapping) -> str:
@@ -326,251 +98,167 @@ def class_of(increase: float, rules: Mapping) -> str:
     return "fair" if increase <= rules["weak"] else "weak"
 
 
-def facts_of(
-    stage: Stage, label: str, done: pd.DataFrame, tried: pd.DataFrame, curves: Curves
-) -> dict:
-    """What a variant alone has: its finished runs out of `done`, their curves and validations, and
-    which seeds have failed or were stopped out of `tried`."""
-    runs = done[done.variant == label]
-    lost = tried[(tried.variant == label) & ~tried.seed.isin(runs.seed)]
-    lost = lost.drop_duplicates("seed", keep="last")
-    own_curves = [curves[run_id] for run_id in runs.run_id]
-    return {
-        "variant": label,
-        "runs": runs,
-        "curves": own_curves,
-        "evals": validations(own_curves),
-        "failed": lost[lost.status != "stopped"].status.tolist(),
-        "stopped": sum(lost.status == "stopped"),
-        "last": len(runs) + len(lost) >= stage.max_seeds,
-        "experts": runs.num_experts.tolist(),
-    }
+def time_to(target: float, losses: pd.DataFrame, times: pd.DataFrame) -> float:
+    """Train time (s) at the first validation where the mean over the runs is at or below the
+    target; NaN for never."""
+    reached = losses.index[losses.mean(axis=1) <= target] if len(losses) else []
+    return times.loc[reached[0]].mean() if len(reached) else np.nan
 
 
-def shared_steps(fact: Mapping, reference: Mapping) -> tuple[list[int], int | None]:
-    """The steps that all runs of a variant and the reference validated, and the one after the first
-    where it is furthest behind."""
-    losses, others = fact["evals"][0], reference["evals"][0]
-    steps = losses.index.intersection(others.index).tolist()
-    if len(steps) < 2:
-        return steps, None
-    gaps = (losses.mean(axis=1) - others.mean(axis=1)).reindex(steps[1:])
-    return steps, gaps.idxmax()
-
-
-def is_healthy(fact: Mapping, figures: pd.DataFrame, rules: Mapping) -> bool:
-    """Whether no run of a variant has failed, skipped a step or has experts that went dead."""
-    return (
-        not fact["failed"]
-        and not fact["runs"].bad_steps.sum()
-        and not (figures.imbalance > 1 - rules["collapse"]).any()
-        and not any(layers(curve, "dead").tail(1).sum() for curve in fact["curves"])
-    )
-
-
-def gather(stage: Stage, rows: pd.DataFrame, curves: Curves, rules: Mapping) -> pd.DataFrame:
-    """What is known of each variant, by label: finished runs, their curves, and what they share
-    with the reference."""
-    done, tried = comparable(rows, stage), current(rows, stage)
-    validated = [run_id for run_id, curve in curves.items() if curve.val_loss.notna().any()]
-    done = done[done.run_id.isin(validated)]
-    tried = tried[tried.status.isin(["stopped", *FAILED])]
-    labels = [stage.reference, *(label for label in stage.variants if label != stage.reference)]
-    facts = {label: facts_of(stage, label, done, tried, curves) for label in labels}
-
-    reference = facts[stage.reference]
-    lines = []
-    for fact in facts.values():
-        steps, worst = shared_steps(fact, reference)
-        ours, theirs = (measure(one, steps, worst) for one in (fact, reference))
-        machines = {*fact["runs"].device_name, *reference["runs"].device_name}
-        shared = {
-            "step": steps[-1] if steps else None,
-            "ours": sample(ours),
-            "theirs": sample(theirs),
-            "healthy": is_healthy(fact, ours, rules),
-            "timed": len(machines) == 1 and not min(machines).startswith("cpu"),
-        }
-        for name, column in (("flops", "flops_per_token"), ("params", "params_total")):
-            shared[name] = first_of(fact["runs"], column) / first_of(reference["runs"], column)
-        lines.append(fact | shared)
-    return pd.DataFrame(lines).set_index("variant", drop=False)
-
-
-def first_of(rows: pd.DataFrame, column: str) -> float:
-    """The figure of the first of these runs; NaN where there is none."""
-    return float(rows[column].iloc[0]) if len(rows) else np.nan
-
-
-def stack(samples: pd.Series) -> dict[str, Sample]:
-    """Samples of several variants as one, by figure."""
-    return {
-        name: Sample(*(np.array(values, float) for values in zip(*(one[name] for one in samples))))
-        for name in samples.iloc[0]
-    }
-
-
-def verdicts_of(known: pd.DataFrame, reference: pd.Series, rules: Mapping) -> list[dict]:
-    """The line of each variant but the reference, with its verdict."""
-    others = known.drop(reference.variant)
-    if not len(others):
-        return []
-    kinds = {"last": bool, "healthy": bool, "timed": bool, "flops": float, "params": float}
-    facts = {name: others[name].to_numpy(kind) for name, kind in kinds.items()}
-    facts["reference_last"] = reference["last"]
-    state, waits, states, tests = decide(stack(others.ours), stack(others.theirs), facts, rules)
-
-    lines = []
-    early_level, last_level = levels(rules, len(others))
-    for i, label in enumerate(others.index):
-        verdict = verdict_of(
-            known.loc[label],
-            reference,
-            level=last_level if others["last"][label] else early_level,
-            state=int(state[i]),
-            waits=bool(waits[i]),
-            states={rule: int(one[i]) for rule, one in states.items()},
-            loss=Test(*(values[i] for values in tests["loss"])),
-        )
-        lines.append(line(known.loc[label], reference, rules) | verdict)
-    return lines
-
-
-def judge(stage: Stage, rows: pd.DataFrame, curves: Curves) -> pd.DataFrame:
-    """The verdict on every variant, a row each, reference first, then best first, those without a
-    finished run last.
-
-    rows: of results.csv, of this stage, unfinished runs too; curves: by run_id. verdict is promote,
-    hold or seed (reference: reference or seed), `seed_for` the label of the variant that gets the
-    next seed. Raises ValueError.
-    """
-    rules = rules_of(stage)
-    known = gather(stage, rows, curves, rules)
-    reference = known.loc[stage.reference]
-    others = verdicts_of(known, reference, rules)
-
-    asked = any(one["seed_for"] == stage.reference for one in others) or not len(reference.runs)
-    first = line(reference, reference, rules)
-    if asked:
-        first |= {
-            "verdict": "seed",
-            "seed_for": stage.reference,
-            "reason": "what the others are compared with, needs another seed",
-        }
-    else:
-        first |= {
-            "verdict": "reference",
-            "seed_for": "",
-            "reason": "what the others are compared with",
-        }
-
-    table = pd.DataFrame([first, *others])
-    order = table["gap"].where(table.variant != stage.reference, -np.inf)
-    order = order.sort_values(kind="stable", na_position="last").index
-    return table.loc[order].reset_index(drop=True)
-
-
-def line(known: pd.Series, reference: pd.Series, rules: Mapping) -> dict:
-    """The numbers of a variant, at the step it shares with the reference."""
-    ours, theirs = known.ours, known.theirs
-    target = rules["target_loss"] or theirs["loss"].mean
-    increase = ours["loss"].mean / theirs["loss"].mean - 1
-    gaps = {name: ours[name].mean - theirs[name].mean for name in ("loss", "first", "drift")}
+def line(fact: Facts, reference: Facts, rules: Mapping) -> dict:
+    """The numbers of a variant, at the last step that it shares with its reference."""
+    loss = fact.differences["loss"]
+    target = rules["target_loss"] or fact.theirs.loss.mean()
+    increase = fact.differences["increase"].mean
+    evals = fact.losses.mean(axis=1) if len(fact.losses) else pd.Series(dtype=float)
     return {
         "kind": "variant",
-        "variant": known.variant,
+        "variant": fact.variant,
+        "against": fact.reference,
         "rule": "",
-        "seeds": len(known.runs),
-        "failed": len(known.failed),
-        "step": known.step,
-        "val_loss": ours["loss"].mean,
-        "sd": np.sqrt(ours["loss"].var),
-        "reference_loss": theirs["loss"].mean,
-        "gap": gaps["loss"],
-        "first_gap": gaps["first"],
-        "widening": gaps["drift"],
+        "seeds": len(fact.runs),
+        "pairs": loss.n if fact.test == "paired" else np.nan,
+        "failed": len(fact.failed),
+        "step": fact.steps[-1] if fact.steps else None,
+        "val_loss": fact.ours.loss.mean(),
+        "sd": fact.ours.loss.std(),
+        "reference_loss": fact.theirs.loss.mean(),
+        "difference": loss.mean,
+        "low": loss.low,
+        "high": loss.high,
+        "p_one_sided": loss.p_below,
+        "first_gap": fact.differences["first"].mean,
+        "widening": fact.differences["drift"].mean,
+        "gain_2_evals": gain_of_two(evals),
         "target_loss": target,
-        "class": class_of(increase, rules) if known.params <= rules["half_params"] else "",
-        "time_to_target": time_to(target, *known.evals),
-        "reference_time_to_target": time_to(target, *reference.evals),
-        "seconds_per_step": ours["seconds"].mean,
-        "entropy": 1 - ours["imbalance"].mean,
-        "max_violation": ours["violation"].mean,
-        "params_total": first_of(known.runs, "params_total"),
-        "flops_per_token": first_of(known.runs, "flops_per_token"),
+        "class": class_of(increase, rules) if fact.params <= rules["half_params"] else "",
+        "time_to_target": time_to(target, fact.losses, fact.times),
+        "reference_time_to_target": time_to(target, reference.losses, reference.times),
+        "seconds_per_step": fact.ours.seconds.mean(),
+        "entropy": 1 - fact.ours.imbalance.mean(),
+        "max_violation": fact.ours.violation.mean(),
+        "params_total": first_of(fact.runs, "params_total"),
+        "flops_per_token": first_of(fact.runs, "flops_per_token"),
     }
 
 
-def numbers_text(known: pd.Series, state: int, states: Mapping, level: float, loss: Test) -> str:
-    """The gap of a variant to the reference, and how sure it is."""
-    seeds = len(known.runs)
-    step = "-" if pd.isna(known.step) else int(known.step)
-    text = f"gap {-loss.gain:+.4f} at step {step}, {seeds} seed{'s' if seeds > 1 else ''}"
-    if seeds > 1:
-        text += f", se {loss.se:.4f}, one-sided p {loss.p:.2g}"
-    if "better" in states and state != PROMOTE and loss.gain > 0:
-        text += f" (better: {level:.2g})"
+def measured(fact: Facts, rule: str, level: float) -> str:
+    """The number that a rule has looked at, with its interval, and how sure it is."""
+    name = {"half_params": "increase", "first_gap": "first"}.get(rule, "loss")
+    one = fact.differences[name]
+    style = "+.2%" if name == "increase" else "+.4f"
+    text = format(one.mean, style)
+    if not np.isnan(one.low):
+        text += f" ({one.low:{style}} to {one.high:{style}})"
+    if rule == "better" and not np.isnan(one.p_below):
+        text += f", one-sided p {one.p_below:.2g} where {level:.2g} is needed"
+    if rule == "first_gap":
+        text += f", then {fact.differences['drift'].mean:+.4f}"
     return text
 
 
-def verdict_of(
-    known: pd.Series,
-    reference: pd.Series,
-    *,
-    level: float,
-    state: int,
-    waits: bool,
-    states: Mapping[str, int],
-    loss: Test,
-) -> dict:
-    """verdict, reason, rule, seed_for, se and p of a variant that `decide` has judged; level is
-    what p has to reach."""
-    seeds = len(known.runs)
-    numbers = numbers_text(known, state, states, level, loss)
-    rule = ""
-    seed_for = ""
-    if state != HOLD and not waits:
-        rule = next((rule for rule, one in states.items() if one == state), "")
-
-    verdict = "hold"
-    if len(known.failed) > max(1, seeds):
-        rule = ""
-        reason = "most of its runs failed"
-    elif known.stopped:
-        rule = ""
-        reason = f"{known.stopped} of its runs were stopped"
-    elif not seeds:
-        rule = ""
-        reason = "no finished run"
-        if not known["last"]:
-            verdict = "seed"
-            seed_for = known.variant
-    elif pd.isna(known.step) and len(reference.runs):
-        rule = ""
-        reason = "shares no validated step with the reference; give both one VAL_EVERY"
-    elif waits:
-        verdict = "seed"
-        seed_for = reference.variant
-        reason = f"the reference must have two finished runs and no fewer than this; {numbers}"
-    elif state == SEED:
-        verdict = "seed"
-        seed_for = known.variant
-        reason = f"{rule} is possible, within the noise of the seeds so far; {numbers}"
-    elif state == PROMOTE:
-        verdict, reason = "promote", f"{rule} holds; {numbers}"
-    else:
-        reason = f"no rule holds; {numbers}"
-
-    if known.failed:
-        reason += f"; {len(known.failed)} failed ({', '.join(sorted(set(known.failed)))})"
-    return {
-        "verdict": verdict,
-        "reason": reason,
-        "rule": rule,
-        "seed_for": seed_for,
-        "se": loss.se,
-        "p_one_sided": loss.p,
+def evidence(fact: Facts, states: Mapping[str, int], rules: Mapping, level: float) -> str:
+    """Each rule that could apply in words, what it looked at, and on how much that rests."""
+    applies = {
+        "same_loss": fact.flops < 1 or fact.timed or fact.ours.imbalance.notna().any(),
+        "half_params": fact.params <= rules["half_params"],
     }
+    clauses = [
+        f"{rule} ({PROMOTIONS[rule].format(**rules)}): {measured(fact, rule, level)}"
+        for rule in states
+        if applies.get(rule, True)
+    ]
+    kind = f"{fact.pairs} pairs of seeds" if fact.test == "paired" else f"{fact.pairs} seeds each"
+    few = f", of {FEWEST} that a promotion needs" if fact.pairs < FEWEST else ""
+    return f"{'; '.join(clauses)}; at step {fact.steps[-1]}, {kind}{few}"
+
+
+def verdict_of(
+    fact: Facts, reference: Facts, states: Mapping[str, int], rules: Mapping, level: float
+) -> dict:
+    """verdict, reason, rule and seed_for of a variant, whose states by rule are known; level is
+    what p has to reach."""
+    seeds, others = len(fact.runs), len(reference.runs)
+    state = max(states.values(), default=HOLD)
+    verdict, rule, seed_for = "hold", "", ""
+    if len(fact.failed) > max(1, seeds):
+        reason = "most of its runs failed"
+    elif fact.stopped:
+        reason = f"{fact.stopped} of its runs were stopped"
+    elif not seeds:
+        reason = "no finished run"
+        if not fact.last:
+            verdict, seed_for = "seed", fact.variant
+    elif not fact.same_validation:
+        reason = f"validated on other tokens than {fact.reference}: give both one VAL_TOKENS"
+    elif not fact.steps and others:
+        reason = "shares no validated step with its reference; give both one VAL_EVERY"
+    elif others < max(2, seeds) and not reference.last:
+        verdict, seed_for = "seed", fact.reference
+        reason = f"{fact.reference} must have two finished runs and no fewer than this"
+    else:
+        reason = evidence(fact, states, rules, level)
+        if state != HOLD:
+            rule = next(name for name, one in states.items() if one == state)
+            verdict = "promote" if state == PROMOTE else "seed"
+        if state == PROMOTE:
+            reason = f"{rule} holds; {reason}"
+        elif state == SEED:
+            seed_for = fact.variant
+            reason = f"{rule} is possible, within the noise of the seeds so far; {reason}"
+        else:
+            reason = f"no rule holds; {reason}"
+
+    if fact.failed:
+        reason += f"; {len(fact.failed)} failed ({', '.join(sorted(set(fact.failed)))})"
+    return {"verdict": verdict, "reason": reason, "rule": rule, "seed_for": seed_for}
+
+
+def judge_variant(stage: Stage, fact: Facts, reference: Facts, rules: Mapping) -> dict:
+    """The line of a variant with its verdict."""
+    level = level_at(stage, rules, fact.pairs)
+    facts = {
+        "last": np.array(fact.last),
+        "healthy": fact.is_healthy(rules),
+        "timed": fact.timed,
+        "flops": fact.flops,
+        "params": fact.params,
+    }
+    states = rule_states(fact.differences, facts, rules, level)
+    states = {rule: int(state) for rule, state in states.items()}
+    verdict = verdict_of(fact, reference, states, rules, level["loss"])
+    return line(fact, reference, rules) | {"level": level["loss"]} | verdict
+
+
+def judge(stage: Stage, known: Mapping[str, Facts]) -> pd.DataFrame:
+    """The verdict on every variant, a row each, each reference before what is compared with it,
+    best first, those without a finished run last.
+
+    verdict is promote, hold or seed (reference: reference or seed), `seed_for` the label of the
+    variant that gets the next seed. Raises ValueError.
+    """
+    rules = rules_of(stage)
+    lines = []
+    for reference in filter(stage.is_reference, stage.in_order()):
+        others = [
+            judge_variant(stage, known[label], known[reference], rules)
+            for label in stage.in_order()
+            if stage.references[label] == reference != label
+        ]
+        asked = any(one["seed_for"] == reference for one in others)
+        first = line(known[reference], known[reference], rules)
+        first |= {
+            "verdict": "reference",
+            "seed_for": "",
+            "reason": "what others are compared with",
+        }
+        if asked or not len(known[reference].runs):
+            first |= {"verdict": "seed", "seed_for": reference}
+            first["reason"] += ", needs another seed"
+        table = pd.DataFrame([first, *others])
+        order = table.difference.where(table.variant != reference, -np.inf)
+        lines.append(table.loc[order.sort_values(kind="stable", na_position="last").index])
+    return pd.concat(lines, ignore_index=True)
 
 
 def run_line(
@@ -586,15 +274,17 @@ def run_line(
         "status": run.status,
         "params_total": run.params_total,
     }
-    losses = pd.Series(dtype=float) if curve is None else validations([curve])[0][0]
+    losses = pd.Series(dtype=float)
+    if curve is not None:
+        losses = curve[curve.step > 0].set_index("step").val_loss.dropna()
     has_reference = len(references) > 0
     steps = losses.index.intersection(references.index) if has_reference else losses.index
     if len(steps):
         step = steps[-1]
-        facts |= {"step": step, "val_loss": losses[step]}
+        facts |= {"step": step, "val_loss": losses[step], "gain_2_evals": gain_of_two(losses)}
         if has_reference:
             mean = references.loc[step].mean()
-            facts |= {"reference_loss": mean, "gap": losses[step] - mean}
+            facts |= {"reference_loss": mean, "difference": losses[step] - mean}
 
     if run.status == "ok":
         verdict, reason = "finished", ""
@@ -611,14 +301,19 @@ def run_line(
 
 def judge_runs(stage: Stage, rows: pd.DataFrame, curves: Curves) -> pd.DataFrame:
     """A row a run: continue, stop, finished or failed, with its loss at the last step shared with
-    the reference; those that failed last."""
+    its reference; those that failed last."""
     rules = rules_of(stage)
     done = comparable(rows, stage)
-    reference_ids = done[done.variant == stage.reference].run_id
-    references, _ = validations([curves[run_id] for run_id in reference_ids if run_id in curves])
+    done = done[done.run_id.isin(curves)]
+    losses = {
+        label: validations(done[done.variant == label], curves)[0]
+        for label in filter(stage.is_reference, stage.variants)
+    }
     lines = []
     for run in rows.itertuples():
-        one = run_line(run, curves.get(run.run_id), references, rules)
+        reference = stage.references.get(run.variant)
+        others = losses.get(reference, pd.DataFrame())
+        one = run_line(run, curves.get(run.run_id), others, rules)
         if one["verdict"] == "finished" and run.run_id not in set(done.run_id):
             one["reason"] = "other trainer, data or settings"
         lines.append(one)
@@ -627,24 +322,9 @@ def judge_runs(stage: Stage, rows: pd.DataFrame, curves: Curves) -> pd.DataFrame
     return table.loc[order].reset_index(drop=True)
 
 
-def curves_of(stage_name: str, rows: pd.DataFrame, logs: Path) -> dict[str, pd.DataFrame]:
-    """The curves of these runs by run_id: those of `logs`, where there is none that of
-    experiments/log_curves_<stage>.csv."""
-    curves = {}
-    if Path(f"experiments/log_curves_{stage_name}.csv").is_file():
-        for run_id, curve in read_curves(stage_name).groupby("run_id"):
-            curves[run_id] = curve.dropna(axis="columns", how="all")
-    run_ids = set(rows.run_id)
-    for path in logs.glob("*.csv"):
-        if path.stem in run_ids:
-            curves[path.stem] = read_curve(path)
-    needed = {"val_loss", "train_loss"}
-    return {run_id: curve for run_id, curve in curves.items() if needed <= set(curve)}
-
-
 def write_gate(stage_name: str, logs: str | Path = "logs") -> pd.DataFrame:
-    """Judges a stage by the files here and writes experiments/tables/<stage>_gate.csv: variants,
-    then runs; returns it. Raises ValueError."""
+    """Judges a stage by the files here and writes experiments/tables/<stage>_gate.csv, variants,
+    then runs, and _steps.csv; returns the former. Raises ValueError."""
     stage = load_stage(stage_name)
     rows = read_results()
     rows = rows[rows.stage == stage_name]
@@ -658,15 +338,18 @@ def write_gate(stage_name: str, logs: str | Path = "logs") -> pd.DataFrame:
     by_tokens = comparable(rows, stage).tokens_per_step.nunique() > 1
     if by_tokens:
         curves = {run_id: curve.assign(step=curve.tokens) for run_id, curve in curves.items()}
-    verdicts = [judge(stage, rows, curves), judge_runs(stage, rows, curves)]
-    table = pd.concat(verdicts, ignore_index=True)
+    known = gather(stage, rows, curves)
+    steps = step_table(known)
+    table = pd.concat([judge(stage, known), judge_runs(stage, rows, curves)], ignore_index=True)
     if by_tokens:
+        steps = steps.rename(columns={"step": "tokens"})
         table = table.rename(columns={"step": "tokens", "seconds_per_step": "seconds_per_token"})
         table["reason"] = table.reason.str.replace("at step", "after tokens")
 
     first = ["kind", "variant", "seed", "run_id", "status", "verdict", "rule", "reason", "seed_for"]
     table = table.reindex(columns=first + [name for name in table if name not in first])
     write_table(table, Path(f"experiments/tables/{stage_name}_gate.csv"))
+    write_table(steps, Path(f"experiments/tables/{stage_name}_steps.csv"))
     return table
 
 

@@ -8,15 +8,22 @@ A stage is a question put to variants and seeds. Its file, experiments/stages/<n
 
     extends = "stage1"              # a stage from which everything comes that is not said here
     question = "…"
-    reference = "none"              # the variant that others are compared with
-    seeds = [1, 2]                  # of every variant
+    reference = "none"              # the variant that all others are compared with; or instead
+    against = "none"                # each with this one at the same point of the grid, or
+    against = {ATTNGATE = "none"}   # each with the one that has this, and else the same settings
+    seeds = [1, 2, 3]               # of every variant
     max_seeds = 8                   # so many a variant may have, where the gate asks for more
     base = {LR = 0.0036}            # settings of every run; "" leaves one to the preset
-    variants.none = {}              # settings of a variant, by its label
+    variants.none = {ATTNGATE = "none"}  # settings of a variant, by its label
     grid.LR = [0.0036, 0.00468]     # each variant with each value; the label says which
     axes = ["ATTNGATE", "LR"]       # columns of its table; without: in what variants differ
     gate.better = 0.05              # numbers of stage_gate.py that differ from its own
+    program = "scripts/mine.py"     # for train_gpt.py; names in small letters are its options
     next = [{name = "gates_5k", NUM_ITERATIONS = 5000}]   # stages after it, of what it promotes
+
+A step of `next` may say `most = 2`, how many of the promoted go on, the best first, and
+`around = {"20 experts" = {NUM_EXPERTS = 20}}`, variants of the best that go on beside them; where
+nothing is promoted, the reference counts as the best.
 """
 
 import argparse
@@ -35,6 +42,8 @@ KEYS = {
     "extends": str,
     "question": str,
     "reference": str,
+    "against": (dict, str),
+    "program": str,
     "seeds": list,
     "max_seeds": int,
     "base": dict,
@@ -48,22 +57,31 @@ KEYS = {
 MERGED = ("base", "gate")
 # not a stage's to set
 RESERVED = {"SEED", "RUN_ID", "STAGE", "VARIANT", "RESUME", "DRY_RUN", "LOG_DIR", "RESULTS_CSV"}
+TRAINER = "train_gpt.py"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its file describes it, with every setting as the text of an environment
-    variable."""
+    """A stage as its file describes it, with every setting as the text of an environment variable
+    and every option of its program, in small letters, as the text on a command line."""
 
     name: str
     question: str
-    reference: str  # a label of variants
+    references: dict[str, str]  # {label: what it is compared with}, a reference with itself
     seeds: tuple[int, ...]
     max_seeds: int
-    variants: dict[str, dict[str, str]]  # by label: all settings of its runs
+    variants: dict[str, dict[str, str]]  # by label: all settings of its runs, and options
     axes: tuple[str, ...]  # settings that tell the variants apart, in lower case
     gate: dict
     next: tuple[dict, ...]
+    program: str = TRAINER
+
+    def is_reference(self, label: str) -> bool:
+        return self.references[label] == label
+
+    def in_order(self) -> list[str]:
+        """The labels of variants, references first."""
+        return sorted(self.variants, key=lambda label: not self.is_reference(label))
 
 
 def stage_names() -> list[str]:
@@ -97,72 +115,143 @@ def read(name: str, readers: tuple[str, ...] = ()) -> dict:
         if key not in KEYS:
             raise ValueError(f"{path}: {key} is no key of a stage; choose from {', '.join(KEYS)}")
         if not isinstance(value, KEYS[key]):
-            raise ValueError(f"{path}: {key} = {value!r} must be of type {KEYS[key].__name__}")
+            kind = getattr(KEYS[key], "__name__", "dict or str")
+            raise ValueError(f"{path}: {key} = {value!r} must be of type {kind}")
 
     extended = read(own["extends"], (*readers, name)) if "extends" in own else {}
+    if {"reference", "against"} & set(own):  # one of them, and that takes the other's place
+        extended = {key: extended[key] for key in extended if key not in ("reference", "against")}
     merged = {key: extended.get(key, {}) | own.get(key, {}) for key in MERGED}
     return extended | own | merged
 
 
 def check_tables(tables: dict, path: Path) -> None:
     """Raises ValueError where something is missing, or a table holds what it cannot."""
-    for key in ("question", "reference", "seeds", "variants"):
+    for key in ("question", "seeds", "variants"):
         if not tables.get(key):
             raise ValueError(f"{path} has no {key}; python scripts/stages.py --help shows a file")
+    if bool(tables.get("reference")) == bool(tables.get("against")):
+        raise ValueError(f"{path} needs a reference or against = {{SETTING = value}}, one of them")
     for key, kind in (("variants", dict), ("grid", list)):
         for name, value in tables.get(key, {}).items():
             if not isinstance(value, kind):
                 raise ValueError(
                     f"{path}: {key}.{name} = {value!r} must be of type {kind.__name__}"
                 )
-    if not all(isinstance(step, dict) and step.get("name") for step in tables.get("next", ())):
-        raise ValueError(f"{path}: every stage in next needs a name")
+    for step in tables.get("next", ()):
+        check_step(step, path)
     seeds = tables["seeds"]
     are_numbers = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
     if len(set(seeds)) < len(seeds) or not are_numbers:
         raise ValueError(f"{path}: seeds = {seeds} must be different whole numbers")
 
 
+def check_step(step: object, path: Path) -> None:
+    """Raises ValueError where an entry of `next` is none."""
+    if not isinstance(step, dict) or not step.get("name"):
+        raise ValueError(f"{path}: every stage in next needs a name")
+    most, around = step.get("most", 1), step.get("around", {})
+    if not isinstance(most, int) or most < 1:
+        raise ValueError(f"{path}: most = {most!r} of next must be a whole number, 1 or more")
+    if not isinstance(around, dict) or not all(isinstance(own, dict) for own in around.values()):
+        raise ValueError(f"{path}: around of next must be tables of settings by label")
+
+
+def points_of(tables: dict) -> list[dict]:
+    """The points of the grid, {setting: value} each; without a grid one that sets nothing."""
+    grid = tables.get("grid", {})
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def label_at(label: str, point: dict) -> str:
+    """The label of a variant at a point of the grid."""
+    return " ".join([label, *(f"{setting}={text_of(value)}" for setting, value in point.items())])
+
+
 def variants_of(tables: dict) -> dict[str, dict[str, str]]:
     """{label: settings} of every variant with every point of the grid."""
-    grid = tables.get("grid", {})
     variants = {}
     for label, own in tables["variants"].items():
-        for values in itertools.product(*grid.values()):
-            point = dict(zip(grid, values))
-            words = [f"{setting}={text_of(value)}" for setting, value in point.items()]
+        for point in points_of(tables):
             settings = tables["base"] | own | point
-            variants[" ".join([label, *words])] = {
-                setting: text_of(value) for setting, value in settings.items()
+            variants[label_at(label, point)] = {
+                name: text_of(value) if name.isupper() else str(value)  # an option may be a switch
+                for name, value in settings.items()
             }
     return variants
 
 
-def check_variants(variants: dict[str, dict[str, str]], reference: str, path: Path) -> None:
-    """Raises ValueError where the reference is none of them, or one sets what it cannot."""
-    if reference not in variants:
-        raise ValueError(
-            f"{path}: reference = {reference!r}: choose one of {', '.join(map(repr, variants))}"
-        )
+def check_variants(variants: dict[str, dict[str, str]], program: str, path: Path) -> None:
+    """Raises ValueError where a variant sets what it cannot."""
     for setting in {setting for settings in variants.values() for setting in settings}:
-        if not setting.isupper() or setting in RESERVED:
+        is_option = setting.islower() and program != TRAINER
+        if not (setting.isupper() or is_option) or setting in RESERVED:
             raise ValueError(
                 f"{path}: {setting} is nothing a variant can set; "
                 "python train_gpt.py --help says what is"
             )
 
 
+def references_of(
+    variants: dict[str, dict[str, str]], named: list[str], tables: dict, path: Path
+) -> dict[str, str]:
+    """{label: the label that it is compared with}; `named` settings tell variants apart. Raises
+    ValueError."""
+    if "reference" in tables:
+        reference = tables["reference"]
+        if reference not in variants:
+            raise ValueError(
+                f"{path}: reference = {reference!r}: choose one of {', '.join(map(repr, variants))}"
+            )
+        return dict.fromkeys(variants, reference)
+
+    if isinstance(tables["against"], str):
+        if tables["against"] not in tables["variants"]:
+            labels = ", ".join(map(repr, tables["variants"]))
+            raise ValueError(f"{path}: against = {tables['against']!r}: choose one of {labels}")
+        return {
+            label_at(label, point): label_at(tables["against"], point)
+            for label in tables["variants"]
+            for point in points_of(tables)
+        }
+
+    against = {setting: text_of(value) for setting, value in tables["against"].items()}
+    references = {}
+    for label, settings in variants.items():
+        unsaid = [setting for setting in against if setting not in settings]
+        if unsaid:
+            raise ValueError(f"{path}: against {unsaid[0]}: variant {label!r} has to say its own")
+        wanted = settings | against
+        others = [
+            other
+            for other in variants
+            if all(variants[other].get(setting) == wanted.get(setting) for setting in named)
+        ]
+        if len(others) != 1:
+            raise ValueError(
+                f"{path}: against {tables['against']}: {len(others)} variants are what {label!r} "
+                "is to be compared with"
+            )
+        references[label] = others[0]
+    return references
+
+
 def load_stage(name: str) -> Stage:
     """Reads experiments/stages/<name>.toml. Raises ValueError with what is wrong in the file and
     what it may say."""
+    return stage_of(name, read(name))
+
+
+def stage_of(name: str, tables: dict) -> Stage:
+    """The stage that the tables of a file are. Raises ValueError."""
     path = FOLDER / f"{name}.toml"
-    tables = read(name)
     check_tables(tables, path)
     variants = variants_of(tables)
-    check_variants(variants, tables["reference"], path)
+    program = tables.get("program", TRAINER)
+    check_variants(variants, program, path)
 
     settings_named = [*tables["variants"].values(), tables.get("grid", {})]
-    named = dict.fromkeys(setting for own in settings_named for setting in own)
+    named = list(dict.fromkeys(setting for own in settings_named for setting in own))
     axes = tuple(
         setting.lower()
         for setting in tables.get("axes", named)
@@ -172,13 +261,14 @@ def load_stage(name: str) -> Stage:
     return Stage(
         name=name,
         question=tables["question"],
-        reference=tables["reference"],
+        references=references_of(variants, named, tables, path),
         seeds=seeds,
         max_seeds=max(tables.get("max_seeds", 8), len(seeds)),
         variants=variants,
         axes=axes,
         gate=tables["gate"],
         next=tuple(tables.get("next", ())),
+        program=program,
     )
 
 
@@ -221,14 +311,18 @@ def toml_text(tables: dict) -> str:
     return "\n\n".join(texts).lstrip() + "\n"
 
 
-def write_stage(name: str, tables: dict) -> None:
-    """Writes experiments/stages/<name>.toml, the inverse of `read`. Raises FileExistsError where it
-    is there and says something else."""
+def check_free(name: str, tables: dict) -> None:
+    """Raises FileExistsError where experiments/stages/<name>.toml is there and says something
+    else."""
     path = FOLDER / f"{name}.toml"
-    text = toml_text(tables)
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_text() != toml_text(tables):
         raise FileExistsError(f"{path} is there and says something else")
-    write_whole(path, text)
+
+
+def write_stage(name: str, tables: dict) -> None:
+    """Writes experiments/stages/<name>.toml, the inverse of `read`. Raises FileExistsError."""
+    check_free(name, tables)
+    write_whole(FOLDER / f"{name}.toml", toml_text(tables))
 
 
 def show(name: str, with_variants: bool) -> None:
@@ -239,7 +333,8 @@ def show(name: str, with_variants: bool) -> None:
     if not with_variants:
         return
     for label, settings in stage.variants.items():
-        mark = " (reference)" if label == stage.reference else ""
+        reference = stage.references[label]
+        mark = " (reference)" if label == reference else f" (against {reference})"
         print(f"  {label}{mark}: {' '.join(f'{key}={value}' for key, value in settings.items())}")
 
 

@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,9 +29,11 @@ class Task:
     """A run as an element of a Slurm array; preempted or out of time, it saves, ends, and is queued
     again."""
 
-    def __call__(self, settings: Mapping[str, str], device: str, world_size: int) -> int:
+    def __call__(
+        self, settings: Mapping[str, str], device: str, world_size: int, words: Sequence[str]
+    ) -> int:
         self.process = subprocess.Popen(
-            launch_runs.command(world_size),
+            launch_runs.command(world_size, words),
             env=launch_runs.environment(settings, device, world_size),
             preexec_fn=ignore_usr2,
         )
@@ -103,7 +105,7 @@ def submit(stage: Stage, args: argparse.Namespace) -> int:
     if runs:
         if runs[0].cfg.device == "cuda":
             executor.update_parameters(gpus_per_node=args.nproc)
-        arguments = [(run.settings, run.cfg.device, args.nproc) for run in runs]
+        arguments = [(run.settings, run.cfg.device, args.nproc, run.words) for run in runs]
         executor.map_array(Task(), *zip(*arguments))
     print(
         f"submitted {len(runs)} runs; when they have ended: "

@@ -1,5 +1,6 @@
 """notebooks/: each runs on experiments/ alone and says the same; make_notebook.py makes more."""
 
+import csv
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +66,7 @@ def test_a_notebook_runs_and_says_the_same_again(path, again):
     assert all(
         re.search(f"^{part}", text, re.M) for part in ("# ", "## Data", "## Plots", "## Answer")
     )
-    assert len(text.split("## Answer")[1]) > 80, "the answer is to be written"
+    assert len(said(kept)[-1]) > 80, "the answer is to be written"
     assert any(
         "image/png" in output.get("data", {})
         for cell in kept.cells
@@ -75,6 +76,16 @@ def test_a_notebook_runs_and_says_the_same_again(path, again):
     assert before == now, "stale: python scripts/make_notebook.py"
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["experiments", "notebooks", "scripts"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_figures_in_an_answer_are_filled_in_not_typed(path):
+    """But for those that others have published."""
+    source = nbformat.read(path, as_version=4).cells[-1].source
+    assert "filled(answer" in source
+    typed = re.sub(r"\{[^{}]*\}|95 %", "", source.split('"""')[1])
+    for sentence in re.split(r"(?<=[.:;])\s", typed):
+        assert not re.search(r"\d", sentence) or "published" in sentence, sentence
 
 
 def test_every_stage_with_rows_has_a_notebook():
@@ -93,10 +104,21 @@ def test_a_new_notebook_asks_the_question_of_its_stage_and_keeps_the_answer(copy
     assert make_notebook.main([name]) == 0 and capsys.readouterr().out.strip() == str(path)
     made = nbformat.read(path, as_version=4)
     assert stages.load_stage(name).question in made.cells[0].source
-    made.cells[-1].source = "## Answer\n\nIt is so."
+    answer = made.cells[-1]
+    assert "Not yet written." in str(answer.outputs[0].data)
+    reference = stages.load_stage(name).in_order()[0]
+    text = f"It is so: {{{reference}|final_loss}} after {{{reference}|num_iterations}}."
+    answer.source = answer.source.replace("Not yet written.", text)
     nbformat.write(made, path)
     assert make_notebook.main([name]) == 0
-    assert nbformat.read(path, as_version=4).cells[-1].source.endswith("It is so.")
+    said_now = said(nbformat.read(path, as_version=4))[-1]
+    with open(f"experiments/tables/{name}.csv", newline="") as file:
+        loss = next(row for row in csv.DictReader(file) if row["variant"] == reference)
+    assert re.search(rf"It is so: {float(loss['final_loss']):.4f} after \d+\.", said_now)
+    answer.source = answer.source.replace("|final_loss", "|lost")
+    nbformat.write(made, path)
+    assert make_notebook.main([name]) == 1
+    assert f"{{{reference}|lost}} is no figure of {name}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_made_is_one_sentence(copy, capsys):

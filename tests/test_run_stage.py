@@ -27,6 +27,7 @@ from harness.contract import ConfigError
 from harness.provenance import device_name
 from harness.records import update_results
 from harness.settings import ROOT
+from harness.source import source_hash
 import train_gpt
 from conftest import TINY
 from stages import load_stage
@@ -116,7 +117,7 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_rows_none_twice(project
     assert len(found) == 2 == len(rows()) and found[live["run_id"]]["resumes"] == "0"
     assert {row["variant"]: row["status"] for row in rows()} == {"plain": "ok", "hot": "diverged"}
     assert {(row["seed"], row["lr"]) for row in rows()} == {("1", "0.01"), ("1", "1e+20")}
-    tables = "tables/toy.csv tables/toy.md tables/toy_gate.csv"
+    tables = "tables/toy.csv tables/toy.md tables/toy_gate.csv tables/toy_steps.csv"
     for path in f"{tables} figures/toy.png results_toy.csv log_curves_toy.csv".split():
         assert Path("experiments", path).stat().st_size, path
     assert "1 diverged" in Path("experiments/tables/toy.md").read_text()
@@ -230,7 +231,9 @@ def test_done_is_what_has_the_same_settings_seed_source_and_data(project, monkey
 def pretend(monkeypatch, body):
     """Has every run be this Python program, in the run's environment, in place of the trainer."""
     head = "import json, os, sys, time; from pathlib import Path\nenv = os.environ\n"
-    monkeypatch.setattr(launch_runs, "command", lambda world: [sys.executable, "-c", head + body])
+    monkeypatch.setattr(
+        launch_runs, "command", lambda world, words: [sys.executable, "-c", head + body]
+    )
     monkeypatch.setattr(launch_runs, "POLL", 0.02)
 
 
@@ -411,7 +414,7 @@ def test_stopped_runs_go_on_unless_the_gate_is_asked(project, monkeypatch):
 
 
 class Args:
-    jobs, nproc, gate = 1, 1, True
+    jobs, nproc, gate, seeds = 1, 1, True, ""
 
 
 def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
@@ -444,9 +447,9 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
     monkeypatch.setattr(
         run_stage,
         "finish",
-        lambda stage: pd.DataFrame(
-            [(name, *verdict) for name, verdict in next(verdicts).items()],
-            columns=["variant", "verdict", "seed_for"],
+        lambda stage, fresh_seeds: pd.DataFrame(
+            [(name, *verdict, -0.5) for name, verdict in next(verdicts).items()],
+            columns=["variant", "verdict", "seed_for", "difference"],
         ),
     )
     assert run_stage.work_through(load_stage("toy"), Args) == 0
@@ -474,6 +477,48 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
     assert "no variant is promoted" in derive_stage.build_next(load_stage("toy"), [])
 
 
+def next_of(project, promoted, step):
+    """What `build_next` says, and the stage that it leaves, for three variants and one step."""
+    variants = {"plain": {}, "gated": {"ATTNGATE": "headwise"}, "off": {"ATTNGATE": "const"}}
+    write_stage(project, variants)
+    with open("experiments/stages/toy.toml", "a") as file:
+        file.write(f"\n[[next]]\nname = 'after'\n{step}\n")
+    Path("experiments/stages/after.toml").unlink(missing_ok=True)
+    told = derive_stage.build_next(load_stage("toy"), promoted)
+    exists = Path("experiments/stages/after.toml").exists()
+    return told, load_stage("after") if exists else None
+
+
+def test_a_step_says_how_many_go_on_and_what_is_tried_around_the_best(project):
+    told, after = next_of(project, ["off", "gated"], "most = 1")
+    assert list(after.variants) == ["plain", "off"] and "with off beside plain" in told
+    _, after = next_of(project, ["off", "gated"], "most = 5")
+    assert list(after.variants) == ["plain", "off", "gated"]
+
+    around = 'most = 1\nLR = 0.5\naround."two heads" = {N_HEAD = 2, LR = 0.2}'
+    _, after = next_of(project, ["off", "gated"], around)
+    assert list(after.variants) == ["plain", "off", "off, two heads"]
+    changed = {"N_HEAD": "2", "LR": "0.2"}
+    assert after.variants["off, two heads"] == after.variants["off"] | changed
+    assert after.variants["off"]["LR"] == "0.5" and {*after.references.values()} == {"plain"}
+    runs = plan((1,), name="after")
+    assert [run.cfg.attngate for run in runs] == ["none", "const", "const"]
+
+    told, after = next_of(project, [], around)
+    assert list(after.variants) == ["plain", "plain, two heads"], "the reference is the best"
+    assert next_of(project, [], "most = 1") == ("no next stage: no variant is promoted", None)
+
+
+def test_with_several_references_what_has_that_of_the_best_goes_on(project):
+    write_stage(project, {"plain": {}, "gated": {"ATTNGATE": "headwise"}}, reference="")
+    text = Path("experiments/stages/toy.toml").read_text().replace('reference = ""', "")
+    tail = "\n[grid]\nLR = [0.1, 0.2]\n[[next]]\nname = 'after'\n"
+    Path("experiments/stages/toy.toml").write_text('against = "plain"\n' + text + tail)
+    derive_stage.build_next(load_stage("toy"), ["gated LR=0.2", "gated LR=0.1"])
+    after = load_stage("after")
+    assert after.references == {"plain LR=0.2": "plain LR=0.2", "gated LR=0.2": "plain LR=0.2"}
+
+
 def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
     runs = plan()
     update_results(
@@ -492,6 +537,11 @@ def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
     )
     assert run_stage.main(["toy", "--dry-run"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "# plain: the reference",
+        "# gated: against plain: ATTNGATE none -> headwise, GATEPOS=sdpa, GATEACT=sigmoid",
+    ]
+    lines = lines[2:]
     assert len(lines) == 4 and lines[0].startswith("# ") and lines[0].endswith("# has a result: ok")
     for line, run in zip([lines[0][2:], *lines[1:]], runs):
         words = shlex.split(line, comments=True)
@@ -506,13 +556,13 @@ def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
     seconds = 2.0 * runs[1].plan["tokens_needed"] / 10000
     assert f"FLOPs, {seconds:.0f} s" in lines[1] and total.startswith("# 3 of 4 runs to do")
     assert run_stage.main(["toy", "--dry-run", "--gpu", "h100"]) == 0
-    assert re.search(r"FLOPs, 0 s, \$\d+\.\d\d$", capsys.readouterr().out.splitlines()[1])
+    assert re.search(r"FLOPs, 0 s, \$\d+\.\d\d$", capsys.readouterr().out.splitlines()[3])
 
 
 def test_a_dry_run_needs_no_data(project, capsys):
     write_stage(project | {"INPUT_BIN": "gone/x_train_*.bin", "VOCAB_SIZE": 0}, {"plain": {}})
     assert run_stage.main(["toy", "--dry-run"]) == 0
-    line = capsys.readouterr().out.splitlines()[0]
+    line = capsys.readouterr().out.splitlines()[1]
     assert "RUN_ID" not in line and "torchrun" in line
     assert run_stage.main(["toy"]) == 2
     assert (
@@ -526,7 +576,7 @@ def test_a_dry_run_needs_no_data(project, capsys):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["tou"], "STAGE tou: choose one of long, rule,"),
+        (["tou"], "STAGE tou: choose one of equal, held, idle, long, rule,"),
         (["toy", "--jobs", "0"], "both must be at least 1"),
         (["toy", "--set", "lr=1"], "--set lr=1: must be NAME=VALUE"),
         (["toy", "--set", "LR=x"], "LR='x': must be a number"),
@@ -539,7 +589,7 @@ def test_a_dry_run_needs_no_data(project, capsys):
         (["toy", "--set", "LR=0.5"], "--set LR makes another stage of toy; give it a name by --as"),
         (
             ["toy", "--set", "ATTNGATE=const", "--as", "t"],
-            "--set ATTNGATE: in that the variants of toy differ",
+            "--set ATTNGATE=const: variants of toy have their own, const, headwise; write a stage",
         ),
         (["toy", "--set", "LOG_DIR=x"], "--set LOG_DIR: is not for a stage to set"),
         (["toy", "--slurm", "partition"], "partition: must be NAME=VALUE"),
@@ -548,6 +598,29 @@ def test_a_dry_run_needs_no_data(project, capsys):
         (
             ["toy", "--set", "NUM_ITERATION=3"],
             "NUM_ITERATION is no setting; did you mean NUM_ITERATIONS?",
+        ),
+        (
+            ["toy", "--set", "MAX_BAD_STEPS=0", "--seeds", "1,x"],
+            "--seeds 1,x: must be different whole numbers, as in 101,102",
+        ),
+        (["toy", "--seeds", "3,3"], "3,3: must be different whole numbers"),
+        (
+            ["held", "--set", "NUM_ITERATIONS=20", "--as", "short"],
+            "--set NUM_ITERATIONS=20: variants of held have their own, 4, 8; write a stage for it",
+        ),
+        (
+            ["held"],
+            "held varies LR, but MUON_LR stays at 0.0018, as the preset has it, so less changes",
+        ),
+        (
+            ["idle"],
+            "variants plain and gated of idle are said to differ in GATEACT, which has no effect",
+        ),
+        (["equal"], "variants plain and gated of equal are said to differ in LR, which is 0.01 in"),
+        (
+            ["texts"],
+            "variants plain and gated of texts are validated on different data or amounts, "
+            "VAL_TOKENS=",
         ),
         (["long"], "long, plain: NUM_ITERATIONS=1000"),
         (["same"], "variants plain and gated of same have the same settings"),
@@ -561,12 +634,117 @@ def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments
     write_stage(project, {"plain": {}, "gated": {}}, "same")
     write_stage(project, {"plain": {}, "gated": {"ATTNGATES": "headwise"}}, "typo")
     write_stage(project, {"plain": {}}, "rule", gate={"bettr": 1})
-    assert run_stage.main(arguments) == 2
-    error = capsys.readouterr().err
+    held = {name: value for name, value in project.items() if name not in ("LR", "VOCAB_SIZE")}
+    steps = {"plain": {"LR": 0.1, "NUM_ITERATIONS": 4}, "slow": {"LR": 0.2, "NUM_ITERATIONS": 8}}
+    write_stage(held | {"PRESET": "quickstart", "VOCAB_SIZE": 64}, steps, "held")
+    gated = {"ATTNGATE": "headwise"}
+    act = {"GATEACT": "ns_sigmoid", "QK_NORM": 0}
+    write_stage(project, {"plain": {}, "gated": act}, "idle")
+    write_stage(project, {"plain": {"LR": "1e-2"}, "gated": gated | {"LR": 0.01}}, "equal")
+    fewer = {"VAL_TOKENS": project["SEQUENCE_LENGTH"]}
+    write_stage(project, {"plain": {}, "gated": gated | fewer}, "texts")
+    before = sorted(Path("experiments").rglob("*"))
+    try:
+        code = run_stage.main(arguments)
+    except SystemExit as stopped:  # argparse's own
+        code = stopped.code
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and error.startswith("run_stage.py: error: ") and sentence in error
+    assert sorted(Path("experiments").rglob("*")) == before, "nothing is written"
+
+
+PROGRAM = """
+import argparse, os, sys
+sys.path.insert(0, {root!r})
+import train_gpt
+from harness.run import Run
+
+SOURCE = open(__file__).read()
+
+
+def main(argv, env):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--goal", type=float, required=True)
+    parser.add_argument("--twice", action="store_true")
+    options = vars(parser.parse_args(argv))
+    with Run(train_gpt.Config, env, SOURCE) as run:
+        cfg = train_gpt.resolve(train_gpt.Config.from_env(env))
+        plan = train_gpt.make_plan(cfg, run.ranks) | options
+        plan |= {{"config_hash": cfg.hash(options), "source_sha": train_gpt.source_hash(SOURCE)}}
+        plan["data_fingerprint"] = plan["val_fingerprint"] = "tasks"
+        if cfg.dry_run:
+            print("\\n".join(f"{{name}}:{{value}}" for name, value in plan.items()))
+            return 0
+        run.open(cfg, cfg.changes_text(), plan, [])
+        run.poll(0), run.poll(cfg.num_iterations)
+        loss = options["goal"] * (1 + options["twice"]) + cfg.seed / 100
+        run.point({{"train_loss": loss, "val_loss": loss, "grad_norm": 1.0}}, [], {{}}, [])
+        run.close({{}})
+    return run.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
+"""
+
+
+@pytest.fixture
+def program(project, tmp_path, monkeypatch):
+    """A stage `toy` of a program of its own, with two options."""
+    for module in (plan_stage, launch_runs):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "mine.py").write_text(PROGRAM.format(root=str(ROOT)))
+    variants = {"plain": {"goal": 3.0}, "low": {"goal": 2.0}, "two": {"goal": 3.0, "twice": True}}
+    write_stage(project, variants, program="mine.py")
+    plan_stage.asked_of.cache_clear()
+    return project
+
+
+def test_a_stage_may_run_another_program_with_options_of_its_own(program, capsys):
+    assert run_stage.main(["toy", "--dry-run"]) == 0
+    out = capsys.readouterr().out
     assert (
-        error.startswith("run_stage.py: error: ") and sentence in error and error.count("\n") == 1
+        "# low: against plain: goal 3.0 -> 2.0" in out and "# two: against plain: twice=True" in out
     )
-    assert not Path("experiments/results.csv").exists()
+    assert "torchrun --standalone --nproc_per_node=1 mine.py --goal 3.0 --twice  # " in out
+    stage = load_stage("toy")
+    runs = plan_stage.plan_runs(stage, dict.fromkeys(stage.variants, (1, 2)), 1, "run")
+    assert len({run.identity[3] for run in runs}) == 3, "options enter the hash"
+    assert run_stage.main(["toy", "--jobs", "2"]) == 0
+    table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
+    assert table.goal.tolist() == [3.0, 2.0, 3.0] and table.twice.tolist() == [0, 0, 1]
+    assert table.final_loss.tolist() == pytest.approx([3.015, 2.015, 6.015])
+    assert table.difference["low"] == pytest.approx(-1) and table.pairs["low"] == 2
+    assert {row["source_sha"] for row in rows()} == {source_hash(PROGRAM.format(root=str(ROOT)))}
+    before = Path("experiments/results.csv").read_bytes()
+    assert run_stage.main(["toy"]) == 0 and Path("experiments/results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            {"variants": {"plain": {}}},
+            "toy, plain: mine.py with DRY_RUN=1: mine.py: error: the foll",
+        ),
+        (
+            {"variants": {"plain": {"gaol": 1}}},
+            "error: the following arguments are required: --goal",
+        ),
+        ({"program": "gone.py"}, "program = 'gone.py': "),
+        ({"program": "quiet.py"}, "quiet.py with DRY_RUN=1: prints no config_hash"),
+        ({"base": {"LR": "x"}}, "LR='x': must be a number"),
+    ],
+    ids=str,
+)
+def test_what_another_program_refuses_is_one_sentence(program, capsys, change, sentence):
+    Path("quiet.py").write_text("print('source_sha:1')")
+    made = {"variants": {"plain": {"goal": 1.0}}, "program": "mine.py", "base": {}} | change
+    write_stage(program | made["base"], made["variants"], program=made["program"])
+    assert run_stage.main(["toy"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("run_stage.py: error: ") and sentence in error
+    assert error.count("\n") == 1 and not Path("experiments/results.csv").exists()
 
 
 def test_a_setting_for_all_runs_reaches_all_in_a_stage_of_its_own(project):
@@ -582,6 +760,10 @@ def test_a_setting_for_all_runs_reaches_all_in_a_stage_of_its_own(project):
     assert derive_stage.overridden(load_stage("toy"), ["LR=0.5"], "fast") == stage
     with pytest.raises(ConfigError, match="--as fast: .* says something else"):
         derive_stage.overridden(load_stage("toy"), ["LR=0.6"], "fast")
+    made = derive_stage.overridden(load_stage("toy"), ["LR=0.7"], "dry", write=False)
+    assert {settings["LR"] for settings in made.variants.values()} == {"0.7"}
+    assert run_stage.main(["toy", "--set", "LR=0.7", "--as", "dry", "--dry-run"]) == 0
+    assert not Path("experiments/stages/dry.toml").exists(), "who only looks writes nothing"
 
 
 def test_slurm_gets_the_same_runs_as_one_array_and_no_secret(project, monkeypatch, capsys):
@@ -635,7 +817,7 @@ def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(monkeypat
 
     def taken(*_):
         os.kill(task.process.pid, signal.SIGUSR2)
-        queued.append(task.checkpoint({"A": "1"}, "cpu", 1))
+        queued.append(task.checkpoint({"A": "1"}, "cpu", 1, ["train_gpt.py"]))
 
     kept = signal.signal(signal.SIGUSR2, taken)
     waiter = subprocess.Popen(
@@ -648,9 +830,13 @@ def test_a_job_that_slurm_takes_away_ends_in_order_and_is_queued_again(monkeypat
         os.kill({os.getpid()}, {int(signal.SIGUSR2)})""",
         ]
     )
-    assert task({"A": "1"}, "cpu", 1) == 0 and Path("saved").exists() and waiter.wait() == 0
+    assert (
+        task({"A": "1"}, "cpu", 1, ["train_gpt.py"]) == 0
+        and Path("saved").exists()
+        and waiter.wait() == 0
+    )
     signal.signal(signal.SIGUSR2, kept)
-    assert queued[0].args == ({"A": "1"}, "cpu", 1) and isinstance(
+    assert queued[0].args == ({"A": "1"}, "cpu", 1, ["train_gpt.py"]) and isinstance(
         queued[0].function, submit_slurm.Task
     )
 
@@ -659,6 +845,7 @@ def test_the_readmes_dry_run_of_the_published_stage(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert run_stage.main(["stage1", "--nproc", "8", "--gpu", "h100", "--dry-run"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
+    lines = [line for line in lines if "torchrun" in line]
     assert len(lines) == 10 and all("--nproc_per_node=8 train_gpt.py  # " in line for line in lines)
     hours = 1500 * 524288 * 854654976 / (8 * 989e12 * 0.45) / 3600  # of the reference, by hand
     assert lines[0].endswith(f"FLOPs, {round(60 * hours)} min, ${hours * 8 * 3.5:.2f}")

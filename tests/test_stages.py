@@ -13,6 +13,7 @@ from conftest import committed
 from scipy import stats as scipy_stats
 
 import make_tables
+import plan_stage
 import split_results
 import stage_gate
 import stages
@@ -71,6 +72,46 @@ def test_a_stage_is_variants_times_grid_over_the_base(folder):
     )
 
 
+def test_each_cell_is_compared_with_its_reference(folder):
+    """By the label of a variant, at the same point of the grid; or by what settings have to be."""
+    text = FILE.replace('reference = "none LR=0.1"', "AGAINST")
+    cells = {
+        "none LR=0.1": "none LR=0.1",
+        "none LR=0.00396": "none LR=0.00396",
+        "a gate LR=0.1": "none LR=0.1",
+        "a gate LR=0.00396": "none LR=0.00396",
+    }
+    Path("experiments/stages/toy.toml").write_text(text.replace("AGAINST", 'against = "none"'))
+    stage = load_stage("toy")
+    assert stage.references == cells
+    assert stage.in_order() == list(cells) and stage.is_reference("none LR=0.00396")
+    said = text.replace("[variants.none]", '[variants.none]\nATTNGATE = "none"')
+    for against, references in (
+        ('{ATTNGATE = "none"}', cells),
+        ("{LR = 0.1}", {label: label.split(" LR")[0] + " LR=0.1" for label in cells}),
+    ):
+        Path("experiments/stages/toy.toml").write_text(
+            said.replace("AGAINST", f"against = {against}")
+        )
+        assert load_stage("toy").references == references
+    Path("experiments/stages/one.toml").write_text('extends = "toy"\nreference = "none LR=0.1"')
+    assert {*load_stage("one").references.values()} == {"none LR=0.1"}, "it takes the other's place"
+
+
+def test_a_stage_of_another_program_has_its_options(folder):
+    text = FILE.replace("[base]", "[base]\ngroup_size = 4\nshaped = true")
+    Path("experiments/stages/toy.toml").write_text('program = "scripts/mine.py"\n' + text)
+    stage = load_stage("toy")
+    assert stage.program == "scripts/mine.py"
+    assert (
+        stage.variants["none LR=0.1"] | {"group_size": "4", "shaped": "True"}
+        == (stage.variants["none LR=0.1"])
+    )
+    Path("experiments/stages/toy.toml").write_text(text)
+    with pytest.raises(ValueError, match="group_size is nothing|shaped is nothing"):
+        load_stage("toy")
+
+
 def test_a_stage_that_extends_another_says_only_what_differs(folder):
     Path("experiments/stages/small.toml").write_text(
         'extends = "toy"\nseeds = [5]\nreference = "none"\n[base]\nN_LAYER = '
@@ -90,6 +131,13 @@ def test_a_stage_that_extends_another_says_only_what_differs(folder):
     "change, sentence",
     [
         ("reference = 'no'", "reference = 'no': choose one of 'none LR=0.1'"),
+        ("reference = ''", "needs a reference or against"),
+        ("against = 'none'", "needs a reference or against"),
+        ("reference = 1", "reference = 1 must be of type str"),
+        ("against = 1", "against = 1 must be of type dict or str"),
+        ("next = [{name = 'a', most = 0}]", "most = 0 of next must be a whole number, 1 or more"),
+        ("next = [{name = 'a', around = {x = 1}}]", "around of next must be tables"),
+        ("next = [{NUM_ITERATIONS = 1}]", "every stage in next needs a name"),
         ("seeds = [1, 1]", "different whole numbers"),
         ("colour = 1", "colour is no key of a stage; choose from extends, question"),
         ("seeds = []", "has no seeds"),
@@ -148,7 +196,7 @@ def test_what_is_written_reads_the_same_whatever_it_says(folder):
         "base": {"N_LAYER": 2, "MUON_LR": ""} | tables["base"]
     }
     copy = load_stage("copy")
-    assert (copy.reference, copy.seeds, copy.max_seeds) == ('a "b"', (3, 5), 9)
+    assert (copy.in_order()[0], copy.seeds, copy.max_seeds) == ('a "b"', (3, 5), 9)
     assert copy.variants["c.d"]["BIAS"] == "1" and copy.axes == ("attngate", "bias")
     assert copy.variants['a "b"']["LR"] == "1e-20" and copy.next == tuple(tables["next"])
     stages.write_stage("copy", tables)
@@ -156,6 +204,32 @@ def test_what_is_written_reads_the_same_whatever_it_says(folder):
         stages.write_stage("copy", tables | {"next": []})
     stages.write_stage("short", {"extends": "copy", "next": []})
     assert load_stage("short").next == ()
+
+
+@pytest.mark.parametrize(
+    "against, sentence",
+    [
+        ("'no'", "against = 'no': choose one of 'none', 'a gate'"),
+        ("{ATTNGATE = 'none'}", "against ATTNGATE: variant 'none LR=0.1' has to say its own"),
+        ("{LR = 5}", "against {'LR': 5}: 0 variants are what 'none LR=0.1' is to be compared with"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_sentence(folder, against, sentence):
+    text = FILE.replace('reference = "none LR=0.1"', f"against = {against}")
+    Path("experiments/stages/toy.toml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load_stage("toy")
+
+
+@pytest.mark.parametrize("name", stages.stage_names())
+def test_variants_of_every_stage_differ_as_it_says_and_are_validated_alike(name):
+    stage = load_stage(name)
+    seeds = dict.fromkeys(stage.variants, stage.seeds[:1])
+    runs = plan_stage.plan_runs(stage, seeds, 1, "dry")
+    told = plan_stage.description(stage, runs)
+    assert [line.split(":")[0] for line in told[: len(runs)]] == stage.in_order()
+    if name.endswith("_cpu"):
+        assert all(run.validation()[1] >= 262_144 and run.cfg.shuffle for run in runs)
 
 
 @pytest.mark.parametrize("name", stages.stage_names())
@@ -171,10 +245,7 @@ def test_every_stage_of_the_project_can_be_trained(name):
         loud = [warning for warning in cautions({}, cfg) if "WARMDOWN" not in warning]
         assert not loud, loud
     assert len(tokens) == 1
-    assert (
-        stage.reference in stage.variants
-        and len({str(settings) for settings in stage.variants.values()}) > 1
-    )
+    assert len({str(settings) for settings in stage.variants.values()}) > 1
 
 
 def test_the_stages_of_the_sources_are_there_each_with_a_cpu_edition():
@@ -187,7 +258,7 @@ def test_the_stages_of_the_sources_are_there_each_with_a_cpu_edition():
     }
     for name, (variants, seeds, steps, rate) in published.items():
         stage = load_stage(name)
-        first = stage.variants[stage.reference]
+        first = stage.variants[stage.in_order()[0]]
         assert (len(stage.variants), len(stage.seeds), first["NUM_ITERATIONS"], first["LR"]) == (
             variants,
             seeds,
@@ -237,7 +308,7 @@ def row(variant, seed, loss, **more):
         "params_active": 1234567,
         "device_name": "cpu: toy",
         "torch": "2",
-        "attngate": variant.split(" LR")[0],
+        "attngate": "headwise" if "gate" in variant else "none",
         "lr": float(variant.split("=")[1]),
         "error": "",
     } | more
@@ -377,7 +448,7 @@ def test_tables_are_what_the_rows_say(folder):
     gate, reference = table.loc["a gate LR=0.1"], table.loc["none LR=0.1"]
     assert (gate.seeds, gate.attn_gate, gate.learning_rate, gate.params_total) == (
         3,
-        "a gate",
+        "headwise",
         0.1,
         1234567,
     )
@@ -386,26 +457,108 @@ def test_tables_are_what_the_rows_say(folder):
         and gate.sd == pytest.approx(0.1)
         and gate.train_time == 62
     )
-    difference, half, p = welch_by_hand([2.8, 2.9, 2.7], [3.0, 3.1, 3.2])
+    test = scipy_stats.ttest_rel([2.8, 2.9, 2.7], [3.0, 3.1, 3.2])
     assert [gate.difference, gate.low, gate.high, gate.p] == pytest.approx(
-        [difference, difference - half, difference + half, p]
+        [-0.3, *test.confidence_interval(0.95), test.pvalue]
     )
+    assert gate.pairs == 3 and gate.p_holm == gate.p, "the only comparison that has a p"
     assert (
         reference[["difference", "low", "p"]].isna().all() and reference.unfinished == "1 running"
     )
     lone = table.loc["none LR=0.00396"]
-    assert lone.seeds == 1 and pd.isna(lone.p) and lone.difference == pytest.approx(0.9)
+    assert lone.seeds == 1 and pd.isna(lone.p) and lone.difference == pytest.approx(1.0)
     assert lone.unfinished == "1 diverged"
     assert table.loc["a gate LR=0.00396"].seeds == 0
     lines = text.splitlines()
     assert lines[0].startswith(
         "| variant | attn_gate | learning_rate | seeds | final_loss | sd | difference | 95 % "
     )
-    assert "| a gate LR=0.1 | a gate | 0.1 | 3 | 2.8000 | 0.1000 | -0.3000 |" in text
+    assert "| a gate LR=0.1 | headwise | 0.1 | 3 | 2.8000 | 0.1000 | -0.3000 |" in text
     assert "| 1m 2.0s |" in text and "1,234,567" in text
     assert "| none LR=0.1 | none | 0.1 | 3 | 3.1000 | 0.1000 | reference |" in text
-    assert "Measured on cpu: toy, torch 2;" in text
+    assert "Measured on cpu: toy, torch 2. Difference, interval and p by the paired t-test" in text
     assert len({line.count("|") for line in lines[:6]}) == 1
+
+
+def test_without_shared_seeds_the_test_is_welchs_and_the_table_says_so(folder):
+    apart = [row("a gate LR=0.1", seed + 10, loss) for seed, loss in ((1, 2.8), (2, 2.9), (3, 2.7))]
+    results([*ROWS[:3], *apart])
+    split_results.main([])
+    text = make_tables.write_tables("toy")
+    gate = pd.read_csv("experiments/tables/toy.csv").set_index("variant").loc["a gate LR=0.1"]
+    difference, half, p = welch_by_hand([2.8, 2.9, 2.7], [3.0, 3.1, 3.2])
+    assert [gate.difference, gate.low, gate.high, gate.p] == pytest.approx(
+        [difference, difference - half, difference + half, p]
+    )
+    assert "pairs" not in gate and "by Welch's t-test; p_holm" in text
+
+
+def test_p_is_corrected_for_all_comparisons_of_the_table(folder):
+    """Holm's correction by hand: the least p times three, the next times two, none below it."""
+    losses = {"a gate LR=0.1": (2.8, 2.9, 2.7), "none LR=0.00396": (3.3, 3.5, 3.4)}
+    losses |= {"a gate LR=0.00396": (3.0, 3.3, 3.1)}
+    made = [row(name, seed, loss) for name in losses for seed, loss in enumerate(losses[name], 1)]
+    results([*ROWS[:3], *made])
+    split_results.main([])
+    text = make_tables.write_tables("toy")
+    table = pd.read_csv("experiments/tables/toy.csv").dropna(subset="p").sort_values("p")
+    expected = np.maximum.accumulate(np.array([3, 2, 1]) * table.p).clip(upper=1)
+    assert table.p_holm.to_numpy() == pytest.approx(expected.to_numpy())
+    assert "Holm's correction for 3 comparisons" in text
+    other = make_tables.other_view("toy", ["LR=0.1"])
+    test = scipy_stats.ttest_rel(losses["a gate LR=0.00396"], losses["a gate LR=0.1"])
+    assert f"| a gate LR=0.1 | {np.mean(losses['a gate LR=0.00396']) - 2.8:+.4f} |" in other
+    assert f"{test.confidence_interval(0.95).low:+.4f} to" in other
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"val_tokens": 4096}, "Runs that were validated on different tokens are not compared."),
+        ({"val_fingerprint": "v2"}, "Runs that were validated on different tokens are not"),
+        ({"sequence_length": 32, "val_tokens": 2048}, "Sequence lengths differ"),
+        ({"sequence_length": 30}, "Runs that were validated on different tokens are not"),
+    ],
+    ids=str,
+)
+def test_only_what_was_validated_on_the_same_tokens_is_compared(folder, change, sentence):
+    same = {"val_tokens": 2048, "sequence_length": 16, "val_fingerprint": "v1"}
+    made = [row("none LR=0.1", seed, 3.0 + seed, **same) for seed in (1, 2)]
+    made += [row("a gate LR=0.1", seed, 2.9 + seed, **same | change) for seed in (1, 2)]
+    results(made)
+    split_results.main([])
+    text = make_tables.write_tables("toy")
+    table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
+    is_compared = "difference" in table and table.difference["a gate LR=0.1"] < 0
+    assert is_compared == (sentence == "Sequence lengths differ") and sentence in text
+
+
+def test_runs_of_other_settings_than_the_file_has_are_left_out_and_counted(folder):
+    """A stage that was edited has no results until it is run again."""
+    results(ROWS)
+    split_results.main([])
+    stage = Path("experiments/stages/toy.toml")
+    for old, new in (
+        ("N_LAYER = 2", "N_LAYER = 3"),
+        ('MUON_LR = ""', "MUON_LR = 0.5"),
+        ("BIAS = true", "BIAS = false"),
+        ("LR = [0.1,", "LR = [0.2, 0.1,"),
+    ):
+        rows = pd.DataFrame(ROWS).assign(muon_lr=0.25, bias=1)
+        results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
+        stage.write_text(FILE.replace(old, new))
+        text = make_tables.write_tables("toy")
+        if old.startswith("LR"):
+            assert "Left out" not in text, "another variant changes nothing for those there"
+        else:
+            assert "Left out: 9 finished runs with other settings than the stage has now" in text
+    rows = pd.DataFrame(ROWS).assign(muon_lr=0.25)
+    stage.write_text(FILE.replace('MUON_LR = ""', 'MUON_LR = "auto"'))
+    results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
+    assert "Left out" not in make_tables.write_tables("toy"), "what is auto has a value in the row"
+    rows["changes"] += " MUON_LR=0.25"
+    results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
+    assert "Left out: 9" in make_tables.write_tables("toy")
 
 
 STUDIED = [path.stem.removeprefix("results_") for path in committed("experiments/results_*.csv")]
@@ -426,6 +579,7 @@ def test_committed_tables_and_verdicts_are_those_of_the_committed_rows_and_curve
         f"tables/{name}.csv",
         f"tables/{name}.md",
         f"tables/{name}_gate.csv",
+        f"tables/{name}_steps.csv",
     ):
         assert Path("experiments", path).read_text() == (ROOT / "experiments" / path).read_text(), (
             f"{path} is stale: python scripts/run_stage.py {name} --no-run"

@@ -1,0 +1,182 @@
+"""Statistics of a stage: differences paired by seed, Holm's correction, and when to stop looking.
+
+The gate adds seeds one by one and looks after each, so what p has to reach at a look follows an
+alpha-spending function (Lan and DeMets 1983, doi 10.1093/biomet/70.3.659) in the form of O'Brien
+and Fleming. Its boundaries are those of a Brownian motion; like Jennison and Turnbull (2000, ch. 4)
+we hold the p of Student's t against their levels, which spends 1.15 times what it should at 3 to 8
+seeds: SHARES leave room for that. simulate_gate.py measures what comes of it.
+
+Numbers may be arrays of one shape, an element a variant or a simulated stage.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import brentq
+from scipy.special import stdtr, stdtrit
+from scipy.stats import norm
+
+FEWEST = 3  # seeds: with fewer nothing is promoted
+CONFIDENCE = 0.95  # of intervals
+# What a stage may promote by chance is shared by what its variants may promote by: a lower loss, a
+# more even load, a shorter step (a weighted Bonferroni); 0.85 in all, 1 / 1.15 of the whole. FLOPs
+# and parameters have no noise.
+SHARES = {"loss": 0.7, "imbalance": 0.075, "seconds": 0.075}
+
+# of several rules the highest counts, of several conditions the lowest
+PROMOTE, SEED, HOLD = 1, 0, -1
+
+
+class Difference(NamedTuple):
+    """A variant minus its reference, over seeds: mean, its 95 % interval, and how sure it is."""
+
+    n: np.ndarray  # pairs; of Welch's test the fewer runs of the two
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray  # two-sided
+    p_below: np.ndarray  # one-sided, that it is not below 0
+
+
+def student(n: np.ndarray, mean: np.ndarray, error: np.ndarray, df: np.ndarray) -> Difference:
+    """What Student's t says of a mean with this standard error; NaN where that is not known."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        half = stdtrit(df, (1 + CONFIDENCE) / 2) * error
+        p_below = stdtr(df, mean / error)
+    p = 2 * np.minimum(p_below, 1 - p_below)
+    return Difference(n, mean, mean - half, mean + half, p, p_below)
+
+
+def paired(differences: np.ndarray) -> Difference:
+    """The paired t-test of differences (..., n), one a seed."""
+    n = differences.shape[-1]
+    mean = differences.mean(-1)
+    if n < 2:
+        return student(n, mean, mean * np.nan, np.nan)
+    return student(n, mean, differences.std(-1, ddof=1) / n**0.5, n - 1)
+
+
+def welch(ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    """Welch's t-test of runs (n,) and (m,) on seeds of their own."""
+    fewer, mean = min(len(ours), len(theirs)), ours.mean() - theirs.mean()
+    if fewer < 2:
+        return student(fewer, mean, np.nan, np.nan)
+    a, b = ours.var(ddof=1) / len(ours), theirs.var(ddof=1) / len(theirs)
+    df = np.inf
+    if a + b > 0:
+        df = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
+    return student(fewer, mean, (a + b) ** 0.5, df)
+
+
+def compare(ours: pd.Series, theirs: pd.Series) -> tuple[Difference, str]:
+    """(the Difference, its test) of figures by seed: paired where two or more seeds are shared.
+
+    The test is `paired`, `Welch`, or "" where there is too little for either.
+    """
+    shared = ours.index.intersection(theirs.index)
+    if len(shared) > 1:
+        return paired((ours[shared] - theirs[shared]).to_numpy(float)), "paired"
+    if min(len(ours), len(theirs)) > 1:
+        return welch(ours.to_numpy(float), theirs.to_numpy(float)), "Welch"
+    if len(shared) == 1:
+        return paired((ours[shared] - theirs[shared]).to_numpy(float)), ""
+    mean = ours.mean() - theirs.mean()
+    return student(min(len(ours), len(theirs)), mean, np.nan, np.nan), ""
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Each p so corrected that all of them may be looked at (Holm 1979); NaN stays, and is none."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # NaN comes last
+    corrected = np.full(len(p), np.nan)
+    factors = len(order) - np.arange(len(order))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(factors * p[order]))
+    return corrected
+
+
+def overshoot(
+    bound: float, points: np.ndarray, density: np.ndarray, step: float, wanted: float
+) -> float:
+    """How much more than wanted is above the bound after a step of a Brownian motion that starts at
+    these points with this density."""
+    return density @ norm.sf((bound - points) / step) - wanted
+
+
+@functools.cache
+def levels(alpha: float, looks: tuple[int, ...]) -> dict[int, float]:
+    """{seeds: what a one-sided p has to reach} at looks after so many seeds, in ascending order.
+
+    With no difference one of them or another is reached with probability alpha.
+    """
+    z_half = norm.isf(alpha / 2)
+    points, spent, time = np.zeros(1), 0.0, 0.0
+    density = np.ones(1)  # at these points, times their distance: of those not yet decided
+    found = {}
+    for look in looks:
+        step = (look / looks[-1] - time) ** 0.5
+        time = look / looks[-1]
+        to_spend = 2 * norm.sf(z_half / time**0.5) - spent
+        spent += to_spend
+
+        bound = brentq(overshoot, -10, 40, args=(points, density, step, to_spend))
+        found[look] = float(norm.sf(bound / time**0.5))
+        grid = np.linspace(-8, bound, 1500)
+        weight = np.full(len(grid), grid[1] - grid[0])
+        weight[[0, -1]] /= 2
+        transition = norm.pdf((grid[:, None] - points) / step) / step
+        points, density = grid, (transition @ density) * weight
+    return found
+
+
+def below(one: Difference, margin: float, level: float, last: np.ndarray) -> np.ndarray:
+    """PROMOTE where it is below 0 by the margin and that is no chance, HOLD where more seeds will
+    not show it, else SEED: `last` is where no seed is left."""
+    promote = (one.mean <= -margin) & (one.p_below <= level)
+    hold = last | (one.low > -margin) | np.isnan(one.mean)
+    return np.where(promote, PROMOTE, np.where(hold, HOLD, SEED))
+
+
+def not_above(one: Difference, limit: float, last: np.ndarray) -> np.ndarray:
+    """The same for what must not exceed a limit: by its interval."""
+    hold = last | (one.low > limit) | np.isnan(one.mean)
+    return np.where(one.high <= limit, PROMOTE, np.where(hold, HOLD, SEED))
+
+
+def rule_states(
+    figures: Mapping[str, Difference], facts: Mapping, rules: Mapping, level: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """PROMOTE, SEED or HOLD by each rule that a stage has enabled.
+
+    figures: Differences of loss, first and drift (nats), increase (of the loss, a fraction),
+    seconds (a step, a fraction), imbalance (1 - entropy) and violation of the load. facts: last (no
+    seed is left), healthy, timed (on one kind of GPU), flops and params (over the reference's).
+    level: what p has to reach at this look, by the names of SHARES.
+    """
+    last = facts["last"]
+    enough = figures["loss"].n >= FEWEST
+    efficiency = rules["efficiency_gain"]
+
+    balanced = below(figures["imbalance"], rules["routing_gain"], level["imbalance"], last)
+    balanced = np.where(figures["violation"].mean <= 0, balanced, HOLD)
+    faster = below(figures["seconds"], efficiency, level["seconds"], last)
+    faster = np.where(facts["timed"], faster, HOLD)
+    cheaper = np.where(facts["flops"] <= 1 - efficiency, PROMOTE, HOLD)
+    advantage = np.maximum(np.maximum(balanced, faster), cheaper)
+
+    half = not_above(figures["increase"], rules["good"], last)
+    near = not_above(figures["first"], rules["first_gap"], last)
+    firm = not_above(figures["drift"], rules["widening"], last)
+    states = {
+        "better": below(figures["loss"], rules["better"], level["loss"], last),
+        "same_loss": np.minimum(not_above(figures["loss"], rules["same_loss"], last), advantage),
+        "half_params": np.where(facts["params"] <= rules["half_params"], half, HOLD),
+        "first_gap": np.where(facts["healthy"], np.minimum(near, firm), HOLD),
+    }
+    too_few = np.where(last, HOLD, SEED)
+    return {
+        name: np.where((states[name] == HOLD) | enough, states[name], too_few)
+        for name in rules["rules"]
+    }
