@@ -185,8 +185,10 @@ def difference(mean=0.0, low=-1.0, high=1.0, p_below=0.5, n=5):
         (difference(-0.0499, -0.09, p_below=0.01), True, HOLD),
         (difference(-0.05, -0.09, p_below=0.0101), False, SEED),
         (difference(-0.05, -0.09, p_below=0.0101), True, HOLD),
-        (difference(0.02, -0.05, p_below=0.9), False, SEED),
-        (difference(0.02, -0.0499, p_below=0.9), False, HOLD),
+        (difference(-0.001, -0.05, p_below=0.4), False, SEED),
+        (difference(-0.001, -0.0499, p_below=0.4), False, HOLD),
+        (difference(0.0, -0.05, p_below=0.5, n=3), False, HOLD),
+        (difference(0.02, -0.05, p_below=0.5, n=2), False, SEED),
         (difference(-0.06, np.nan, np.nan, np.nan), False, SEED),  # one run
         (difference(-0.06, np.nan, np.nan, np.nan), True, HOLD),
         (difference(*[np.nan] * 4), False, HOLD),
