@@ -186,6 +186,7 @@ class Config(Settings):
         "BALANCE=aux": """aux_loss_coef aux_loss_coef_start aux_loss_coef_end aux_warmup_frac
             aux_decay_end_frac""",
         "AUX_LOSS_COEF_START=none": "aux_loss_coef",
+        "AUX_LOSS_COEF_START!=none": "aux_warmup_frac aux_decay_end_frac",
         "MIXER=attention": "attngate gatepos gateact qk_norm",
         "ATTNGATE!=none": "gatepos gateact",
         "OPTIMIZER=muon": "muon_lr muon_scale muon_momentum",

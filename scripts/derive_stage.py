@@ -7,11 +7,12 @@ from plan_stage import pairs, refuse_unknown
 from stages import (
     FOLDER,
     RESERVED,
+    TRAINER,
     Stage,
     check_free,
     read,
     stage_of,
-    text_of,
+    setting_text,
     write_stage,
 )
 from train_gpt import Config
@@ -61,14 +62,18 @@ def variants_after(stage: Stage, promoted: list[str]) -> dict[str, dict[str, str
     """{label: settings} of what goes on: the reference of the best promoted, it and others with
     the same reference, as many as the step says, and variants around the best."""
     step = stage.next[0]
-    changes = {name: text_of(value) for name, value in step.items() if name.isupper()}
+    changes = {
+        name: setting_text(name, value)
+        for name, value in step.items()
+        if name not in ("name", "most", "around")
+    }
     best = promoted[0] if promoted else stage.in_order()[0]
     reference = stage.references[best]
     going_on = [label for label in promoted if stage.references[label] == reference]
     going_on = going_on[: step.get("most", len(going_on))]
     kept = {label: stage.variants[label] | changes for label in (reference, *going_on)}
     for label, own in step.get("around", {}).items():
-        own = {name: text_of(value) for name, value in own.items()}
+        own = {name: setting_text(name, value) for name, value in own.items()}
         kept[f"{best}, {label}"] = kept[best] | own
     return kept
 
@@ -95,8 +100,9 @@ def next_tables(stage: Stage, promoted: list[str]) -> dict:
             for label, settings in kept.items()
         },
         "gate": stage.gate,
-        "program": stage.program,
     }
+    if stage.program != TRAINER:
+        tables["program"] = stage.program
     return tables | ({"next": list(stage.next[1:])} if stage.next[1:] else {})
 
 
@@ -117,6 +123,7 @@ def build_next(stage: Stage, promoted: list[str]) -> str:
         return f"no next stage: {error}"
     reference, *others = tables["variants"]
     return (
-        f"next stage: {FOLDER / f'{name}.toml'} with {', '.join(others)} beside {reference}; "
+        f"next stage: {FOLDER / f'{name}.toml'} with {', '.join(map(repr, others))} beside "
+        f"{reference!r}; "
         f"python scripts/run_stage.py {name}"
     )

@@ -28,6 +28,8 @@ def measured_rates(
         row
         for row in rows.values()
         if row["status"] == "ok"
+        and row.get("flops_per_token")
+        and row.get("tokens")
         and row.get("device_name") == device_name
         and row["ffn"] == run.cfg.ffn
         and int(row["world_size"]) == run.plan["world_size"]
@@ -43,6 +45,8 @@ def estimate(
 ) -> tuple[float | None, float | None]:
     """(seconds, dollars) of a run, by the speed of finished ones on this device, or by the
     planner's table; None for what is not known."""
+    if not run.flops:  # of a program that does not say
+        return None, None
     device_name = device_here(run.cfg)
     gpu_here = gpu_of(device_name)
     world_size = run.plan["world_size"]

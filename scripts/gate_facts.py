@@ -21,7 +21,7 @@ Curves = Mapping[str, pd.DataFrame]  # by run_id
 
 @dataclass
 class Facts:
-    """What is known of a variant beside its reference."""
+    """All that the rules look at: a variant's runs, its reference's, and their differences."""
 
     variant: str
     reference: str
@@ -47,15 +47,18 @@ class Facts:
         """Seeds to compare by."""
         return int(self.differences["loss"].n)
 
-    def is_healthy(self, rules: Mapping) -> bool:
-        """Whether no run has failed, was restarted or skipped a step, and no expert collapsed."""
-        return (
-            not self.failed
-            and self.runs.resumes.fillna(0).max() <= rules["restarts"]
-            and not self.runs.bad_steps.sum()
-            and not (self.ours.imbalance > 1 - rules["collapse"]).any()
-            and not self.dead
-        )
+    def troubles(self, rules: Mapping) -> list[str]:
+        """What makes the runs unhealthy, in words."""
+        restarts = int(self.runs.resumes.fillna(0).max()) if len(self.runs) else 0
+        bad_steps = int(self.runs.bad_steps.sum())
+        found = {
+            f"{len(self.failed)} failed": bool(self.failed),
+            f"{restarts} restarts of a run": restarts > rules["restarts"],
+            f"{bad_steps} skipped steps": bad_steps > 0,
+            "experts collapsed": bool((self.ours.imbalance > 1 - rules["collapse"]).any()),
+            "an expert that nobody chooses": self.dead,
+        }
+        return [words for words, is_so in found.items() if is_so]
 
 
 def layers(curve: pd.DataFrame, name: str) -> pd.Series:
@@ -111,12 +114,16 @@ def stop_verdict(
     if gains.max() > rules["stop_gain"]:
         reason = f"validation gained {gains.max():.4f} in one of the last {span} evaluations"
         return False, reason, numbers
-    if not slope > -rules["flat_slope"]:  # NaN: too few points to call it flat
+    if np.isnan(slope):
+        return False, "too few training losses to call them flat", numbers
+    if slope <= -rules["flat_slope"]:
         return False, f"training loss changes by {slope:.4f} an evaluation interval", numbers
-    has_experts = any(column.startswith("entropy_") for column in curve)
-    is_flat = entropy < rules["routing_gain"] and violation > -rules["violation_gain"]
-    if has_experts and not is_flat:
-        return False, f"routing improves: entropy by {entropy:.4f}", numbers
+    if any(column.startswith("entropy_") for column in curve):
+        if np.isnan(entropy) or np.isnan(violation):
+            return False, "too few measurements of the routing to call it flat", numbers
+        if entropy >= rules["routing_gain"] or violation <= -rules["violation_gain"]:
+            reason = f"routing improves: entropy {entropy:+.4f}, max violation {violation:+.4f}"
+            return False, reason, numbers
     reason = (
         f"validation gained at most {gains.max():.4f} in each of the last {span} evaluations, "
         f"{rules['stop_gain']:g} is needed; training loss and routing are flat"
@@ -177,18 +184,13 @@ def shared_steps(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[list[int], i
     return steps, gaps.idxmax()
 
 
-def scaled(one: Difference, scale: float) -> Difference:
-    """A difference as a fraction of `scale`."""
-    return one._replace(mean=one.mean / scale, low=one.low / scale, high=one.high / scale)
-
-
 def compare_figures(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[dict[str, Difference], str]:
     """(the Difference of each figure, the test of the loss): seconds and increase, which is that of
     the loss, are fractions of the reference's."""
     differences = {name: gate_stats.compare(ours[name], theirs[name])[0] for name in FIGURES}
     _, test = gate_stats.compare(ours.loss, theirs.loss)
-    differences["increase"] = scaled(differences["loss"], theirs.loss.mean())
-    differences["seconds"] = scaled(differences["seconds"], theirs.seconds.mean())
+    differences["increase"] = differences["loss"].scaled(theirs.loss.mean())
+    differences["seconds"] = differences["seconds"].scaled(theirs.seconds.mean())
     return differences, test
 
 

@@ -2,9 +2,9 @@
 
 The gate adds seeds one by one and looks after each, so what p has to reach at a look follows an
 alpha-spending function (Lan and DeMets 1983, doi 10.1093/biomet/70.3.659) in the form of O'Brien
-and Fleming. Its boundaries are those of a Brownian motion; like Jennison and Turnbull (2000, ch. 4)
-we hold the p of Student's t against their levels, which spends 1.15 times what it should at 3 to 8
-seeds: SHARES leave room for that. simulate_gate.py measures what comes of it.
+and Fleming. Its boundaries hold for a Brownian motion; like Jennison and Turnbull (2000, ch. 4) we
+compare Student's p with them, which at 3 to 8 seeds promotes 1.15 times as often as planned: SHARES
+leave room for that. simulate_gate.py measures what comes of it.
 
 Numbers may be arrays of one shape, an element a variant or a simulated stage.
 """
@@ -39,6 +39,18 @@ class Difference(NamedTuple):
     high: np.ndarray
     p: np.ndarray  # two-sided
     p_below: np.ndarray  # one-sided, that it is not below 0
+    error: np.ndarray  # standard error of the mean
+    df: np.ndarray  # of Student's t
+
+    def p_below_limit(self, limit: float) -> np.ndarray:
+        """One-sided p that it is not below a limit."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return stdtr(self.df, (self.mean - limit) / self.error)
+
+    def scaled(self, scale: float) -> "Difference":
+        """The difference as a fraction of `scale`."""
+        changed = {name: getattr(self, name) / scale for name in ("mean", "low", "high", "error")}
+        return self._replace(**changed)
 
 
 def student(n: np.ndarray, mean: np.ndarray, error: np.ndarray, df: np.ndarray) -> Difference:
@@ -47,7 +59,7 @@ def student(n: np.ndarray, mean: np.ndarray, error: np.ndarray, df: np.ndarray) 
         half = stdtrit(df, (1 + CONFIDENCE) / 2) * error
         p_below = stdtr(df, mean / error)
     p = 2 * np.minimum(p_below, 1 - p_below)
-    return Difference(n, mean, mean - half, mean + half, p, p_below)
+    return Difference(n, mean, mean - half, mean + half, p, p_below, error, df)
 
 
 def paired(differences: np.ndarray) -> Difference:
@@ -131,6 +143,14 @@ def levels(alpha: float, looks: tuple[int, ...]) -> dict[int, float]:
     return found
 
 
+def levels_at(alpha: float, count: int, looks: tuple[int, ...], look: int) -> dict[str, float]:
+    """What p has to reach at a look of a stage with `count` variants, by the names of SHARES, and
+    for `limit`, that something does not exceed one: there the error is that of a 95 % interval."""
+    errors = {name: alpha * share for name, share in SHARES.items()}
+    errors["limit"] = (1 - CONFIDENCE) / 2
+    return {name: levels(error / count, looks)[look] for name, error in errors.items()}
+
+
 def below(one: Difference, margin: float, level: float, last: np.ndarray) -> np.ndarray:
     """PROMOTE where it is below 0 by the margin and that is no chance, HOLD where more seeds will
     not show it, else SEED: `last` is where no seed is left.
@@ -144,10 +164,11 @@ def below(one: Difference, margin: float, level: float, last: np.ndarray) -> np.
     return np.where(promote, PROMOTE, np.where(hold, HOLD, SEED))
 
 
-def not_above(one: Difference, limit: float, last: np.ndarray) -> np.ndarray:
-    """The same for what must not exceed a limit: by its interval."""
+def not_above(one: Difference, limit: float, level: float, last: np.ndarray) -> np.ndarray:
+    """The same for what must not exceed a limit."""
     hold = last | (one.low > limit) | np.isnan(one.mean)
-    return np.where(one.high <= limit, PROMOTE, np.where(hold, HOLD, SEED))
+    promote = one.p_below_limit(limit) <= level
+    return np.where(promote, PROMOTE, np.where(hold, HOLD, SEED))
 
 
 def rule_states(
@@ -157,11 +178,11 @@ def rule_states(
 
     figures: Differences of loss, first and drift (nats), increase (of the loss, a fraction),
     seconds (a step, a fraction), imbalance (1 - entropy) and violation of the load. facts: last (no
-    seed is left), healthy, timed (on one kind of GPU), flops and params (over the reference's).
-    level: what p has to reach at this look, by the names of SHARES.
+    seed is left), first_look (with fewer pairs nothing is promoted unless it is the last), healthy,
+    timed (on one kind of GPU), flops and params (over the reference's). level: of levels_at.
     """
-    last = facts["last"]
-    enough = figures["loss"].n >= FEWEST
+    last, limit_level = facts["last"], level["limit"]
+    enough = figures["loss"].n >= np.where(last, FEWEST, facts["first_look"])
     efficiency = rules["efficiency_gain"]
 
     balanced = below(figures["imbalance"], rules["routing_gain"], level["imbalance"], last)
@@ -171,12 +192,13 @@ def rule_states(
     cheaper = np.where(facts["flops"] <= 1 - efficiency, PROMOTE, HOLD)
     advantage = np.maximum(np.maximum(balanced, faster), cheaper)
 
-    half = not_above(figures["increase"], rules["good"], last)
-    near = not_above(figures["first"], rules["first_gap"], last)
-    firm = not_above(figures["drift"], rules["widening"], last)
+    same = not_above(figures["loss"], rules["same_loss"], limit_level, last)
+    half = not_above(figures["increase"], rules["good"], limit_level, last)
+    near = not_above(figures["first"], rules["first_gap"], limit_level, last)
+    firm = not_above(figures["drift"], rules["widening"], limit_level, last)
     states = {
         "better": below(figures["loss"], rules["better"], level["loss"], last),
-        "same_loss": np.minimum(not_above(figures["loss"], rules["same_loss"], last), advantage),
+        "same_loss": np.minimum(same, advantage),
         "half_params": np.where(facts["params"] <= rules["half_params"], half, HOLD),
         "first_gap": np.where(facts["healthy"], np.minimum(near, firm), HOLD),
     }

@@ -17,20 +17,9 @@ from harness.provenance import utc_now
 from harness.records import update_results
 from harness.settings import ROOT
 import train_gpt
-from plan_stage import HAS_RESULT, SETTINGS, PlannedRun, results, status_of
+from plan_stage import HAS_RESULT, PlannedRun, environment_here, results, status_of
 from train_gpt import Config
 
-OF_ONE_RUN = (  # what begins like these is of one run, not of all
-    "RANK",
-    "WORLD_SIZE",
-    "MASTER_",
-    "LOCAL_",
-    "GROUP_",
-    "ROLE_",
-    "TORCHELASTIC_",  # of a torchrun around this
-    "WANDB_RUN_ID",
-    "WANDB_NAME",
-)
 POLL = 0.5  # seconds
 
 
@@ -52,12 +41,7 @@ def environment(
 ) -> dict[str, str]:
     """This process' environment without any setting of the trainer, with these, and a share of
     this machine."""
-    ours = {name.replace("_", "") for name in (*SETTINGS, *train_gpt.Config.SYNONYMS)}
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name.replace("_", "") not in ours and not name.startswith(OF_ONE_RUN)
-    }
+    env = environment_here()
     if device == "cpu":
         threads = max(1, len(os.sched_getaffinity(0)) // (jobs * world_size))
         env.setdefault("OMP_NUM_THREADS", str(threads))

@@ -22,7 +22,7 @@ import pandas as pd
 
 import gate_stats
 from harness.files import write_whole
-from split_results import RESULTS, comparable, current, read_results, tried, validation_of
+from split_results import RESULTS, comparable, read_results, tried, validation_of
 from split_results import write_table
 from stages import Stage, load_stage, read, stage_names, stage_of
 
@@ -119,6 +119,8 @@ def cell(name: str, value: object) -> str:
         return "< 0.001"
     if name in FORMATS:
         return format(value, FORMATS[name])
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1e4:
+        return f"{value:,.0f}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -137,10 +139,10 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
             f"Difference, interval and p by {test}; p_holm is p after Holm's correction for "
             f"{len(compared)} comparisons."
         )
-    if current(rows, stage).groupby("variant").seed.nunique().nunique() > 1:
+    if lines.seeds.max() > len(stage.seeds):
         said.append(
-            "Where numbers of seeds differ, some were added because of the losses: p does not know "
-            "of that."
+            f"The stage begins with {len(stage.seeds)} seeds; more may have been added because of "
+            "the losses, of which p does not know."
         )
     if runs.sequence_length.nunique() > 1:
         said.append(
@@ -150,11 +152,14 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     if len(validation_of(runs)) > 1:
         said.append("Runs that were validated on different tokens are not compared.")
     finished = rows[rows.status == "ok"]
-    left_out = len(finished) - len(tried(finished, stage))
-    if left_out:
-        said.append(
-            f"Left out: {left_out} finished runs with other settings than the stage has now."
-        )
+    as_the_file_says = tried(finished, stage)
+    seeds_there = len(as_the_file_says.drop_duplicates(["variant", "seed"]))
+    for count, what in (
+        (len(finished) - len(as_the_file_says), "with other settings than the stage has now"),
+        (seeds_there - len(runs), "of another trainer or other data"),
+    ):
+        if count:
+            said.append(f"Left out: {count} finished runs {what}.")
     return said
 
 
@@ -203,6 +208,9 @@ def other_view(stage_name: str, against: list[str]) -> str:
     a label, or words NAME=VALUE. Raises ValueError."""
     words = against[0]
     if "=" in words:
+        wrong = [word for word in against if "=" not in word]
+        if wrong:
+            raise ValueError(f"--against {wrong[0]}: must be a label alone, or NAME=VALUE each")
         words = dict(word.split("=", 1) for word in against)
     tables = read(stage_name)
     tables.pop("reference", None)
@@ -216,20 +224,23 @@ def filled(text: str, stage_name: str) -> str:
     its runs serve as well. Raises ValueError for what is none of these."""
     stage, rows = load_stage(stage_name), rows_of(stage_name)
     lines = table(stage, rows).set_index("variant")
-    gate = pd.read_csv(RESULTS.with_name("tables") / f"{stage_name}_gate.csv")
+    path = RESULTS.with_name("tables") / f"{stage_name}_gate.csv"
+    if not path.is_file():
+        raise ValueError(f"no {path}; python scripts/run_stage.py {stage_name} --no-run makes it")
+    gate = pd.read_csv(path)
     gate = gate[gate.kind == "variant"].set_index("variant")
     runs = comparable(rows, stage).drop_duplicates("variant", keep="last").set_index("variant")
 
     def figure(place: re.Match) -> str:
-        label, column = place[1].split("|")
+        label, _, column = place[1].partition("|")
         if column == "interval" and label in lines.index and "low" in lines:
             return interval_text(lines.low[label], lines.high[label])
         for source in (lines, gate, runs):
             if label in source.index and column in source and pd.notna(source[column][label]):
                 return cell(column, source[column][label])
-        raise ValueError(f"{place[0]} is no figure of {stage_name}: no such variant or column")
+        raise ValueError(f"{place[0]} is no {{variant|column}} of {stage_name}")
 
-    return re.sub(r"\{([^{}|]+\|\w+)\}", figure, text)
+    return re.sub(r"\{([^{}]*)\}", figure, text)
 
 
 def with_tables(readme: str) -> str:
@@ -242,10 +253,10 @@ def with_tables(readme: str) -> str:
                 f"{README} has a table of {name}, which is not in {folder}; run that stage"
             )
 
-    def filled(block: re.Match) -> str:
+    def with_table(block: re.Match) -> str:
         return block[1] + (folder / f"{block[2]}.md").read_text() + block[3]
 
-    return BLOCK.sub(filled, readme)
+    return BLOCK.sub(with_table, readme)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -261,6 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
+        if args.against and not args.stage:
+            raise ValueError(f"--against {args.against[0]}: of which stage?")
         if args.against:
             for name in args.stage:
                 print(other_view(name, args.against))

@@ -30,6 +30,17 @@ from train_gpt import Config
 # With --gate a stopped run has a result, too. Anything else is tried again by the next start.
 HAS_RESULT = ("ok", "diverged")
 SETTINGS = [one.name.upper() for one in fields(Config)]
+OF_ONE_RUN = (  # what begins like these is of one run, not of all
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "TORCHELASTIC_",  # of a torchrun around this
+    "WANDB_RUN_ID",
+    "WANDB_NAME",
+)
 IDENTITY = ("stage", "variant", "seed", "config_hash", "source_sha", "data_fingerprint")
 
 
@@ -77,12 +88,29 @@ class PlannedRun:
     def resolved(self) -> dict[str, Any]:
         """{setting: value} of all that has an effect, auto worked out, and the options."""
         values = {name.upper(): value for name, value in self.cfg.effective().items()}
+        values["INPUT_BIN"] = self.identity[-1] or self.cfg.input_bin  # by what is in the files
         return {**values, **self.options}
 
     def validation(self) -> tuple[str, int]:
         """The data that validate, and how many tokens of them."""
         length = self.cfg.sequence_length
         return self.val_data or self.cfg.input_val_bin, self.cfg.val_tokens // length * length
+
+    def validated_at(self) -> set[int]:
+        """The tokens after which it will be validated, but for the start."""
+        steps, every = self.cfg.num_iterations, self.cfg.val_every or self.cfg.num_iterations
+        per_step = self.cfg.batch_size * self.cfg.sequence_length
+        return {step * per_step for step in (*range(every, steps, every), steps)}
+
+
+def environment_here() -> dict[str, str]:
+    """This process' environment without any setting of the trainer, or what is of one run."""
+    ours = {name.replace("_", "") for name in (*SETTINGS, *Config.SYNONYMS)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.replace("_", "") not in ours and not name.startswith(OF_ONE_RUN)
+    }
 
 
 def option_words(options: Mapping[str, str]) -> list[str]:
@@ -163,15 +191,14 @@ def checked(settings: tuple[tuple[str, str], ...], world_size: int, mode: str) -
 def asked_of(
     program: str, settings: tuple[tuple[str, str], ...], options: tuple[tuple[str, str], ...]
 ) -> Checked:
-    """The same of another program, which says with DRY_RUN=1 what it would do, as lines
+    """Settings and options as another program resolves them: run with DRY_RUN=1 it prints lines
     `name:value`, among them config_hash and source_sha. Raises ConfigError, DataError."""
-    exported = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     refuse_unknown(dict(settings))
     if not (ROOT / program).is_file():
         raise ConfigError(f"program = {program!r}: {ROOT / program} is not there")
     done = subprocess.run(
         [sys.executable, ROOT / program, *option_words(dict(options))],
-        env=exported | dict(settings) | {"DRY_RUN": "1"},
+        env=environment_here() | dict(settings) | {"DRY_RUN": "1"},
         capture_output=True,
         text=True,
     )
@@ -251,7 +278,10 @@ def check_differences(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> No
         are_compared = stage.references[one] == other or stage.references[other] == one
         ours, theirs = (run.resolved() for run in runs)
         if ours == theirs:
-            raise ConfigError(f"{both} have the same settings")
+            raise ConfigError(
+                f"{both} have the same settings once everything is resolved; take one out or "
+                "change it"
+            )
         for name in said_to_differ(stage, one, other, are_compared):
             if ours.get(name) == theirs.get(name):
                 idle = runs[0].cfg.idle().get(name.lower())
@@ -262,8 +292,13 @@ def check_differences(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> No
         if are_compared and runs[0].validation() != runs[1].validation():
             told = [f"VAL_TOKENS={run.cfg.val_tokens} of {run.cfg.input_val_bin}" for run in runs]
             raise ConfigError(
-                f"{both} are validated on different data or amounts, {' and '.join(told)}; give "
-                "the stage's base one"
+                f"{both} are validated on different data or amounts, {' and '.join(told)}; set one "
+                "INPUT_VAL_BIN and one VAL_TOKENS in the stage's base"
+            )
+        if are_compared and not runs[0].validated_at() & runs[1].validated_at():
+            raise ConfigError(
+                f"{both} are never validated after the same tokens; set VAL_EVERY or "
+                "NUM_ITERATIONS so that they are"
             )
 
 
@@ -275,6 +310,7 @@ def said_to_differ(stage: Stage, one: str, other: str, are_compared: bool) -> li
         for label in (one, other)
     )
     untrained = {name.upper() for name in Config.NOT_HASHED}  # PRESET is one: it may say little
+    untrained -= {"INPUT_BIN"}
     return [
         name
         for name in {**ours, **theirs}
@@ -293,8 +329,8 @@ def check_followers(stage: Stage, name: str, run: PlannedRun) -> None:
         if Config.AUTO[follower] == name.lower() and value and not held_by_stage:
             raise ConfigError(
                 f"{stage.name} varies {name}, but {follower.upper()} stays at {value:g}, as the "
-                f'preset has it, so less changes than one thinks; {follower.upper()} = "auto" in '
-                f"the stage lets it follow, {follower.upper()} = {value:g} holds it on purpose"
+                f'preset has it, and does not follow; {follower.upper()} = "auto" in the stage '
+                f"lets it, {follower.upper()} = {value:g} holds it on purpose"
             )
 
 

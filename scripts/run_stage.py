@@ -11,9 +11,9 @@ then its tables.
 
 A run has a result when results.csv holds one of the same settings, seed, trainer source and data.
 Before the first run it prints in what variants differ once everything is resolved. Settings that
-the shell exports reach no run; --set NAME=VALUE gives one to all, and --as names the stage that
-this makes. Started again after any end, kill -9 too, it goes on: runs that are still
-live are waited for, those that were cut short go on from their last checkpoint.
+the shell exports reach no run; --set NAME=VALUE gives one to all, and if it changes what is trained
+this makes a new stage, which --as names. Started again after any end, kill -9 too, it goes on: runs
+that are still live are waited for, those that were cut short go on from their last checkpoint.
 """
 
 import argparse
@@ -136,16 +136,17 @@ def work_through(stage: Stage, args: argparse.Namespace) -> int:
             print(f"the gate asks for another seed: {variant}, seed {seed}")
     if args.gate:
         promoted = verdicts[verdicts.verdict == "promote"].sort_values("difference")
-        print(build_next(stage, list(promoted.variant)))
+        print(build_next(load_stage(stage.name), list(promoted.variant)))
     return 0
 
 
 def seed_list(text: str) -> tuple[int, ...]:
     """The numbers of --seeds 101,102. Raises ConfigError."""
     words = text.split(",")
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+    seeds = tuple(int(word) for word in words if word.isdecimal())
+    if len({*seeds}) < len(words):
         raise ConfigError(f"--seeds {text}: must be different whole numbers, as in 101,102")
-    return tuple(map(int, words))
+    return seeds
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from harness.source import source_hash
 from stages import Stage
 
 RESULTS = Path("experiments/results.csv")
-SWITCH = {"True": 1, "False": 0}  # an option of a program, as rows have it
+SWITCH = {"true": 1, "false": 0}  # as rows have it
 TEXT = (  # never numbers
     "run_id",
     "stage",
@@ -118,7 +118,7 @@ def is_same(name: str, text: str, asked: Mapping[str, str], row: Mapping) -> boo
     if pd.isna(value) or value == "":
         return text == "none" or not row["preset"]  # without, nothing is known of its settings
     try:
-        return float(value) == float(SWITCH.get(text, text))
+        return float(value) == float(SWITCH.get(text.lower(), text))
     except ValueError:
         return str(value) == text
 
@@ -131,7 +131,7 @@ def is_as_the_stage_says(row: Mapping, stage: Stage) -> bool:
     return all(
         is_same(name, text, asked, row)
         for name, text in (preset_of(own) | own).items()
-        if name == "PRESET" or name not in skipped
+        if text and (name == "PRESET" or name not in skipped)
     )
 
 

@@ -21,8 +21,8 @@ import pandas as pd
 
 from gate_facts import FAILED, Curves, Facts, curves_of, first_of, gain_of_two, gather
 from gate_facts import step_table, stop_verdict, validations
-from gate_stats import FEWEST, HOLD, PROMOTE, SEED, SHARES, levels, rule_states
-from split_results import comparable, read_results, write_table
+from gate_stats import FEWEST, HOLD, PROMOTE, SEED, levels_at, rule_states
+from split_results import comparable, read_results, validation_of, write_table
 from stages import Stage, load_stage
 
 RULES = {  # what the [gate] of a stage may say, with its default
@@ -30,8 +30,7 @@ RULES = {  # what the [gate] of a stage may say, with its default
     # by more than this
     "stop_gain": 0.02,
     "stop_evals": 3,
-    # nats per evaluation interval: about stop_gain / stop_evals, so a slope below brings no gain
-    "flat_slope": 0.007,
+    "flat_slope": 0.007,  # nats per evaluation interval: training loss that falls less is flat
     "routing_gain": 0.02,  # of the load's entropy over ln E, 0 to 1: counts as better balanced
     # of the load's max violation, load_max * E - 1: counts as improving in a live run
     "violation_gain": 0.1,
@@ -53,7 +52,7 @@ RULES = {  # what the [gate] of a stage may say, with its default
         "same_loss",
         "half_params",
     ],
-    "confidence": 0.01,  # stages without any difference that promote something
+    "alpha": 0.01,  # share of stages that may promote something though no variant differs
 }
 PROMOTIONS = {  # each rule in words
     "better": "the loss is lower by {better:g} or more",
@@ -72,25 +71,32 @@ def rules_of(stage: Stage) -> dict:
         if key == "rules":
             if not isinstance(value, list) or not set(value) <= set(PROMOTIONS):
                 raise ValueError(f"{where} must be a list out of {', '.join(PROMOTIONS)}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
             raise ValueError(f"{where} must be a number, 0 or more")
+        elif key == "alpha" and not 1e-9 <= value < 1:
+            raise ValueError(f"{where} must be a share, at least 1e-9 and below 1")
     return RULES | stage.gate
 
 
+def looks_of(stage: Stage) -> tuple[int, ...]:
+    """After how many pairs a stage is judged: with the seeds that it begins with, but no fewer than
+    FEWEST, and after each one that is added."""
+    return tuple(range(max(FEWEST, len(stage.seeds)), max(FEWEST, stage.max_seeds) + 1))
+
+
 def level_at(stage: Stage, rules: Mapping, pairs: int) -> dict[str, float]:
-    """What a one-sided p has to reach with so many pairs, by the names of SHARES: the stage looks
-    from its own number of seeds on, but not before FEWEST, and after each seed that is added."""
-    looks = tuple(range(max(FEWEST, len(stage.seeds)), max(FEWEST, stage.max_seeds) + 1))
+    """What p has to reach with so many pairs, as levels_at has it; with fewer than the first look
+    has, as there."""
+    looks = looks_of(stage)
     count = sum(not stage.is_reference(label) for label in stage.variants)
-    look = min(max(pairs, looks[0]), looks[-1])
-    return {
-        name: levels(rules["confidence"] * share / max(1, count), looks)[look]
-        for name, share in SHARES.items()
-    }
+    return levels_at(rules["alpha"], max(1, count), looks, min(max(pairs, looks[0]), looks[-1]))
 
 
 def class_of(increase: float, rules: Mapping) -> str:
-    """The source's name for a relative increase of the loss at about half of the parameters."""
+    """The source's name for a relative increase of the loss at about half of the parameters; ""
+    where it was not compared."""
+    if np.isnan(increase):
+        return ""
     if increase < rules["excellent"]:
         return "excellent"
     if increase <= rules["good"]:
@@ -142,72 +148,124 @@ def line(fact: Facts, reference: Facts, rules: Mapping) -> dict:
     }
 
 
-def measured(fact: Facts, rule: str, level: float) -> str:
-    """The number that a rule has looked at, with its interval, and how sure it is."""
-    name = {"half_params": "increase", "first_gap": "first"}.get(rule, "loss")
+def figure_text(fact: Facts, name: str) -> str:
+    """A difference with its interval, as far as there is one."""
     one = fact.differences[name]
-    style = "+.2%" if name == "increase" else "+.4f"
+    style = "+.2%" if name in ("increase", "seconds") else "+.4f"
     text = format(one.mean, style)
-    if not np.isnan(one.low):
-        text += f" ({one.low:{style}} to {one.high:{style}})"
-    if rule == "better" and not np.isnan(one.p_below):
-        text += f", one-sided p {one.p_below:.2g} where {level:.2g} is needed"
-    if rule == "first_gap":
-        text += f", then {fact.differences['drift'].mean:+.4f}"
-    return text
+    return text if np.isnan(one.low) else f"{text} ({one.low:{style}} to {one.high:{style}})"
 
 
-def evidence(fact: Facts, states: Mapping[str, int], rules: Mapping, level: float) -> str:
-    """Each rule that could apply in words, what it looked at, and on how much that rests."""
+def p_text(p: float, level: float) -> str:
+    """A one-sided p and what it has to reach; "" where there is none."""
+    return "" if np.isnan(p) else f", one-sided p {p:.2g} where {level:.2g} is needed"
+
+
+def limit_text(fact: Facts, name: str, limit: float, level: Mapping[str, float]) -> str:
+    """A difference that has a limit, and how sure it is that it is below."""
+    p = fact.differences[name].p_below_limit(limit)
+    return figure_text(fact, name) + p_text(p, level["limit"])
+
+
+def advantage_text(fact: Facts, level: Mapping[str, float]) -> str:
+    """What a variant with the same loss may have that its reference has not."""
+    parts = [f"FLOPs {fact.flops:.2f} of the reference's"]
+    if fact.timed:
+        p = fact.differences["seconds"].p_below
+        parts.append(f"time {figure_text(fact, 'seconds')}{p_text(p, level['seconds'])}")
+    if fact.ours.imbalance.notna().any():
+        p = fact.differences["imbalance"].p_below
+        parts.append(f"imbalance {figure_text(fact, 'imbalance')}{p_text(p, level['imbalance'])}")
+    return ", ".join(parts)
+
+
+def rule_text(fact: Facts, rule: str, rules: Mapping, level: Mapping[str, float]) -> str:
+    """A rule in words, and the numbers that it has looked at."""
+    if rule == "better":
+        found = figure_text(fact, "loss") + p_text(fact.differences["loss"].p_below, level["loss"])
+    elif rule == "same_loss":
+        found = limit_text(fact, "loss", rules["same_loss"], level)
+        found += f"; {advantage_text(fact, level)}"
+    elif rule == "half_params":
+        found = limit_text(fact, "increase", rules["good"], level)
+        found += f"; {fact.params:.2f} of the parameters"
+    else:
+        found = limit_text(fact, "first", rules["first_gap"], level)
+        found += f", then {limit_text(fact, 'drift', rules['widening'], level)}"
+        found += f"; {', '.join(fact.troubles(rules)) or 'healthy'}"
+    return f"{rule} ({PROMOTIONS[rule].format(**rules)}): {found}"
+
+
+def evidence(fact: Facts, reference: Facts, rules: Mapping, level: Mapping[str, float]) -> str:
+    """Every rule that could apply, with its numbers, and on how much they rest."""
+    could_be_the_same = fact.flops < 1 or fact.timed or fact.ours.imbalance.notna().any()
     applies = {
-        "same_loss": fact.flops < 1 or fact.timed or fact.ours.imbalance.notna().any(),
+        "same_loss": could_be_the_same,
         "half_params": fact.params <= rules["half_params"],
     }
-    clauses = [
-        f"{rule} ({PROMOTIONS[rule].format(**rules)}): {measured(fact, rule, level)}"
-        for rule in states
-        if applies.get(rule, True)
+    texts = [
+        rule_text(fact, rule, rules, level) for rule in rules["rules"] if applies.get(rule, True)
     ]
-    kind = f"{fact.pairs} pairs of seeds" if fact.test == "paired" else f"{fact.pairs} seeds each"
-    few = f", of {FEWEST} that a promotion needs" if fact.pairs < FEWEST else ""
-    return f"{'; '.join(clauses)}; at step {fact.steps[-1]}, {kind}{few}"
+    basis = f"{fact.pairs} pairs of seeds"
+    if fact.test == "Welch":
+        basis = f"{len(fact.runs)} and {len(reference.runs)} runs without seeds in common"
+    elif fact.pairs < FEWEST:
+        basis = f"{fact.pairs} of the {FEWEST} pairs of seeds that a promotion needs"
+    return f"{'; '.join(texts)}; at step {fact.steps[-1]}, {basis}"
+
+
+def obstacle(stage: Stage, fact: Facts, reference: Facts) -> tuple[str, str]:
+    """(why a variant cannot be judged, the label that should get a seed), each "" where not so."""
+    label = repr(fact.reference)
+    seeds, others = len(fact.runs), len(reference.runs)
+    most = max(FEWEST, stage.max_seeds)
+    if len(fact.failed) > max(1, seeds):
+        return "most of its runs failed", ""
+    if fact.stopped:
+        return f"{fact.stopped} of its runs were stopped", ""
+    if not seeds:
+        return "no finished run", "" if fact.last else fact.variant
+    if not others and reference.last:
+        return f"no run of {label} has finished and no seed is left to compare with", ""
+    if not fact.same_validation:
+        return f"validated on other data than {label}; give both one VAL_TOKENS", ""
+    if others and not fact.steps:
+        return f"shares no validated step with {label}; give both one VAL_EVERY", ""
+    if others < max(2, seeds) and not reference.last:
+        needed = max(2, seeds)
+        return f"{label} has {others} finished runs and needs {needed}, as many", fact.reference
+    if fact.pairs > most:
+        return (
+            f"{fact.pairs} pairs, of {most} that were planned: judge the fresh seeds alone, or "
+            "give the stage more max_seeds before the next",
+            "",
+        )
+    return "", ""
 
 
 def verdict_of(
-    fact: Facts, reference: Facts, states: Mapping[str, int], rules: Mapping, level: float
+    stage: Stage, fact: Facts, reference: Facts, states: Mapping[str, int], rules: Mapping
 ) -> dict:
-    """verdict, reason, rule and seed_for of a variant, whose states by rule are known; level is
-    what p has to reach."""
-    seeds, others = len(fact.runs), len(reference.runs)
-    state = max(states.values(), default=HOLD)
-    verdict, rule, seed_for = "hold", "", ""
-    if len(fact.failed) > max(1, seeds):
-        reason = "most of its runs failed"
-    elif fact.stopped:
-        reason = f"{fact.stopped} of its runs were stopped"
-    elif not seeds:
-        reason = "no finished run"
-        if not fact.last:
-            verdict, seed_for = "seed", fact.variant
-    elif not fact.same_validation:
-        reason = f"validated on other tokens than {fact.reference}: give both one VAL_TOKENS"
-    elif not fact.steps and others:
-        reason = "shares no validated step with its reference; give both one VAL_EVERY"
-    elif others < max(2, seeds) and not reference.last:
-        verdict, seed_for = "seed", fact.reference
-        reason = f"{fact.reference} must have two finished runs and no fewer than this"
-    else:
-        reason = evidence(fact, states, rules, level)
+    """verdict, reason, rule and seed_for of a variant, whose states by rule are known."""
+    verdict, rule = "hold", ""
+    reason, seed_for = obstacle(stage, fact, reference)
+    if seed_for:
+        verdict = "seed"
+    if not reason:
+        state = max(states.values(), default=HOLD)
         if state != HOLD:
             rule = next(name for name, one in states.items() if one == state)
-            verdict = "promote" if state == PROMOTE else "seed"
         if state == PROMOTE:
-            reason = f"{rule} holds; {reason}"
+            verdict, outcome = "promote", f"{rule} holds"
         elif state == SEED:
-            seed_for = fact.variant
-            reason = f"{rule} is possible, within the noise of the seeds so far; {reason}"
+            verdict, seed_for = "seed", fact.variant
+            outcome = f"not yet decided: more seeds may show {rule}"
         else:
-            reason = f"no rule holds; {reason}"
+            outcome = "no rule holds"
+            if fact.last:
+                outcome += f", and no seed is left (max_seeds = {stage.max_seeds})"
+        level = level_at(stage, rules, fact.pairs)
+        reason = f"{outcome}; {evidence(fact, reference, rules, level)}"
 
     if fact.failed:
         reason += f"; {len(fact.failed)} failed ({', '.join(sorted(set(fact.failed)))})"
@@ -219,14 +277,15 @@ def judge_variant(stage: Stage, fact: Facts, reference: Facts, rules: Mapping) -
     level = level_at(stage, rules, fact.pairs)
     facts = {
         "last": np.array(fact.last),
-        "healthy": fact.is_healthy(rules),
+        "first_look": looks_of(stage)[0],
+        "healthy": not fact.troubles(rules),
         "timed": fact.timed,
         "flops": fact.flops,
         "params": fact.params,
     }
     states = rule_states(fact.differences, facts, rules, level)
     states = {rule: int(state) for rule, state in states.items()}
-    verdict = verdict_of(fact, reference, states, rules, level["loss"])
+    verdict = verdict_of(stage, fact, reference, states, rules)
     return line(fact, reference, rules) | {"level": level["loss"]} | verdict
 
 
@@ -310,11 +369,16 @@ def judge_runs(stage: Stage, rows: pd.DataFrame, curves: Curves) -> pd.DataFrame
         for label in filter(stage.is_reference, stage.variants)
     }
     lines = []
+    done_ids = set(done.run_id)
     for run in rows.itertuples():
         reference = stage.references.get(run.variant)
-        others = losses.get(reference, pd.DataFrame())
+        theirs = done[done.variant == reference]
+        both = pd.concat([rows[rows.run_id == run.run_id], theirs])
+        is_current = run.status != "ok" or run.run_id in done_ids
+        is_compared = is_current and len(validation_of(both)) < 2
+        others = losses[reference] if reference and is_compared else pd.DataFrame()
         one = run_line(run, curves.get(run.run_id), others, rules)
-        if one["verdict"] == "finished" and run.run_id not in set(done.run_id):
+        if not is_current:
             one["reason"] = "other trainer, data or settings"
         lines.append(one)
     table = pd.DataFrame(lines)

@@ -18,7 +18,8 @@ A stage is a question put to variants and seeds. Its file, experiments/stages/<n
     grid.LR = [0.0036, 0.00468]     # each variant with each value; the label says which
     axes = ["ATTNGATE", "LR"]       # columns of its table; without: in what variants differ
     gate.better = 0.05              # numbers of stage_gate.py that differ from its own
-    program = "scripts/mine.py"     # for train_gpt.py; names in small letters are its options
+    program = "scripts/mine.py"     # for train_gpt.py; names in small letters are its options:
+                                    # group_size = 4 is --group-size 4, fast = true is --fast
     next = [{name = "gates_5k", NUM_ITERATIONS = 5000}]   # stages after it, of what it promotes
 
 A step of `next` may say `most = 2`, how many of the promoted go on, the best first, and
@@ -94,6 +95,11 @@ def text_of(value: object) -> str:
     return str(int(value) if isinstance(value, bool) else value)
 
 
+def setting_text(name: str, value: object) -> str:
+    """A setting as an environment variable has it; an option, in small letters, may be a switch."""
+    return text_of(value) if name.isupper() else str(value)
+
+
 def read(name: str, readers: tuple[str, ...] = ()) -> dict:
     """The tables of a stage file, over those of the stage that it extends. Raises ValueError."""
     if not FOLDER.is_dir():
@@ -139,14 +145,14 @@ def check_tables(tables: dict, path: Path) -> None:
                     f"{path}: {key}.{name} = {value!r} must be of type {kind.__name__}"
                 )
     for step in tables.get("next", ()):
-        check_step(step, path)
+        check_step(step, tables.get("program", TRAINER), path)
     seeds = tables["seeds"]
     are_numbers = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
     if len(set(seeds)) < len(seeds) or not are_numbers:
         raise ValueError(f"{path}: seeds = {seeds} must be different whole numbers")
 
 
-def check_step(step: object, path: Path) -> None:
+def check_step(step: object, program: str, path: Path) -> None:
     """Raises ValueError where an entry of `next` is none."""
     if not isinstance(step, dict) or not step.get("name"):
         raise ValueError(f"{path}: every stage in next needs a name")
@@ -155,6 +161,12 @@ def check_step(step: object, path: Path) -> None:
         raise ValueError(f"{path}: most = {most!r} of next must be a whole number, 1 or more")
     if not isinstance(around, dict) or not all(isinstance(own, dict) for own in around.values()):
         raise ValueError(f"{path}: around of next must be tables of settings by label")
+    for name in step:
+        is_setting = name.isupper() or (program != TRAINER and name.islower())
+        if name not in ("name", "most", "around") and not is_setting:
+            raise ValueError(
+                f"{path}: {name} of next is no key; choose from name, most, around, or a setting"
+            )
 
 
 def points_of(tables: dict) -> list[dict]:
@@ -175,8 +187,7 @@ def variants_of(tables: dict) -> dict[str, dict[str, str]]:
         for point in points_of(tables):
             settings = tables["base"] | own | point
             variants[label_at(label, point)] = {
-                name: text_of(value) if name.isupper() else str(value)  # an option may be a switch
-                for name, value in settings.items()
+                name: setting_text(name, value) for name, value in settings.items()
             }
     return variants
 
@@ -296,7 +307,7 @@ def toml_text(tables: dict) -> str:
     blocks = [("", {})]  # (head, what stands below it); first the keys that are no table
     for key, value in tables.items():
         if key == "variants":
-            blocks += [(f"[variants.{json.dumps(label)}]", own) for label, own in value.items()]
+            blocks += [(f"[variants.{toml_value(label)}]", own) for label, own in value.items()]
         elif key == "next" and value:
             blocks += [("[[next]]", step) for step in value]
         elif isinstance(value, dict):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import launch_runs
-from plan_stage import HAS_RESULT, PlannedRun, pairs, plan_runs, results, status_of
+from plan_stage import HAS_RESULT, PlannedRun, description, pairs, plan_runs, results, status_of
 from stages import Stage
 from harness.contract import ConfigError
 
@@ -81,9 +81,11 @@ def make_executor(
 
 
 def unfinished_runs(stage: Stage, world_size: int) -> list[PlannedRun]:
-    """The runs of the stage that have no result and are not live. Raises ConfigError, DataError."""
+    """The runs of the stage that have no result and are not live; prints in what variants differ.
+    Raises ConfigError, DataError."""
     rows = results()
     runs = plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), world_size, "slurm")
+    print("\n".join(description(stage, runs)))
     return [
         run for run in runs if status_of(run, rows) not in HAS_RESULT and not run.files.is_live()
     ]

@@ -463,7 +463,7 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
     seeds = {"plain": [1, 2, 3], "gated": [1, 2, 3], "off": [1]}
     assert run_stage.ask(load_stage("toy"), seeds, table) == [], "max_seeds is 3"
     told = capsys.readouterr().out
-    assert "next stage: experiments/stages/toy_5k.toml with gated beside plain" in told
+    assert "next stage: experiments/stages/toy_5k.toml with 'gated' beside 'plain'" in told
     after = load_stage("toy_5k")
     assert list(after.variants) == ["plain", "gated"] and after.gate == {"better": 0.2}
     assert after.variants["gated"] == load_stage("toy").variants["gated"] | {
@@ -491,7 +491,7 @@ def next_of(project, promoted, step):
 
 def test_a_step_says_how_many_go_on_and_what_is_tried_around_the_best(project):
     told, after = next_of(project, ["off", "gated"], "most = 1")
-    assert list(after.variants) == ["plain", "off"] and "with off beside plain" in told
+    assert list(after.variants) == ["plain", "off"] and "with 'off' beside 'plain'" in told
     _, after = next_of(project, ["off", "gated"], "most = 5")
     assert list(after.variants) == ["plain", "off", "gated"]
 
@@ -576,7 +576,7 @@ def test_a_dry_run_needs_no_data(project, capsys):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["tou"], "STAGE tou: choose one of equal, held, idle, long, rule,"),
+        (["tou"], "STAGE tou: choose one of equal, held, idle, long, never, rule,"),
         (["toy", "--jobs", "0"], "both must be at least 1"),
         (["toy", "--set", "lr=1"], "--set lr=1: must be NAME=VALUE"),
         (["toy", "--set", "LR=x"], "LR='x': must be a number"),
@@ -604,13 +604,15 @@ def test_a_dry_run_needs_no_data(project, capsys):
             "--seeds 1,x: must be different whole numbers, as in 101,102",
         ),
         (["toy", "--seeds", "3,3"], "3,3: must be different whole numbers"),
+        (["toy", "--seeds", "3,03"], "3,03: must be different whole numbers"),
+        (["never"], "variants plain and gated of never are never validated after the same tokens"),
         (
             ["held", "--set", "NUM_ITERATIONS=20", "--as", "short"],
             "--set NUM_ITERATIONS=20: variants of held have their own, 4, 8; write a stage for it",
         ),
         (
             ["held"],
-            "held varies LR, but MUON_LR stays at 0.0018, as the preset has it, so less changes",
+            "held varies LR, but MUON_LR stays at 0.0018, as the preset has it, and does not",
         ),
         (
             ["idle"],
@@ -643,6 +645,8 @@ def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments
     write_stage(project, {"plain": {"LR": "1e-2"}, "gated": gated | {"LR": 0.01}}, "equal")
     fewer = {"VAL_TOKENS": project["SEQUENCE_LENGTH"]}
     write_stage(project, {"plain": {}, "gated": gated | fewer}, "texts")
+    often = {"plain": {"VAL_EVERY": 4}, "gated": gated | {"NUM_ITERATIONS": 6, "VAL_EVERY": 3}}
+    write_stage(project, often, "never")
     before = sorted(Path("experiments").rglob("*"))
     try:
         code = run_stage.main(arguments)

@@ -227,7 +227,8 @@ def test_half_of_the_parameters(loss, name, verdict):
 @pytest.mark.parametrize(
     "loss, sd, verdict",
     [
-        (1.065, 0.001, "promote"),
+        (1.065, 0.0001, "promote"),
+        (1.065, 0.001, "seed"),  # so sure only at the last look
         (1.065, 0.01, "seed"),
         (1.075, 0.01, "seed"),
         (1.075, 0.001, "hold"),
@@ -337,7 +338,11 @@ def test_what_seeds_share_does_not_count_as_noise():
     apart = verdicts(rows, curves, seeds=(1, 2, 3, 4), max_seeds=4).loc["a"]
     test = ttest_ind(a, none, equal_var=False)
     assert [apart.low, apart.high] == pytest.approx([*test.confidence_interval(0.95)])
-    assert apart.verdict == "hold" and np.isnan(apart.pairs) and "4 seeds each" in apart.reason
+    assert (
+        apart.verdict == "hold"
+        and np.isnan(apart.pairs)
+        and "4 and 4 runs without seeds in common" in apart.reason
+    )
 
 
 def test_only_seeds_that_both_have_are_pairs():
@@ -389,7 +394,7 @@ def test_nothing_is_promoted_on_fewer_than_three_seeds(rules):
         rows.loc[rows.variant == "a", ["params_total", "flops_per_token"]] = 40, 5
         found = verdicts(rows, curves, rules=rules, max_seeds=n).loc["a"]
         assert found.verdict == verdict
-        assert ("of 3 that a promotion needs" in found.reason) == (n == 2)
+        assert ("2 of the 3 pairs of seeds that a promotion needs" in found.reason) == (n == 2)
 
 
 def test_each_variant_is_judged_against_its_own_reference():
@@ -430,9 +435,76 @@ def test_runs_that_were_validated_on_other_tokens_are_not_compared():
         rows.loc[rows.variant == "a", column] = value
         found = verdicts(rows, curves).loc["a"]
         assert found.verdict == "hold" and np.isnan(found.difference)
-        assert "validated on other tokens than none" in found.reason
+        assert "validated on other data than 'none'" in found.reason
     rows.loc[rows.variant == "a", ["sequence_length", "val_tokens"]] = 8, 64
     assert verdicts(rows, curves).verdict["a"] == "promote"
+
+
+def test_a_verdict_on_the_same_loss_says_what_the_advantage_is():
+    made = study(none=around(3.0, 8), a=around(3.0, 8, seconds=0.8))
+    reason = verdicts(*made).reason["a"]
+    assert (
+        "same_loss holds" in reason and "time -20.00% (-20.00% to -20.00%), one-sided p" in reason
+    )
+    rows, curves = study(none=around(3.0, 8, entropy=0.8), a=around(3.0, 8, entropy=0.9))
+    rows["flops_per_token"], rows["device_name"] = [10] * 8 + [9] * 8, "cpu"
+    reason = verdicts(rows, curves).reason["a"]
+    assert "FLOPs 0.90 of the reference's, imbalance -0.1000" in reason and "time" not in reason
+
+
+@pytest.mark.parametrize(
+    "column, value, words",
+    [("resumes", 2, "2 restarts of a run"), ("bad_steps", 1, "1 skipped steps")],
+)
+def test_a_verdict_says_what_is_not_healthy(column, value, words):
+    rows, curves = study(none=around(3.0, 4), a=around(3.0, 4))
+    rows.loc[rows.run_id == "a2", column] = value
+    reason = verdicts(rows, curves, rules=["first_gap"]).reason["a"]
+    assert reason.startswith("no rule holds; first_gap") and f"; {words}; at step" in reason
+
+
+def test_a_reference_that_never_finished_leaves_nothing_to_compare_with():
+    rows, curves = study(none=["diverged", "diverged"], a=around(2.8, 2))
+    found = verdicts(rows, curves, max_seeds=2)
+    assert found.verdict["a"] == "hold"
+    assert "no run of 'none' has finished and no seed is left" in found.reason["a"]
+    assert verdicts(rows, curves, max_seeds=3).seed_for["a"] == "none"
+
+
+def test_seeds_beyond_the_plan_promote_nothing():
+    """Each is one more chance to be fooled that the levels know nothing of."""
+    made = study(none=around(3.0, 6), a=around(2.8, 6))
+    assert verdicts(*made, max_seeds=6).verdict["a"] == "promote"
+    found = verdicts(*made, max_seeds=5).loc["a"]
+    assert found.verdict == "hold" and found.reason.startswith("6 pairs, of 5 that were planned")
+
+
+def test_before_the_first_planned_look_nothing_is_promoted():
+    made = study(none=around(3.0, 4), a=around(2.8, 4))
+    assert verdicts(*made, seeds=(1, 2, 3, 4, 5), max_seeds=8).verdict["a"] == "seed"
+    rows, curves = study(none=around(3.0, 5), a=[*around(2.8, 4), "crash"])
+    assert verdicts(rows, curves, seeds=(1, 2, 3, 4, 5), max_seeds=5).verdict["a"] == "promote"
+
+
+def test_what_was_not_compared_has_no_class_and_no_difference():
+    rows, curves = study(none=around(1.0, 3), a=around(1.01, 3))
+    rows.loc[rows.variant == "a", ["params_total", "val_tokens"]] = 50, 128
+    assert verdicts(rows, curves)["class"]["a"] == ""
+    runs = gate.judge_runs(stage(("none", "a")), rows, curves).set_index("run_id")
+    assert runs.difference[["a1", "a2"]].isna().all() and runs.difference.notna()["none1"]
+    rows.loc[rows.run_id == "none3", ["source_sha", "started"]] = "old", "00"
+    runs = gate.judge_runs(stage(("none", "a")), rows, curves).set_index("run_id")
+    assert np.isnan(runs.difference["none3"]) and "other trainer" in runs.reason["none3"]
+
+
+def test_the_routing_s_reasons_to_go_on():
+    rare = curve(**FLAT, entropy=0.5, load_max=0.5)
+    rare.loc[rare.step % 400 > 0, ["entropy_0", "load_max_0"]] = np.nan
+    stop, reason, _ = gate_facts.stop_verdict(rare, gate.RULES, 4)
+    assert not stop and reason == "too few measurements of the routing to call it flat"
+    uneven = curve(**FLAT, entropy=0.5, load_max=[0.5, 0.5, 0.49, 0.48, 0.47])
+    _, reason, _ = gate_facts.stop_verdict(uneven, gate.RULES, 4)
+    assert reason.endswith("0.0000, max violation -0.1200") and "routing improves" in reason
 
 
 def test_differences_at_every_shared_step():
@@ -472,6 +544,9 @@ def test_the_stage_may_say_otherwise():
     assert verdicts(*made, better=0.03).verdict["a"] == "promote"
     assert verdicts(*made, better=0.03, rules=["same_loss"]).verdict["a"] == "hold"
     for key, value, sentence in (
+        ("alpha", 0, "gate.alpha = 0 must be a share"),
+        ("alpha", 1, "gate.alpha = 1 must be a share"),
+        ("better", float("nan"), "gate.better = nan must be a number"),
         ("bettr", 1, "gate.bettr = 1 is no rule; choose from stop_gain"),
         ("better", "x", "gate.better = 'x' must be a number"),
         ("rules", ["best"], r"gate.rules = \['best'\] must be a list out of better"),

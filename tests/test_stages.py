@@ -184,11 +184,11 @@ def test_what_is_written_reads_the_same_whatever_it_says(folder):
         "reference": 'a "b"',
         "base": {"BIAS": False, "LR": 1e-20, "NOTE": 'say "no"', "N_EMBD": 64},
         "grid": {},
-        "variants": {'a "b"': {}, "c.d": {"ATTNGATE": "const", "BIAS": True}},
+        "variants": {'a "b"': {}, "😀 é": {"LR": 2}, "c.d": {"ATTNGATE": "const", "BIAS": True}},
         "gate": {"better": 0.5, "rules": ["better", "same_loss"]},
         "next": [
             {"name": "later", "N_LAYER": 3, "BIAS": True},
-            {"name": "last", "more": {"a key": ["x", 'y"']}},
+            {"name": "last", "around": {'a "key" é 😀': {"NOTE": ["x", 'y"']}}},
         ],
     }
     stages.write_stage("copy", tables)
@@ -549,13 +549,15 @@ def test_runs_of_other_settings_than_the_file_has_are_left_out_and_counted(folde
         stage.write_text(FILE.replace(old, new))
         text = make_tables.write_tables("toy")
         if old.startswith("LR"):
-            assert "Left out" not in text, "another variant changes nothing for those there"
+            assert "other settings" not in text, "another variant changes nothing for those there"
         else:
             assert "Left out: 9 finished runs with other settings than the stage has now" in text
     rows = pd.DataFrame(ROWS).assign(muon_lr=0.25)
     stage.write_text(FILE.replace('MUON_LR = ""', 'MUON_LR = "auto"'))
     results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
-    assert "Left out" not in make_tables.write_tables("toy"), "what is auto has a value in the row"
+    text = make_tables.write_tables("toy")
+    assert "other settings" not in text, "what is auto has a value in the row"
+    assert "Left out: 1 finished runs of another trainer or other data." in text
     rows["changes"] += " MUON_LR=0.25"
     results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
     assert "Left out: 9" in make_tables.write_tables("toy")
