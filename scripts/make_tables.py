@@ -135,9 +135,10 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
         test = "the paired t-test, over seeds that both have"
         if not is_paired.all():
             test = "Welch's t-test" if not is_paired.any() else f"{test}; without pairs, Welch's"
+        count = f"{len(compared)} comparison{'s' if len(compared) > 1 else ''}"
         said.append(
             f"Difference, interval and p by {test}; p_holm is p after Holm's correction for "
-            f"{len(compared)} comparisons."
+            f"{count}."
         )
     if lines.seeds.max() > len(stage.seeds):
         said.append(
