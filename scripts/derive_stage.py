@@ -10,6 +10,7 @@ from stages import (
     TRAINER,
     Stage,
     check_free,
+    check_name,
     read,
     stage_of,
     setting_text,
@@ -26,12 +27,17 @@ def overridden(stage: Stage, changes: list[str], name: str, write: bool = True) 
     if reserved:
         raise ConfigError(f"--set {min(reserved)}: is not for a stage to set")
     refuse_unknown(given)
-    for settings in stage.variants.values():
+    for label, settings in stage.variants.items() if given else ():
         own = {setting: text for setting, text in settings.items() if setting.isupper()}
-        Config.from_env(own | given)
+        try:
+            Config.from_env(own | given)
+        except ConfigError as error:
+            raise ConfigError(f"{stage.name}, {label}: {error}") from None
 
     untrained = {setting.upper() for setting in Config.NOT_HASHED}
     trained = sorted(set(given) - untrained)
+    if name and not trained:
+        raise ConfigError(f"--as {name}: --set changes nothing that is trained; leave --as out")
     if not trained:
         variants = {label: settings | given for label, settings in stage.variants.items()}
         return replace(stage, variants=variants)
@@ -39,6 +45,7 @@ def overridden(stage: Stage, changes: list[str], name: str, write: bool = True) 
         raise ConfigError(
             f"--set {trained[0]} makes another stage of {stage.name}; give it a name by --as"
         )
+    check_name(name, "--as")
     tables = read(stage.name)
     made = stage_of(name, tables | {"base": tables["base"] | given})
     for setting in given:
@@ -58,16 +65,19 @@ def overridden(stage: Stage, changes: list[str], name: str, write: bool = True) 
     return made
 
 
-def variants_after(stage: Stage, promoted: list[str]) -> dict[str, dict[str, str]]:
+def variants_after(
+    stage: Stage, promoted: list[str], best_reference: str
+) -> dict[str, dict[str, str]]:
     """{label: settings} of what goes on: the reference of the best promoted, it and others with
-    the same reference, as many as the step says, and variants around the best."""
+    the same reference, as many as the step says, and variants around the best; with none promoted
+    that is the best reference."""
     step = stage.next[0]
     changes = {
         name: setting_text(name, value)
         for name, value in step.items()
         if name not in ("name", "most", "around")
     }
-    best = promoted[0] if promoted else stage.in_order()[0]
+    best = promoted[0] if promoted else best_reference
     reference = stage.references[best]
     going_on = [label for label in promoted if stage.references[label] == reference]
     going_on = going_on[: step.get("most", len(going_on))]
@@ -78,9 +88,9 @@ def variants_after(stage: Stage, promoted: list[str]) -> dict[str, dict[str, str
     return kept
 
 
-def next_tables(stage: Stage, promoted: list[str]) -> dict:
+def next_tables(stage: Stage, promoted: list[str], best_reference: str) -> dict:
     """The tables of the stage that follows."""
-    kept = variants_after(stage, promoted)
+    kept = variants_after(stage, promoted, best_reference)
     first, *later = kept.values()
     base = {
         name: value
@@ -106,14 +116,15 @@ def next_tables(stage: Stage, promoted: list[str]) -> dict:
     return tables | ({"next": list(stage.next[1:])} if stage.next[1:] else {})
 
 
-def build_next(stage: Stage, promoted: list[str]) -> str:
-    """Writes the file of the stage that follows; says what came of it."""
+def build_next(stage: Stage, promoted: list[str], best_reference: str = "") -> str:
+    """Writes the file of the stage that follows what is promoted, the best first; says what came of
+    it. Without a best reference the first is taken for it."""
     if not stage.next:
         return f"no next stage: {stage.name} names none"
     if not promoted and not stage.next[0].get("around"):
         return "no next stage: no variant is promoted"
     name = stage.next[0]["name"]
-    tables = next_tables(stage, promoted)
+    tables = next_tables(stage, promoted, best_reference or stage.in_order()[0])
     try:
         stage_of(name, tables)
         write_stage(name, tables)
@@ -122,8 +133,10 @@ def build_next(stage: Stage, promoted: list[str]) -> str:
     except ValueError as error:
         return f"no next stage: {error}"
     reference, *others = tables["variants"]
+    left = [label for label in promoted if label not in others]
+    rest = f", without {', '.join(map(repr, left))}" if left else ""
     return (
         f"next stage: {FOLDER / f'{name}.toml'} with {', '.join(map(repr, others))} beside "
-        f"{reference!r}; "
+        f"{reference!r}{rest}; "
         f"python scripts/run_stage.py {name}"
     )

@@ -10,7 +10,7 @@ import pandas as pd
 
 import gate_stats
 from gate_stats import Difference
-from split_results import comparable, current, read_curve, read_curves, validation_of
+from split_results import comparable, current, is_curve, read_curve, read_curves, validation_of
 from stages import Stage
 
 FAILED = "diverged", "oom", "crash", "config", "data"
@@ -28,6 +28,7 @@ class Facts:
     runs: pd.DataFrame  # finished ones, one a seed
     failed: list[str]  # statuses, a seed each
     stopped: int  # seeds
+    lost_curves: int  # finished runs without a curve, which are left out
     last: bool  # it has no seed left
     losses: pd.DataFrame  # validation loss by step, a column a seed: steps that all runs validated
     times: pd.DataFrame  # train time (s), likewise
@@ -203,9 +204,9 @@ def gather(stage: Stage, rows: pd.DataFrame, curves: Curves) -> dict[str, Facts]
     """Facts of each variant, by label, references first."""
     done, tried = comparable(rows, stage), current(rows, stage)
     validated = [run_id for run_id, curve in curves.items() if curve.val_loss.notna().any()]
-    done = done[done.run_id.isin(validated)]
+    with_curve = done[done.run_id.isin(validated)]
     tried = tried[tried.status.isin(["stopped", *FAILED])]
-    runs_of = {label: done[done.variant == label] for label in stage.variants}
+    runs_of = {label: with_curve[with_curve.variant == label] for label in stage.variants}
     evals_of = {label: validations(runs, curves) for label, runs in runs_of.items()}
 
     known = {}
@@ -227,6 +228,7 @@ def gather(stage: Stage, rows: pd.DataFrame, curves: Curves) -> dict[str, Facts]
             runs=runs,
             failed=lost[lost.status != "stopped"].status.tolist(),
             stopped=sum(lost.status == "stopped"),
+            lost_curves=sum(done.variant == label) - len(runs),
             last=len(runs) + len(lost) >= stage.max_seeds,
             losses=evals_of[label][0],
             times=evals_of[label][1],
@@ -265,7 +267,8 @@ def step_table(known: Mapping[str, Facts]) -> pd.DataFrame:
                     "high": one.high,
                 }
             )
-    return pd.DataFrame(lines)
+    names = "variant against step seeds val_loss reference_loss difference low high".split()
+    return pd.DataFrame(lines, columns=names)
 
 
 def curves_of(stage_name: str, rows: pd.DataFrame, logs: Path) -> dict[str, pd.DataFrame]:
@@ -277,7 +280,7 @@ def curves_of(stage_name: str, rows: pd.DataFrame, logs: Path) -> dict[str, pd.D
             curves[run_id] = curve.dropna(axis="columns", how="all")
     run_ids = set(rows.run_id)
     for path in logs.glob("*.csv"):
-        if path.stem in run_ids:
+        if path.stem in run_ids and is_curve(path):
             curves[path.stem] = read_curve(path)
     needed = {"val_loss", "train_loss"}
     return {run_id: curve for run_id, curve in curves.items() if needed <= set(curve)}

@@ -95,8 +95,7 @@ def compare(ours: pd.Series, theirs: pd.Series) -> tuple[Difference, str]:
         return welch(ours.to_numpy(float), theirs.to_numpy(float)), "Welch"
     if len(shared) == 1:
         return paired((ours[shared] - theirs[shared]).to_numpy(float)), ""
-    mean = ours.mean() - theirs.mean()
-    return student(min(len(ours), len(theirs)), mean, np.nan, np.nan), ""
+    return student(min(len(ours), len(theirs)), np.nan, np.nan, np.nan), ""
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -42,7 +42,7 @@ STEPS = """steps = pd.read_csv(f"experiments/tables/{stage.name}_steps.csv")
 display(steps.style.hide(axis="index").format(precision=4, na_rep=""))"""
 ANSWER = '''answer = """
 Not yet written.
-"""
+"""  # {VARIANT|difference} in it becomes that cell of the table, {VARIANT|interval} the interval
 display(Markdown(make_tables.filled(answer, stage.name)))'''
 PLOTS = """for figure in plot_ablation.figures(stage.name).values():
     display(figure)"""
@@ -94,7 +94,11 @@ def execute(path: Path) -> nbformat.NotebookNode:
 def main(argv: list[str] | None = None) -> int:
     """Makes and runs notebooks; exit code 0, 1 where one fails, 2 with one sentence where a stage
     is unknown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("stage", nargs="*", help="only the notebooks of these")
     args = parser.parse_args(argv)
     made = set()

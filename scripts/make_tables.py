@@ -129,6 +129,8 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     runs = comparable(rows, stage)
     devices = sorted({f"{run.device_name}, torch {run.torch}" for run in runs.itertuples()})
     said = [f"Measured on {' / '.join(devices) or 'nothing yet'}."]
+    if "difference" in lines and "p" not in lines:
+        said.append("Differences are of single pairs of runs with the same seed: no finding.")
     if "p" in lines:
         compared = lines.dropna(subset="p")
         is_paired = compared.get("pairs", compared.p * np.nan).notna()
@@ -142,13 +144,18 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
         )
     if lines.seeds.max() > len(stage.seeds):
         said.append(
-            f"The stage begins with {len(stage.seeds)} seeds; more may have been added because of "
-            "the losses, of which p does not know."
+            f"p takes the number of seeds as fixed beforehand; this stage planned "
+            f"{len(stage.seeds)}, and has up to {lines.seeds.max()}."
         )
     if runs.sequence_length.nunique() > 1:
         said.append(
             "Sequence lengths differ: with a longer one there is more to predict from, so the "
             "losses are not the same measurement."
+        )
+    if runs.tokens.nunique() > 1:
+        said.append(
+            f"Trained on different numbers of tokens, {runs.tokens.min():,.0f} to "
+            f"{runs.tokens.max():,.0f}: final losses are compared."
         )
     if len(validation_of(runs)) > 1:
         said.append("Runs that were validated on different tokens are not compared.")
@@ -181,6 +188,7 @@ def markdown(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> str:
         for label, line in zip(lines.variant, cells):
             if stage.is_reference(label):
                 line[column] = "reference"
+    cells = [[text.replace("|", "\\|") for text in line] for line in cells]
     head, *body = ["| " + " | ".join(line) + " |" for line in [list(shown.columns), *cells]]
     rule = "|-" * len(shown.columns) + "|"
     return "\n".join([head, rule, *body, "", " ".join(notes(stage, lines, rows)), ""])
@@ -205,8 +213,13 @@ def write_tables(stage_name: str) -> str:
 
 
 def other_view(stage_name: str, against: list[str]) -> str:
-    """The text of a stage's table with other references, as `against` in its file would have them:
-    a label, or words NAME=VALUE. Raises ValueError."""
+    """The text of a stage's table with other references, as its file would have them: the label of
+    a line or of a variant, or words NAME=VALUE. Raises ValueError."""
+    if against[0] in load_stage(stage_name).variants:
+        tables = read(stage_name) | {"reference": against[0]}
+        tables.pop("against", None)
+        stage, rows = stage_of(stage_name, tables), rows_of(stage_name)
+        return markdown(stage, table(stage, rows), rows)
     words = against[0]
     if "=" in words:
         wrong = [word for word in against if "=" not in word]
@@ -234,12 +247,16 @@ def filled(text: str, stage_name: str) -> str:
 
     def figure(place: re.Match) -> str:
         label, _, column = place[1].partition("|")
-        if column == "interval" and label in lines.index and "low" in lines:
+        if column in ("interval", "95 % interval") and label in lines.index and "low" in lines:
             return interval_text(lines.low[label], lines.high[label])
         for source in (lines, gate, runs):
             if label in source.index and column in source and pd.notna(source[column][label]):
                 return cell(column, source[column][label])
-        raise ValueError(f"{place[0]} is no {{variant|column}} of {stage_name}")
+        if label not in lines.index:
+            choices = ", ".join(lines.index)
+            raise ValueError(f"{place[0]} names no variant of {stage_name}: choose from {choices}")
+        choices = ", ".join(["interval", *lines, *gate])
+        raise ValueError(f"{place[0]} names no figure there is: choose from {choices}")
 
     return re.sub(r"\{([^{}]*)\}", figure, text)
 
@@ -262,7 +279,11 @@ def with_tables(readme: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Makes tables; exit code 0, or 2 with one sentence where a stage is unknown or has no rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("stage", nargs="*", help="only these")
     parser.add_argument(
         "--against",

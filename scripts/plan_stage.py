@@ -194,16 +194,18 @@ def asked_of(
     """Settings and options as another program resolves them: run with DRY_RUN=1 it prints lines
     `name:value`, among them config_hash and source_sha. Raises ConfigError, DataError."""
     refuse_unknown(dict(settings))
-    if not (ROOT / program).is_file():
-        raise ConfigError(f"program = {program!r}: {ROOT / program} is not there")
+    path = (ROOT / program).resolve()
+    if not path.is_file() or not path.is_relative_to(ROOT.resolve()):
+        raise ConfigError(f"program = {program!r}: is no file of the project, below {ROOT}")
     done = subprocess.run(
-        [sys.executable, ROOT / program, *option_words(dict(options))],
+        [sys.executable, path, *option_words(dict(options))],
         env=environment_here() | dict(settings) | {"DRY_RUN": "1"},
         capture_output=True,
         text=True,
+        errors="replace",
     )
     said = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
-    missing = {"config_hash", "source_sha"} - said.keys()
+    missing = {name for name in ("config_hash", "source_sha") if not said.get(name)}
     if done.returncode or missing:
         reason = (done.stderr.strip().splitlines() or [f"prints no {min(missing, default='')}"])[-1]
         error = DataError if done.returncode == 3 else ConfigError
@@ -211,6 +213,8 @@ def asked_of(
 
     plan: dict[str, Any] = {"flops_per_token": 0, "tokens_needed": 0, "tokens_on_disk": 0} | said
     for name in ("flops_per_token", "tokens_needed", "tokens_on_disk"):
+        if not str(plan[name]).isdecimal():
+            raise ConfigError(f"{program} with DRY_RUN=1: {name}:{plan[name]} is no whole number")
         plan[name] = int(plan[name])
     asked = Config.from_env(dict(settings))
     cfg = train_gpt.resolve(replace(asked, dry_run=True, vocab_size=asked.vocab_size or 257))
@@ -277,11 +281,6 @@ def check_differences(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> No
         both = f"variants {one} and {other} of {stage.name}"
         are_compared = stage.references[one] == other or stage.references[other] == one
         ours, theirs = (run.resolved() for run in runs)
-        if ours == theirs:
-            raise ConfigError(
-                f"{both} have the same settings once everything is resolved; take one out or "
-                "change it"
-            )
         for name in said_to_differ(stage, one, other, are_compared):
             if ours.get(name) == theirs.get(name):
                 idle = runs[0].cfg.idle().get(name.lower())
@@ -289,11 +288,17 @@ def check_differences(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> No
                 raise ConfigError(f"{both} are said to differ in {name}, which {reason}")
             for run in runs:
                 check_followers(stage, name, run)
+        if ours == theirs or runs[0].identity[3:] == runs[1].identity[3:]:
+            raise ConfigError(
+                f"{both} have the same settings once everything is resolved; take one out or "
+                "change it"
+            )
         if are_compared and runs[0].validation() != runs[1].validation():
-            told = [f"VAL_TOKENS={run.cfg.val_tokens} of {run.cfg.input_val_bin}" for run in runs]
+            told = [f"{run.validation()[1]} tokens of {run.cfg.input_val_bin}" for run in runs]
             raise ConfigError(
                 f"{both} are validated on different data or amounts, {' and '.join(told)}; set one "
-                "INPUT_VAL_BIN and one VAL_TOKENS in the stage's base"
+                "INPUT_VAL_BIN and one VAL_TOKENS in the stage's base, a multiple of every "
+                "SEQUENCE_LENGTH"
             )
         if are_compared and not runs[0].validated_at() & runs[1].validated_at():
             raise ConfigError(
@@ -358,15 +363,18 @@ def description(stage: Stage, runs: Sequence[PlannedRun]) -> list[str]:
         changes = ", ".join(change_text(name, ours, theirs) for name in differing)
         text = f"against {beside}: {changes}"
         if stage.is_reference(variant):
-            text = f"a reference; beside {beside}: {changes}" if changes else "the reference"
+            text = f"another reference; from {beside}: {changes}" if changes else "the reference"
         lines.append(f"{variant}: {text}")
     return lines + [f"warning: {sentence}" for sentence in cautions_of(runs)]
 
 
 def cautions_of(runs: Sequence[PlannedRun]) -> list[str]:
-    """What the runs of a stage are allowed and hardly meant to do, a sentence each."""
+    """What the runs of a stage are allowed and hardly meant to do, each sentence once."""
     sentences = []
     for run in runs:
+        sentences += train_gpt.cautions({}, run.cfg)
+        if run.cfg.val_every > run.cfg.num_iterations:
+            sentences.append(f"VAL_EVERY={run.cfg.val_every} leaves only the last validation")
         cfg, on_disk = run.cfg, run.plan["tokens_on_disk"]
         there = min(on_disk, cfg.max_train_tokens or on_disk)
         if not cfg.shuffle and run.plan["tokens_needed"] < there:

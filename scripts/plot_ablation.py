@@ -56,7 +56,8 @@ def load(stage_name: str) -> tuple[Stage, pd.DataFrame, pd.DataFrame]:
     rows = rows.sort_values("variant", key=lambda labels: labels.map(order), kind="stable")
     if rows.empty:
         raise ValueError(
-            f"{path} has no finished run; python scripts/run_stage.py {stage_name} makes them"
+            f"{path} has no finished run of the stage as its file is now; "
+            f"python scripts/run_stage.py {stage_name} makes them"
         )
     curves = read_curves(stage_name)
     return stage, with_differences(stage, rows), curves[curves["run_id"].isin(rows["run_id"])]
@@ -221,7 +222,8 @@ def draw_curves(
     for label, rows in groups.items():
         own = points[points["run_id"].isin(rows["run_id"])].dropna(subset=y)
         means, halves = interval(own.groupby("tokens")[y])
-        (line,) = ax.plot(means.index, means, **looks[label])
+        mark = "o" if len(means) == 1 else ""  # of one point there is no line
+        (line,) = ax.plot(means.index, means, marker=mark, **looks[label])
         band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
         ax.fill_between(means.index, means - halves, means + halves, **band)
     dress(ax, "tokens", y, title, log=y != ACCURACY)

@@ -14,4 +14,5 @@ Next, after `source .venv/bin/activate`:
   PRESET=quickstart ATTNGATE=elementwise torchrun --standalone --nproc_per_node=1 train_gpt.py   # change one thing
   DRY_RUN=1 python train_gpt.py                                                                  # the default run's plan
   python train_gpt.py --help                                                                     # all that can be set
+  python scripts/run_stage.py smoke                                                              # variants and seeds, to a verdict
 TEXT

@@ -1,7 +1,7 @@
 """Runs a stage: every variant and seed of experiments/stages/<stage>.toml that has no result yet,
 then its tables.
 
-    python scripts/run_stage.py smoke                # two variants and seeds, to the verdict
+    python scripts/run_stage.py smoke                # two variants, three seeds, to the verdict
     python scripts/run_stage.py stage1 --dry-run     # the commands, with estimates of time and cost
     python scripts/run_stage.py stage1 --nproc 8     # each run on 8 GPUs, one after another
     python scripts/run_stage.py stage1_cpu --jobs 2  # two runs at a time
@@ -52,14 +52,15 @@ def finish(stage: Stage, fresh_seeds: Sequence[int] = ()) -> pd.DataFrame:
         print(f"seeds {', '.join(map(str, fresh_seeds))} alone:")
         print(make_tables.markdown(stage, lines, alone))
         print("all seeds:")
-    verdicts = stage_gate.write_gate(stage.name).query("kind == 'variant'")
     print(make_tables.write_tables(stage.name))
+    verdicts = stage_gate.write_gate(stage.name).query("kind == 'variant'")
     for one in verdicts.itertuples():
         print(f"{one.variant}: {one.verdict}, {one.reason}")
     print(f"experiments/tables/{stage.name}.md .csv _gate.csv _steps.csv")
     try:
         plot_ablation.write_figures(stage.name)
     except ValueError as error:
+        Path(f"experiments/figures/{stage.name}.png").unlink(missing_ok=True)
         print(f"no figure: {error}")
     return verdicts
 
@@ -135,8 +136,10 @@ def work_through(stage: Stage, args: argparse.Namespace) -> int:
         for variant, seed in wanted:
             print(f"the gate asks for another seed: {variant}, seed {seed}")
     if args.gate:
-        promoted = verdicts[verdicts.verdict == "promote"].sort_values("difference")
-        print(build_next(load_stage(stage.name), list(promoted.variant)))
+        by_loss = verdicts.sort_values("val_loss")
+        promoted = by_loss[by_loss.verdict == "promote"].variant
+        reference = next(filter(stage.is_reference, by_loss.variant))
+        print(build_next(load_stage(stage.name), list(promoted), reference))
     return 0
 
 
@@ -170,7 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting for every run",
+        help="a setting for every run; once for each",
     )
     add(
         "--as",
@@ -195,7 +198,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--gate",
         action="store_true",
-        help="stop, add seeds and build the next stage by the rules",
+        help="act on the verdicts: stop runs, add seeds, build the next stage",
     )
     add(
         "--slurm",
@@ -218,8 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if min(args.jobs, args.nproc) < 1:
             raise ConfigError(f"--jobs {args.jobs} --nproc {args.nproc}: both must be at least 1")
-        only_looks = args.dry_run or args.no_run
-        stage = overridden(load_stage(args.stage), args.set, args.name, write=not only_looks)
+        stage = overridden(load_stage(args.stage), args.set, args.name, write=False)
         fresh_seeds = seed_list(args.seeds) if args.seeds else ()
         if fresh_seeds:
             stage = replace(stage, seeds=fresh_seeds)
@@ -227,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         exported = [name for name in SETTINGS if os.environ.get(name)]
         if exported:
             print(
-                f"not passed on to the runs: {', '.join(exported)}; --set {exported[0]}=… would be",
+                f"not passed on to the runs: {', '.join(exported)}; what --set gives is",
                 file=sys.stderr,
             )
 
@@ -240,6 +242,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.no_run:
             finish(stage, fresh_seeds)
             return 0
+        if args.name:  # once it is sure that it can be run, its file
+            mode = "run" if args.slurm is None else "slurm"
+            plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, mode)
+            overridden(load_stage(args.stage), args.set, args.name)
         if args.slurm is not None:
             return submit(stage, args)
         return work_through(stage, args)

@@ -60,7 +60,16 @@ NUMBERS = (  # of a run that ended early they may be missing
     "val_tokens",
     "bad_steps",
     "resumes",
+    "tokens",
 )
+
+
+@functools.cache
+def setting_columns() -> set[str]:
+    """The columns of rows that hold settings."""
+    from train_gpt import Config  # here, since torch takes seconds to come
+
+    return {*Config.__dataclass_fields__}
 
 
 @functools.cache
@@ -91,8 +100,18 @@ def read_results(path: Path = RESULTS) -> pd.DataFrame:
             older = rows.pop(old)
             rows[new] = rows[new].fillna(older) if new in rows else older
     blanks = dict.fromkeys(TEXT, "") | dict.fromkeys(NUMBERS, float("nan"))
+    if "run_id" not in rows or "stage" not in rows:
+        raise ValueError(f"{path} is no table of results: it has no columns run_id and stage")
     rows = rows.fillna({name: "" for name in TEXT if name in rows})
-    return rows.assign(**{name: blank for name, blank in blanks.items() if name not in rows})
+    rows = rows.assign(**{name: blank for name, blank in blanks.items() if name not in rows})
+    for name in NUMBERS:
+        numbers = pd.to_numeric(rows[name], errors="coerce")
+        wrong = rows[numbers.isna() & rows[name].notna()]
+        if len(wrong):
+            one = wrong.iloc[0]
+            raise ValueError(f"{path}: {name} of {one.run_id} is {one[name]!r}, no number")
+        rows[name] = numbers
+    return rows
 
 
 def source_here() -> str:
@@ -123,14 +142,28 @@ def is_same(name: str, text: str, asked: Mapping[str, str], row: Mapping) -> boo
         return str(value) == text
 
 
+def asked_of(row: Mapping) -> dict[str, str]:
+    """What differed from the defaults in a run: {setting: text}. Raises ValueError."""
+    try:
+        return dict(word.split("=", 1) for word in shlex.split(row["changes"]))
+    except ValueError:
+        raise ValueError(
+            f"{RESULTS}: changes of {row['run_id']} are no NAME=value words; "
+            "python scripts/rebuild_results.py makes the table anew"
+        ) from None
+
+
 def is_as_the_stage_says(row: Mapping, stage: Stage) -> bool:
     """Whether a run had all settings that the stage's file, or its preset, gives its variant."""
     own = {name: text for name, text in stage.variants[row["variant"]].items() if text}
-    asked = dict(word.split("=", 1) for word in shlex.split(row["changes"]))
-    skipped = untrained()
+    said, asked, skipped = preset_of(own) | own, asked_of(row), untrained()
+    if row["preset"]:  # without, nothing is known of what else it had; DEVICE is Slurm's
+        more = asked.keys() - said.keys() - skipped - {"PRESET", "DEVICE"}
+        if any(name.lower() in setting_columns() for name in more):
+            return False
     return all(
         is_same(name, text, asked, row)
-        for name, text in (preset_of(own) | own).items()
+        for name, text in said.items()
         if text and (name == "PRESET" or name not in skipped)
     )
 
@@ -181,8 +214,22 @@ def read_curve(path: Path) -> pd.DataFrame:
     """The curve of one run, a live one too: whole lines only, of a step that was run twice the
     later line."""
     text = Path(path).read_text()
-    curve = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
+    try:
+        curve = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
+    except (pd.errors.ParserError, pd.errors.EmptyDataError):
+        curve = pd.DataFrame()
+    if "step" not in curve:
+        raise ValueError(f"{path} is no curve of a run")
     return curve.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def is_curve(path: Path) -> bool:
+    """Whether a file has begun to be the curve of a run."""
+    try:
+        read_curve(path)
+    except ValueError:
+        return False
+    return True
 
 
 def read_curves(stage_name: str) -> pd.DataFrame:
@@ -203,7 +250,12 @@ def split(stage_name: str, rows: pd.DataFrame, logs: Path) -> tuple[int, int]:
     """Writes both files of a stage from the rows of all; returns how many runs and how many curves
     they hold."""
     rows = rows[rows.stage == stage_name]
-    rows = rows[[name for name in rows if not rows[name].isin(["", np.nan]).all()]]
+    if rows.empty:
+        raise ValueError(
+            f"STAGE {stage_name} has no run in {RESULTS}; python scripts/run_stage.py {stage_name}"
+        )
+    blank = {name for name in rows if rows[name].isin(["", np.nan]).all()} - setting_columns()
+    rows = rows.drop(columns=blank)
     curves_path = RESULTS.with_name(f"log_curves_{stage_name}.csv")
     kept = {}
     if curves_path.is_file():
@@ -212,7 +264,7 @@ def split(stage_name: str, rows: pd.DataFrame, logs: Path) -> tuple[int, int]:
     curves = []
     for run in rows[rows.status != "running"].itertuples():
         path = logs / f"{run.run_id}.csv"
-        if path.is_file():
+        if path.is_file() and (run.status == "ok" or is_curve(path)):
             curve = read_curve(path)
             curve[["run_id", "variant", "seed"]] = run.run_id, run.variant, int(run.seed)
             curves.append(curve)

@@ -11,6 +11,7 @@ in gate_facts.py.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,10 +70,18 @@ def rules_of(stage: Stage) -> dict:
         if key not in RULES:
             raise ValueError(f"{where} is no rule; choose from {', '.join(RULES)}")
         if key == "rules":
-            if not isinstance(value, list) or not set(value) <= set(PROMOTIONS):
+            if (
+                not isinstance(value, list)
+                or not value
+                or any(v not in [*PROMOTIONS] for v in value)
+            ):
                 raise ValueError(f"{where} must be a list out of {', '.join(PROMOTIONS)}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{where} must be a number, 0 or more")
+        elif not 0 <= value < math.inf:
+            raise ValueError(f"{where} must be a number, 0 or more")
+        elif key == "stop_evals" and (value != int(value) or value < 1):
+            raise ValueError(f"{where} must be a whole number, 1 or more")
         elif key == "alpha" and not 1e-9 <= value < 1:
             raise ValueError(f"{where} must be a share, at least 1e-9 and below 1")
     return RULES | stage.gate
@@ -182,7 +191,9 @@ def advantage_text(fact: Facts, level: Mapping[str, float]) -> str:
 def rule_text(fact: Facts, rule: str, rules: Mapping, level: Mapping[str, float]) -> str:
     """A rule in words, and the numbers that it has looked at."""
     if rule == "better":
-        found = figure_text(fact, "loss") + p_text(fact.differences["loss"].p_below, level["loss"])
+        loss = fact.differences["loss"]
+        found = f"{figure_text(fact, 'loss')} where {-rules['better']:g} is needed"
+        found += p_text(loss.p_below, level["loss"])
     elif rule == "same_loss":
         found = limit_text(fact, "loss", rules["same_loss"], level)
         found += f"; {advantage_text(fact, level)}"
@@ -196,21 +207,25 @@ def rule_text(fact: Facts, rule: str, rules: Mapping, level: Mapping[str, float]
     return f"{rule} ({PROMOTIONS[rule].format(**rules)}): {found}"
 
 
-def evidence(fact: Facts, reference: Facts, rules: Mapping, level: Mapping[str, float]) -> str:
+def evidence(stage: Stage, fact: Facts, reference: Facts, rules: Mapping) -> str:
     """Every rule that could apply, with its numbers, and on how much they rest."""
     could_be_the_same = fact.flops < 1 or fact.timed or fact.ours.imbalance.notna().any()
     applies = {
         "same_loss": could_be_the_same,
         "half_params": fact.params <= rules["half_params"],
     }
+    level = level_at(stage, rules, fact.pairs)
     texts = [
         rule_text(fact, rule, rules, level) for rule in rules["rules"] if applies.get(rule, True)
     ]
-    basis = f"{fact.pairs} pairs of seeds"
+    basis = f"{fact.pairs} pairs of seeds, of at most {stage.max_seeds}"
     if fact.test == "Welch":
         basis = f"{len(fact.runs)} and {len(reference.runs)} runs without seeds in common"
     elif fact.pairs < FEWEST:
         basis = f"{fact.pairs} of the {FEWEST} pairs of seeds that a promotion needs"
+    ends = {fact.losses.index[-1], reference.losses.index[-1]}
+    if ends != {fact.steps[-1]}:
+        basis += f" (the table has final losses, of steps {min(ends)} and {max(ends)})"
     return f"{'; '.join(texts)}; at step {fact.steps[-1]}, {basis}"
 
 
@@ -221,6 +236,8 @@ def obstacle(stage: Stage, fact: Facts, reference: Facts) -> tuple[str, str]:
     most = max(FEWEST, stage.max_seeds)
     if len(fact.failed) > max(1, seeds):
         return "most of its runs failed", ""
+    if fact.failed.count("diverged") > reference.failed.count("diverged"):
+        return f"it diverges on more seeds than {label}", ""
     if fact.stopped:
         return f"{fact.stopped} of its runs were stopped", ""
     if not seeds:
@@ -236,8 +253,8 @@ def obstacle(stage: Stage, fact: Facts, reference: Facts) -> tuple[str, str]:
         return f"{label} has {others} finished runs and needs {needed}, as many", fact.reference
     if fact.pairs > most:
         return (
-            f"{fact.pairs} pairs, of {most} that were planned: judge the fresh seeds alone, or "
-            "give the stage more max_seeds before the next",
+            f"{fact.pairs} pairs where at most {most} were planned: no verdict; read the table of "
+            f"the fresh seeds alone, which run_stage.py {stage.name} --seeds prints",
             "",
         )
     return "", ""
@@ -262,14 +279,23 @@ def verdict_of(
             outcome = f"not yet decided: more seeds may show {rule}"
         else:
             outcome = "no rule holds"
+            if fact.differences["loss"].low > 0:
+                outcome = "its loss is higher, and no rule holds"
             if fact.last:
                 outcome += f", and no seed is left (max_seeds = {stage.max_seeds})"
-        level = level_at(stage, rules, fact.pairs)
-        reason = f"{outcome}; {evidence(fact, reference, rules, level)}"
+        reason = f"{outcome}; {evidence(stage, fact, reference, rules)}"
 
-    if fact.failed:
-        reason += f"; {len(fact.failed)} failed ({', '.join(sorted(set(fact.failed)))})"
     return {"verdict": verdict, "reason": reason, "rule": rule, "seed_for": seed_for}
+
+
+def losses_text(fact: Facts) -> str:
+    """What of the runs of a variant is missing, behind a semicolon."""
+    text = ""
+    if fact.failed:
+        text += f"; {len(fact.failed)} failed ({', '.join(sorted(set(fact.failed)))})"
+    if fact.lost_curves:
+        text += f"; {fact.lost_curves} finished without a curve, and left out"
+    return text
 
 
 def judge_variant(stage: Stage, fact: Facts, reference: Facts, rules: Mapping) -> dict:
@@ -286,6 +312,7 @@ def judge_variant(stage: Stage, fact: Facts, reference: Facts, rules: Mapping) -
     states = rule_states(fact.differences, facts, rules, level)
     states = {rule: int(state) for rule, state in states.items()}
     verdict = verdict_of(stage, fact, reference, states, rules)
+    verdict["reason"] += losses_text(fact)
     return line(fact, reference, rules) | {"level": level["loss"]} | verdict
 
 
@@ -314,6 +341,7 @@ def judge(stage: Stage, known: Mapping[str, Facts]) -> pd.DataFrame:
         if asked or not len(known[reference].runs):
             first |= {"verdict": "seed", "seed_for": reference}
             first["reason"] += ", needs another seed"
+        first["reason"] += losses_text(known[reference])
         table = pd.DataFrame([first, *others])
         order = table.difference.where(table.variant != reference, -np.inf)
         lines.append(table.loc[order.sort_values(kind="stable", na_position="last").index])
@@ -419,7 +447,12 @@ def write_gate(stage_name: str, logs: str | Path = "logs") -> pd.DataFrame:
 
 def main(argv: list[str] | None = None) -> int:
     """Judges a stage and prints the verdicts; exit code 0, or 2 with one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    rules = [f"  gate.{name} = {value!r}" for name, value in RULES.items()]
+    parser = argparse.ArgumentParser(
+        description="\n".join([__doc__, "What a stage may set, and what it is without:", *rules]),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("stage", help="a file of experiments/stages, without .toml")
     parser.add_argument("--logs", default="logs", help="folder of the curves (logs)")
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ A stage is a question put to variants and seeds. Its file, experiments/stages/<n
     against = "none"                # each with this one at the same point of the grid, or
     against = {ATTNGATE = "none"}   # each with the one that has this, and else the same settings
     seeds = [1, 2, 3]               # of every variant
-    max_seeds = 8                   # so many a variant may have, where the gate asks for more
+    max_seeds = 8                   # so many a variant may have, where the gate asks for more (8)
     base = {LR = 0.0036}            # settings of every run; "" leaves one to the preset
     variants.none = {ATTNGATE = "none"}  # settings of a variant, by its label
     grid.LR = [0.0036, 0.00468]     # each variant with each value; the label says which
@@ -59,6 +59,7 @@ MERGED = ("base", "gate")
 # not a stage's to set
 RESERVED = {"SEED", "RUN_ID", "STAGE", "VARIANT", "RESUME", "DRY_RUN", "LOG_DIR", "RESULTS_CSV"}
 TRAINER = "train_gpt.py"
+MOST_SEEDS = 50
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ def check_tables(tables: dict, path: Path) -> None:
         if not tables.get(key):
             raise ValueError(f"{path} has no {key}; python scripts/stages.py --help shows a file")
     if bool(tables.get("reference")) == bool(tables.get("against")):
-        raise ValueError(f"{path} needs a reference or against = {{SETTING = value}}, one of them")
+        raise ValueError(
+            f'{path} needs one of reference = "LABEL", against = "LABEL" and against = '
+            "{SETTING = value}"
+        )
     for key, kind in (("variants", dict), ("grid", list)):
         for name, value in tables.get(key, {}).items():
             if not isinstance(value, kind):
@@ -146,16 +150,28 @@ def check_tables(tables: dict, path: Path) -> None:
                 )
     for step in tables.get("next", ()):
         check_step(step, tables.get("program", TRAINER), path)
-    seeds = tables["seeds"]
-    are_numbers = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
-    if len(set(seeds)) < len(seeds) or not are_numbers:
+    seeds, most = tables["seeds"], tables.get("max_seeds", 1)
+    are_numbers = all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
+    if not are_numbers or len(set(seeds)) < len(seeds):
         raise ValueError(f"{path}: seeds = {seeds} must be different whole numbers")
+    if type(most) is not int or not 1 <= most <= MOST_SEEDS:
+        raise ValueError(f"{path}: max_seeds = {most} must be a whole number up to {MOST_SEEDS}")
+    for name, values in tables.get("grid", {}).items():
+        if not values or len({str(value) for value in values}) < len(values):
+            raise ValueError(f"{path}: grid.{name} = {values} must have different values")
+
+
+def check_name(name: object, where: str) -> None:
+    """Raises ValueError where a stage cannot be called so."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}", name):
+        raise ValueError(f"{where} {name!r}: must be letters, digits, _, and within . -")
 
 
 def check_step(step: object, program: str, path: Path) -> None:
     """Raises ValueError where an entry of `next` is none."""
     if not isinstance(step, dict) or not step.get("name"):
         raise ValueError(f"{path}: every stage in next needs a name")
+    check_name(step["name"], f"{path}: name of next")
     most, around = step.get("most", 1), step.get("around", {})
     if not isinstance(most, int) or most < 1:
         raise ValueError(f"{path}: most = {most!r} of next must be a whole number, 1 or more")
@@ -184,6 +200,11 @@ def variants_of(tables: dict) -> dict[str, dict[str, str]]:
     """{label: settings} of every variant with every point of the grid."""
     variants = {}
     for label, own in tables["variants"].items():
+        twice = own.keys() & tables.get("grid", {}).keys()
+        if twice:
+            raise ValueError(
+                f"variants.{label} and grid both set {min(twice)}; take it out of one of them"
+            )
         for point in points_of(tables):
             settings = tables["base"] | own | point
             variants[label_at(label, point)] = {
@@ -231,7 +252,10 @@ def references_of(
     for label, settings in variants.items():
         unsaid = [setting for setting in against if setting not in settings]
         if unsaid:
-            raise ValueError(f"{path}: against {unsaid[0]}: variant {label!r} has to say its own")
+            raise ValueError(
+                f"{path}: against {unsaid[0]}: variant {label!r} does not set it, as every variant "
+                'has to then; a label goes too, against = "LABEL"'
+            )
         wanted = settings | against
         others = [
             other
@@ -240,8 +264,8 @@ def references_of(
         ]
         if len(others) != 1:
             raise ValueError(
-                f"{path}: against {tables['against']}: {len(others)} variants are what {label!r} "
-                "is to be compared with"
+                f"{path}: against {tables['against']}: {len(others)} variants are so and otherwise "
+                f"as {label!r}; one has to be"
             )
         references[label] = others[0]
     return references

@@ -118,7 +118,9 @@ def test_a_new_notebook_asks_the_question_of_its_stage_and_keeps_the_answer(copy
     answer.source = answer.source.replace("|final_loss", "|lost")
     nbformat.write(made, path)
     assert make_notebook.main([name]) == 1
-    assert f"{{{reference}|lost}} is no figure of {name}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{{{reference}|lost}} names no figure there is: choose from interval, " in error
+    assert error.count("\n") == 1
 
 
 def test_what_cannot_be_made_is_one_sentence(copy, capsys):

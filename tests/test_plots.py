@@ -743,13 +743,13 @@ def test_files_are_small_pngs_of_the_same_bytes(here, capsys):
         (
             "gates",
             None,
-            "experiments/results_gates.csv has no finished run; "
+            "experiments/results_gates.csv has no finished run of the stage as its file is now; "
             "python scripts/run_stage.py gates makes them",
         ),
         (
             "gates",
             "oom",
-            "experiments/results_gates.csv has no finished run; "
+            "experiments/results_gates.csv has no finished run of the stage as its file is now; "
             "python scripts/run_stage.py gates makes them",
         ),
         (

@@ -448,8 +448,8 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
         run_stage,
         "finish",
         lambda stage, fresh_seeds: pd.DataFrame(
-            [(name, *verdict, -0.5) for name, verdict in next(verdicts).items()],
-            columns=["variant", "verdict", "seed_for", "difference"],
+            [(name, *verdict, 2.5) for name, verdict in next(verdicts).items()],
+            columns=["variant", "verdict", "seed_for", "val_loss"],
         ),
     )
     assert run_stage.work_through(load_stage("toy"), Args) == 0
@@ -514,7 +514,8 @@ def test_with_several_references_what_has_that_of_the_best_goes_on(project):
     text = Path("experiments/stages/toy.toml").read_text().replace('reference = ""', "")
     tail = "\n[grid]\nLR = [0.1, 0.2]\n[[next]]\nname = 'after'\n"
     Path("experiments/stages/toy.toml").write_text('against = "plain"\n' + text + tail)
-    derive_stage.build_next(load_stage("toy"), ["gated LR=0.2", "gated LR=0.1"])
+    told = derive_stage.build_next(load_stage("toy"), ["gated LR=0.2", "gated LR=0.1"])
+    assert "beside 'plain LR=0.2', without 'gated LR=0.1'; python" in told
     after = load_stage("after")
     assert after.references == {"plain LR=0.2": "plain LR=0.2", "gated LR=0.2": "plain LR=0.2"}
 
@@ -605,6 +606,10 @@ def test_a_dry_run_needs_no_data(project, capsys):
         ),
         (["toy", "--seeds", "3,3"], "3,3: must be different whole numbers"),
         (["toy", "--seeds", "3,03"], "3,03: must be different whole numbers"),
+        (["toy", "--set", "LR=1", "--as", "../x"], "--as '../x': must be letters, digits, _"),
+        (["toy", "--set", "LOG_EVERY=3", "--as", "x"], "--set changes nothing that is trained"),
+        (["toy", "--set", "BATCH_SIZE=3", "--as", "x"], "x, plain: BATCH_SIZE=3"),
+        (["toy", "--no-run"], "experiments/results.csv is not there"),
         (["never"], "variants plain and gated of never are never validated after the same tokens"),
         (
             ["held", "--set", "NUM_ITERATIONS=20", "--as", "short"],
@@ -621,8 +626,8 @@ def test_a_dry_run_needs_no_data(project, capsys):
         (["equal"], "variants plain and gated of equal are said to differ in LR, which is 0.01 in"),
         (
             ["texts"],
-            "variants plain and gated of texts are validated on different data or amounts, "
-            "VAL_TOKENS=",
+            "variants plain and gated of texts are validated on different data or amounts, 64 "
+            "tokens of ",
         ),
         (["long"], "long, plain: NUM_ITERATIONS=1000"),
         (["same"], "variants plain and gated of same have the same settings"),
@@ -724,6 +729,19 @@ def test_a_stage_may_run_another_program_with_options_of_its_own(program, capsys
     assert run_stage.main(["toy"]) == 0 and Path("experiments/results.csv").read_bytes() == before
 
 
+def test_what_the_trainer_warns_of_is_said_once_before_a_stage(project, capsys):
+    idle = {"TOP_K": 3, "VAL_EVERY": 9, "WARMDOWN_ITERS": 80}
+    write_stage(project | idle, {"plain": {}, "gated": {"ATTNGATE": "headwise"}})
+    assert run_stage.main(["toy", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for sentence in (
+        "# warning: TOP_K has no effect without FFN=moe",
+        "# warning: VAL_EVERY=9 leaves only the last validation",
+        "# warning: WARMDOWN_ITERS=80 > NUM_ITERATIONS: LR starts at 10%",
+    ):
+        assert out.count(sentence) == 1, out
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -735,7 +753,14 @@ def test_a_stage_may_run_another_program_with_options_of_its_own(program, capsys
             {"variants": {"plain": {"gaol": 1}}},
             "error: the following arguments are required: --goal",
         ),
-        ({"program": "gone.py"}, "program = 'gone.py': "),
+        ({"program": "gone.py"}, "program = 'gone.py': is no file of the project"),
+        ({"program": "../../etc/hostname"}, "is no file of the project"),
+        ({"program": "/etc/hostname"}, "is no file of the project"),
+        ({"program": "wordy.py"}, "wordy.py with DRY_RUN=1: tokens_needed:many is no whole number"),
+        (
+            {"program": "deaf.py", "variants": {"plain": {"w": 1}, "b": {"w": 2}}},
+            "the same settings",
+        ),
         ({"program": "quiet.py"}, "quiet.py with DRY_RUN=1: prints no config_hash"),
         ({"base": {"LR": "x"}}, "LR='x': must be a number"),
     ],
@@ -743,6 +768,8 @@ def test_a_stage_may_run_another_program_with_options_of_its_own(program, capsys
 )
 def test_what_another_program_refuses_is_one_sentence(program, capsys, change, sentence):
     Path("quiet.py").write_text("print('source_sha:1')")
+    Path("deaf.py").write_text("print('source_sha:1\\nconfig_hash:1')")
+    Path("wordy.py").write_text("print('source_sha:1\\nconfig_hash:1\\ntokens_needed:many')")
     made = {"variants": {"plain": {"goal": 1.0}}, "program": "mine.py", "base": {}} | change
     write_stage(program | made["base"], made["variants"], program=made["program"])
     assert run_stage.main(["toy"]) == 2

@@ -362,9 +362,14 @@ def test_a_verdict_says_rule_number_interval_and_what_p_has_to_reach():
     assert level == pytest.approx(0.01 * gate_stats.SHARES["loss"]), "one look has all of it"
     assert (
         f"better holds; better (the loss is lower by 0.05 or more): {np.mean(a - none):+.4f} "
-        f"({low:+.4f} to {high:+.4f}), one-sided p {p:.2g} where {level:.2g} is needed" in reason
+        f"({low:+.4f} to {high:+.4f}) where -0.05 is needed, one-sided p {p:.2g} where {level:.2g} "
+        "is needed" in reason
     )
-    assert reason.endswith("; at step 200, 4 pairs of seeds")
+    assert reason.endswith("; at step 200, 4 pairs of seeds, of at most 4")
+    worse = verdicts(*last_losses({"none": none, "a": 6 - a}), max_seeds=4).reason["a"]
+    assert not worse.startswith("its loss is higher"), "not by an interval that has zero in it"
+    worse = verdicts(*last_losses({"none": a, "a": none}), max_seeds=4).reason["a"]
+    assert worse.startswith("its loss is higher, and no rule holds, and no seed is left")
 
 
 def test_what_p_has_to_reach_follows_looks_and_variants():
@@ -463,6 +468,34 @@ def test_a_verdict_says_what_is_not_healthy(column, value, words):
     assert reason.startswith("no rule holds; first_gap") and f"; {words}; at step" in reason
 
 
+def test_what_diverges_where_its_reference_does_not_is_not_promoted():
+    """Those that are left say how good it is, not how safe."""
+    some = [*around(2.8, 4), "diverged"]
+    rows, curves = study(none=[*around(3.0, 4), "crash"], a=some)
+    found = verdicts(rows, curves, max_seeds=5).loc["a"]
+    assert found.verdict == "hold" and found.reason == (
+        "it diverges on more seeds than 'none'; 1 failed (diverged)"
+    )
+    rows, curves = study(none=[*around(3.0, 4), "diverged"], a=some)
+    found = verdicts(rows, curves, max_seeds=5)
+    assert found.verdict["a"] == "promote"
+    assert found.reason["none"] == "what others are compared with; 1 failed (diverged)"
+
+
+def test_a_verdict_before_the_end_of_a_run_says_that_the_table_has_the_end():
+    rows, curves = study(none=[curve([5.0, 3.0])] * 3, a=[curve([5.0, 3.5, 3.0, 2.5])] * 3)
+    reason = verdicts(rows, curves).reason["a"]
+    assert "; at step 200, 3 pairs of seeds, of at most 8 (the table has final losses, of" in reason
+    assert reason.endswith("of steps 200 and 400)")
+
+
+def test_a_finished_run_without_a_curve_is_told():
+    rows, curves = study(none=around(3.0, 4), a=around(2.8, 4))
+    del curves["a2"]
+    found = verdicts(rows, curves, max_seeds=4).loc["a"]
+    assert found.pairs == 3 and found.reason.endswith("; 1 finished without a curve, and left out")
+
+
 def test_a_reference_that_never_finished_leaves_nothing_to_compare_with():
     rows, curves = study(none=["diverged", "diverged"], a=around(2.8, 2))
     found = verdicts(rows, curves, max_seeds=2)
@@ -476,7 +509,7 @@ def test_seeds_beyond_the_plan_promote_nothing():
     made = study(none=around(3.0, 6), a=around(2.8, 6))
     assert verdicts(*made, max_seeds=6).verdict["a"] == "promote"
     found = verdicts(*made, max_seeds=5).loc["a"]
-    assert found.verdict == "hold" and found.reason.startswith("6 pairs, of 5 that were planned")
+    assert found.verdict == "hold" and found.reason.startswith("6 pairs where at most 5 were")
 
 
 def test_before_the_first_planned_look_nothing_is_promoted():
@@ -495,6 +528,12 @@ def test_what_was_not_compared_has_no_class_and_no_difference():
     rows.loc[rows.run_id == "none3", ["source_sha", "started"]] = "old", "00"
     runs = gate.judge_runs(stage(("none", "a")), rows, curves).set_index("run_id")
     assert np.isnan(runs.difference["none3"]) and "other trainer" in runs.reason["none3"]
+
+
+def test_no_shared_step_leaves_an_empty_table_with_a_head():
+    made = study(none=[curve([5.0, 4.0])] * 2, a=[curve([5.0, 4.0], steps=[150, 350])] * 2)
+    steps = gate_facts.step_table(gate_facts.gather(stage(("none", "a")), *made))
+    assert steps.empty and "difference" in steps
 
 
 def test_the_routing_s_reasons_to_go_on():
@@ -519,7 +558,7 @@ def test_differences_at_every_shared_step():
 
 
 def test_failures_are_told_and_last():
-    rows, curves = study(none=around(3.0, 3), a=[*around(2.8, 3), "diverged"], b=["oom", "crash"])
+    rows, curves = study(none=around(3.0, 3), a=[*around(2.8, 3), "crash"], b=["oom", "crash"])
     table = judge(stage(), rows, curves)
     assert table.variant.tolist() == ["none", "a", "b"] and table.failed.tolist() == [0, 1, 2]
     assert table.verdict.tolist() == ["reference", "promote", "hold"]
@@ -528,7 +567,7 @@ def test_failures_are_told_and_last():
         "those that survive say nothing of the rest"
     )
     assert few.reason["a"].startswith("most of its runs failed")
-    assert table.reason[1].endswith("; 1 failed (diverged)") and table.reason[2].endswith(
+    assert table.reason[1].endswith("; 1 failed (crash)") and table.reason[2].endswith(
         "; 2 failed (crash, oom)"
     )
     assert verdicts(rows, curves, max_seeds=2).verdict["b"] == "hold"
@@ -546,6 +585,10 @@ def test_the_stage_may_say_otherwise():
     for key, value, sentence in (
         ("alpha", 0, "gate.alpha = 0 must be a share"),
         ("alpha", 1, "gate.alpha = 1 must be a share"),
+        ("better", float("inf"), "gate.better = inf must be a number"),
+        ("stop_evals", 0.5, "gate.stop_evals = 0.5 must be a whole number, 1 or more"),
+        ("rules", [], r"gate.rules = \[\] must be a list out of better"),
+        ("rules", [["x"]], "must be a list out of better"),
         ("better", float("nan"), "gate.better = nan must be a number"),
         ("bettr", 1, "gate.bettr = 1 is no rule; choose from stop_gain"),
         ("better", "x", "gate.better = 'x' must be a number"),

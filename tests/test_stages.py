@@ -131,14 +131,24 @@ def test_a_stage_that_extends_another_says_only_what_differs(folder):
     "change, sentence",
     [
         ("reference = 'no'", "reference = 'no': choose one of 'none LR=0.1'"),
-        ("reference = ''", "needs a reference or against"),
-        ("against = 'none'", "needs a reference or against"),
+        ("reference = ''", "needs one of reference"),
+        ("against = 'none'", "needs one of reference"),
+        ("base.N_HEAD = 1\n[grid]\nATTNGATE = ['none']", "variants.a gate and grid both set ATTNG"),
         ("reference = 1", "reference = 1 must be of type str"),
         ("against = 1", "against = 1 must be of type dict or str"),
         ("next = [{name = 'a', most = 0}]", "most = 0 of next must be a whole number, 1 or more"),
         ("next = [{name = 'a', around = {x = 1}}]", "around of next must be tables"),
         ("next = [{NUM_ITERATIONS = 1}]", "every stage in next needs a name"),
         ("seeds = [1, 1]", "different whole numbers"),
+        ("seeds = [[1], 2]", "different whole numbers"),
+        ("seeds = [true, 2]", "different whole numbers"),
+        ("max_seeds = 0", "max_seeds = 0 must be a whole number up to 50"),
+        ("max_seeds = 100", "max_seeds = 100 must be a whole number up to 50"),
+        ("next = [{name = '../x'}]", "name of next '../x': must be letters, digits, _"),
+        ("next = [{name = 3}]", "name of next 3: must be letters, digits, _"),
+        ("next = [{name = 'a', mosst = 3}]", "mosst of next is no key; choose from name, most"),
+        ("base.N_HEAD = 1\n[grid]\nLR = []", "grid.LR = [] must have different values"),
+        ("base.N_HEAD = 1\n[grid]\nLR = [1, 1]", "grid.LR = [1, 1] must have different values"),
         ("colour = 1", "colour is no key of a stage; choose from extends, question"),
         ("seeds = []", "has no seeds"),
         ("base.SEED = 3", "SEED is nothing a variant can set"),
@@ -154,6 +164,8 @@ def test_what_is_wrong_in_a_file_is_said_in_one_sentence(folder, capsys, change,
     text = "\n".join([change, *kept])
     if change.startswith("base."):
         text = FILE.replace("[base]", change.replace("base.", "[base]\n"))
+        if "[grid]" in change:
+            text = FILE.replace("[grid]\nLR = [0.1, 0.00396]", change.partition("\n")[2])
     Path("experiments/stages/toy.toml").write_text(text)
     assert stages.main(["toy"]) == 2
     error = capsys.readouterr().err
@@ -210,8 +222,8 @@ def test_what_is_written_reads_the_same_whatever_it_says(folder):
     "against, sentence",
     [
         ("'no'", "against = 'no': choose one of 'none', 'a gate'"),
-        ("{ATTNGATE = 'none'}", "against ATTNGATE: variant 'none LR=0.1' has to say its own"),
-        ("{LR = 5}", "against {'LR': 5}: 0 variants are what 'none LR=0.1' is to be compared with"),
+        ("{ATTNGATE = 'none'}", "against ATTNGATE: variant 'none LR=0.1' does not set it"),
+        ("{LR = 5}", "against {'LR': 5}: 0 variants are so and otherwise as 'none LR=0.1'"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_sentence(folder, against, sentence):
@@ -561,6 +573,65 @@ def test_runs_of_other_settings_than_the_file_has_are_left_out_and_counted(folde
     rows["changes"] += " MUON_LR=0.25"
     results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
     assert "Left out: 9" in make_tables.write_tables("toy")
+
+
+def test_a_setting_that_left_the_stage_leaves_no_results(folder):
+    """What a run had beyond what its stage says makes it another one."""
+    made = [row for row in ROWS if row["source_sha"] == "new"]
+    rows = pd.DataFrame(made).assign(preset="gpt2_small", run_id=range(len(made)))
+    rows["changes"] = rows.changes.str.replace("PRESET=small ", "")
+    rows.loc[0, "changes"] += " WEIGHT_DECAY=0.1"
+    rows.loc[1, "changes"] += " LOG_EVERY=5 DEVICE=cuda"
+    stage, known = load_stage("toy"), rows.assign(device_name="cpu")
+    assert set(split_results.tried(known, stage).run_id) == set(range(1, len(made)))
+
+
+def test_a_blank_setting_stays_in_the_rows_of_a_stage(folder):
+    """Else a stage that sets it now would take them for its own."""
+    results([one | {"head_lr": "", "note": ""} for one in ROWS])
+    split_results.main([])
+    kept = pd.read_csv("experiments/results_toy.csv")
+    assert "head_lr" in kept and "error" not in kept
+    stage = Path("experiments/stages/toy.toml")
+    rows = pd.DataFrame(ROWS).assign(head_lr="", preset="gpt2_small")
+    results(rows.astype(object).fillna("").to_dict("records"))
+    stage.write_text(FILE.replace("N_LAYER = 2", "N_LAYER = 2\nHEAD_LR = 0.01"))
+    split_results.main([])
+    assert len(split_results.comparable(split_results.read_results(), load_stage("toy"))) == 0
+    assert "Left out: 9 finished runs with other settings" in make_tables.write_tables("toy")
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"final_loss": "3,01"}, "final_loss of odd is '3,01', no number"),
+        ({"changes": "PRESET='x"}, "changes of odd are no NAME=value words"),
+        ({"changes": "PRESET"}, "changes of odd are no NAME=value words"),
+    ],
+    ids=str,
+)
+def test_a_row_that_cannot_be_read_is_named(folder, capsys, change, sentence):
+    results([*ROWS[:3], row("none LR=0.1", 9, 3.0, run_id="odd", **change)])
+    codes = split_results.main(["toy"]), make_tables.main(["toy"])
+    assert 2 in codes and sentence in capsys.readouterr().err
+
+
+def test_a_broken_curve_is_named_and_blocks_only_a_finished_run(folder, capsys):
+    results([row("none LR=0.1", 1, 3.0, run_id="good"), row("none LR=0.1", 2, 3.0, status="crash")])
+    curve(folder, "good", "step,val_loss\n1,2.0\n")
+    curve(folder, row("none LR=0.1", 2, 3.0)["run_id"], "ste")
+    assert split_results.main(["toy"]) == 0
+    curve(folder, "good", "ste")
+    assert split_results.main(["toy"]) == 2 and "good.csv is no curve" in capsys.readouterr().err
+    Path("experiments/results.csv").write_text("a,b\n1,2\n")
+    assert split_results.main([]) == 2 and "is no table of results" in capsys.readouterr().err
+
+
+def test_different_numbers_of_tokens_are_told(folder):
+    made = [row("none LR=0.1", seed, 3.0 + seed, tokens=1000) for seed in (1, 2)]
+    results(made + [row("a gate LR=0.1", seed, 2.9 + seed, tokens=2000) for seed in (1, 2)])
+    split_results.main([])
+    assert "different numbers of tokens, 1,000 to 2,000:" in make_tables.write_tables("toy")
 
 
 STUDIED = [path.stem.removeprefix("results_") for path in committed("experiments/results_*.csv")]
