@@ -39,8 +39,8 @@ from harness.contract import FIGURES, RUN_ID_PATTERN, RUN_ID_RULE
 from harness.files import RunFiles
 
 # what trackers call columns of the curve
-TAGS = {"train_loss": "train/loss", "val_loss": "val/loss"}
-MOE = r"aux_coef|(aux|entropy|load_min|load_max|dead)_\d+"  # columns that tell of experts
+TAGS = {"train_loss": "train/loss", "val_loss": "val/loss", "val_accuracy": "val/accuracy"}
+MOE = r"aux_coef|(aux|entropy|load_min|load_max|dead|dropped)_\d+"  # columns that tell of experts
 
 
 class Point(NamedTuple):

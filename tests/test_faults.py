@@ -119,7 +119,7 @@ def test_a_signal_anywhere_loses_nothing(settings, monkeypatch, place):
 
 
 def test_a_long_evaluation_is_left_at_once(settings, monkeypatch):
-    announce(monkeypatch, train_gpt.GPT, "forward", "x", 0.05)
+    announce(monkeypatch, train_gpt.GPT, "score", "x", 0.05)
     job = Job(settings | {"VAL_TOKENS": 384, "DEVICE_BATCH_SIZE": 1}, 2)  # 12 batches a rank
     job.wait_for("x\nx\n")
     job.kill(signal.SIGTERM)
