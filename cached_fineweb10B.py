@@ -30,10 +30,12 @@ INDEX = {
     "source": REPO,
     "commit": None,
     "tokenizer": "gpt2",
+    "tokenizer_sha256": None,
     "vocab_size": 50257,
     "eot_id": 50256,
     "split": "by shard, as published",
     "bytes_per_token": None,
+    "token_bytes": None,  # the number of bytes of each id, by which bits per byte are counted
     "shards": [],
 }
 ATTEMPTS = 5
@@ -142,35 +144,59 @@ def fetch(path: Path, commit: str, sha256: str | None) -> dict:
     )
 
 
-def read_index(folder: Path) -> tuple[str | None, dict[str, dict]]:
-    """Commit and shard entries by name in the index.json of a folder, if there is one. Raises
-    FetchError, OSError."""
+def read_index(folder: Path) -> dict:
+    """index.json of a folder, or what it would say of an empty one. Raises FetchError, OSError."""
     path = folder / "index.json"
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        index = json.loads(path.read_text()) if path.exists() else INDEX
-        if index["source"] == REPO:
-            return index["commit"], {shard["name"]: shard for shard in index["shards"]}
+        index = json.loads(path.read_text()) if path.exists() else {}
+        index = INDEX | index
+        if index["source"] == REPO and all(shard["name"] for shard in index["shards"]):
+            return index
     raise FetchError(
         f"{path}: expected the index of {REPO}, found another: delete it or set another DATA_DIR", 1
     )
 
 
-def write_index(folder: Path, commit: str | None, records: dict[str, dict]) -> None:
-    """Write tokenizer.json and index.json, each in one step so that no reader sees half of it.
-    Raises OSError."""
-    tokenizer = {
-        "kind": INDEX["tokenizer"],
-        "vocab_size": INDEX["vocab_size"],
-        "eot_id": INDEX["eot_id"],
-    }
-    shards = [records[name] for name in sorted(records) if (folder / name).is_file()]
-    for name, content in (
-        ("tokenizer.json", tokenizer),
-        ("index.json", INDEX | {"commit": commit, "shards": shards}),
-    ):
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, folder / name)
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step so that no reader sees half of it. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_index(folder: Path, index: dict, records: dict[str, dict]) -> None:
+    """Write index.json with the records of the shards that are there. Raises OSError."""
+    index["shards"] = [records[name] for name in sorted(records) if (folder / name).is_file()]
+    text = json.dumps(index | {"token_bytes": "HERE"}, indent=1)
+    one_line = json.dumps(index["token_bytes"])  # of 50,257 numbers
+    write_text(folder / "index.json", text.replace('"HERE"', one_line) + "\n")
+
+
+def write_tokenizer(folder: Path, index: dict, records: dict[str, dict]) -> None:
+    """Write tokenizer.json: at first a record that names GPT-2's; then that itself, where its
+    vocabulary is at hand or can be fetched, and what the index says of it. Raises OSError."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        about = {"kind": "gpt2", "vocab_size": INDEX["vocab_size"], "eot_id": INDEX["eot_id"]}
+        write_text(path, json.dumps(about, indent=1) + "\n")
+    elif index["token_bytes"]:
+        return
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "on", "yes"):
+        return
+    print("tokenizer.json: looking for GPT-2's vocabulary", flush=True)
+    from train_gpt import DataError  # brings scripts/ onto the path
+
+    try:
+        import tokenization
+
+        tokenizer = tokenization.named("gpt2")
+    except (ImportError, DataError):
+        return
+    text = tokenizer.to_json()
+    write_text(path, text)
+    index["tokenizer_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    index["token_bytes"] = [len(token) for token in tokenizer.token_bytes]
+    write_index(folder, index, records)
 
 
 def check_space(folder: Path, missing: int) -> None:
@@ -199,7 +225,8 @@ def ask_hub(revision: str) -> tuple[str, dict[str, str]]:
 def fetch_all(folder: Path, names: list[str], revision: str | None) -> None:
     """Make the named shards of a folder whole, record them, and print what was done. Raises
     FetchError, OSError."""
-    held, records = read_index(folder)
+    index = read_index(folder)
+    held, records = index["commit"], {shard["name"]: shard for shard in index["shards"]}
     revision = revision or held or "main"
     entries = {name: inspect(folder / name, records.get(name, {}))[0] for name in names}
     whole = {name: entry for name, entry in entries.items() if entry}
@@ -230,7 +257,10 @@ def fetch_all(folder: Path, names: list[str], revision: str | None) -> None:
         entry = whole.get(name) or fetch(folder / name, commit, sha256s.get(name))
         if entry != records.get(name):
             records[name] = entry
-            write_index(folder, commit, records)
+            index["commit"] = commit
+            write_index(folder, index, records)
+    if os.access(folder, os.W_OK):
+        write_tokenizer(folder, index, records)  # last, since it may wait for the network
     size = sum(records[name]["bytes"] for name in names) / 1e9
     skipped = f"{len(whole)} skipped" if missing else f"{len(whole)} skipped without network"
     print(

@@ -9,6 +9,7 @@ VOCAB_SIZE=0 asks for the dataset's index.json. All files except that of --json 
 TMPDIR chooses the disk they are on, and so the disk the loader is measured on.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import contextlib
 import json

@@ -8,6 +8,7 @@ RUN_ID, ended by SIGKILL to all its processes. Goodput is the training time of t
 counted over the time that passed.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import contextlib
 import json

@@ -12,6 +12,7 @@ Exit codes: 0 all is well, 1 a check failed, which is named, 2 wrong settings, 3
 VOCAB_SIZE=0.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import math
 import os

@@ -11,6 +11,7 @@ Exit codes: 0 the same, 1 not, with the figure that says so, 2 wrong settings, 3
 VOCAB_SIZE=0.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import os
 import sys

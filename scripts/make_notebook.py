@@ -8,6 +8,7 @@ and stays. Its figures are not typed: {elementwise|difference} becomes that cell
 the notebook is run; see make_tables.filled. It reads nothing but experiments/.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import sys
 from pathlib import Path

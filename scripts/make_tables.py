@@ -12,6 +12,7 @@ variant and its reference share; where they share fewer than two, of Welch's. p_
 for the number of comparisons in the table.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import re
 import sys

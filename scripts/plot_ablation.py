@@ -8,6 +8,7 @@ Differences to the reference, and their intervals, are those of make_tables.py. 
 three seeds there is no interval.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import itertools
 import sys

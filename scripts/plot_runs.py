@@ -8,6 +8,7 @@ experiments/log_curves_*.csv holds. Runs are compared at the last step that all 
 never at their ends.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import io
 import json

@@ -5,6 +5,7 @@
 A row whose summary is gone is kept. New rows come in the order in which their runs started.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import json
 import sys

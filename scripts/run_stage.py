@@ -16,6 +16,7 @@ this makes a new stage, which --as names. Started again after any end, kill -9 t
 that are still live are waited for, those that were cut short go on from their last checkpoint.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import os
 import sys

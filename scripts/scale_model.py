@@ -15,6 +15,7 @@ come on top. Whether dense or experts learn more for the money, only training te
 Exit codes: 0 planned, 2 a wrong argument, or a budget that buys nothing.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import bisect
 import functools

@@ -8,6 +8,7 @@ with what is known so far; a variant is out as soon as it is promoted or held. P
 table, a row a case. Exit code 1 where chance promotes too often or too much is missed.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import sys
 from collections.abc import Mapping, Sequence

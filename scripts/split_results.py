@@ -8,6 +8,7 @@ notebooks and plots read. The curves come from LOG_DIR (logs); where a log is go
 curves already holds of the run is kept.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import functools
 import io

@@ -10,6 +10,7 @@ tokens, after the same tokens. What p has to reach is in gate_stats.py, what is 
 in gate_facts.py.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import math
 import sys

@@ -27,6 +27,7 @@ A step of `next` may say `most = 2`, how many of the promoted go on, the best fi
 nothing is promoted, the reference counts as the best.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import itertools
 import json

@@ -17,6 +17,7 @@ Exit codes: 0 all is sent, or another follower does it, 1 a tracker failed, 2 wr
 one is not installed.
 """
 
+import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import contextlib
 import csv

@@ -41,6 +41,11 @@ for line in sys.stdin:
         if "free" in job:
             usage = mock.Mock(free=job["free"])
             stack.enter_context(mock.patch("shutil.disk_usage", return_value=usage))
+        if "vocabulary" in job:
+            import train_gpt
+            import tokenization
+            gpt2 = {"gpt2": tokenization.BytesTokenizer()}.__getitem__
+            stack.enter_context(mock.patch("tokenization.named", gpt2))
         if "read_only" in job:
             stack.enter_context(mock.patch("os.access", return_value=False))
         try:
@@ -210,6 +215,9 @@ class Worker:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "PYTHONPATH": str(ROOT),
             "NO_PROXY": "127.0.0.1",
+            # nothing else may be reached, such as GPT-2's vocabulary
+            "HTTPS_PROXY": "http://127.0.0.1:9",
+            "TIKTOKEN_CACHE_DIR": str(home / "tiktoken"),
             **env,
         }
         self.process = subprocess.Popen(
@@ -303,10 +311,12 @@ def test_fresh_fetch_gives_the_bytes_and_an_index(hub, worker, tmp_path):
         "source": REPO,
         "commit": COMMIT,
         "tokenizer": "gpt2",
+        "tokenizer_sha256": None,
         "vocab_size": 50257,
         "eot_id": 50256,
         "split": "by shard, as published",
         "bytes_per_token": None,
+        "token_bytes": None,
         "shards": [
             {
                 "name": name,
@@ -328,6 +338,20 @@ def test_fresh_fetch_gives_the_bytes_and_an_index(hub, worker, tmp_path):
     assert f"1/2 {VAL}\n2/2 {TRAIN}\n" in output
     assert f"2 shards fetched, 0 skipped: 0.00 GB in {folder}, commit {COMMIT}\n" in output
     assert output.endswith("torchrun --standalone --nproc_per_node=8 train_gpt.py\n")
+
+
+def test_the_vocabulary_is_written_once_it_can_be_had(hub, worker, tmp_path):
+    worker.run(tmp_path, "1")
+    shards = index_of(tmp_path)["shards"]
+    code, output = worker.run(tmp_path, "1", job={"vocabulary": True})
+    assert code == 0 and "0 shards fetched" in output
+    index, text = index_of(tmp_path), (tmp_path / "tokenizer.json").read_text()
+    assert index["token_bytes"] == [1] * 256 + [0] and index["shards"] == shards
+    assert index["tokenizer_sha256"] == sha256(text.encode())
+    assert len((tmp_path / "index.json").read_text().splitlines()) < 40
+    worker.run(tmp_path, "2")
+    assert index_of(tmp_path)["token_bytes"] == index["token_bytes"]
+    assert (tmp_path / "tokenizer.json").read_text() == text
 
 
 def test_second_run_uses_no_network_and_hashes_nothing_again(hub, worker, tmp_path):

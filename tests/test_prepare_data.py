@@ -4,18 +4,36 @@ Shards are read here with struct, and splits are recomputed here, so that the sc
 against itself.
 """
 
+import gzip
 import hashlib
 import json
+import os
+import re
+import shlex
+import shutil
+import signal
 import socket
 import struct
+import subprocess
+import sys
+import time
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import encode_shards
 import prepare_data
-from prepare_data import main, pieces, write_shard
+import text_sources
+import tokenization
+from encode_shards import write_shard
+from prepare_data import main
 from harness.contract import DataError
+from harness.settings import ROOT, preset_files
+import train_gpt
+from harness.ranks import Ranks
 from train_gpt import load_shard
 
 FILES = [f"{folder}/{number}.txt" for folder in ("a", "b", "b/c") for number in range(20)]
@@ -117,7 +135,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path, m
 def test_index_describes_the_shards(tmp_path):
     raw = bytes(range(256)) * 5
     (tmp_path / "in.txt").write_bytes(raw)
-    index = prepare("in.txt", "--shard-tokens", 500)
+    index = prepare("in.txt", "--binary", "--shard-tokens", 500)
     assert [(shard["name"], shard["split"], shard["tokens"]) for shard in index["shards"]] == [
         ("out_val_000000.bin", "val", 128),
         ("out_train_000001.bin", "train", 500),
@@ -128,9 +146,12 @@ def test_index_describes_the_shards(tmp_path):
         path = tmp_path / "out" / shard["name"]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
         assert len(read_shard(path)) == shard["tokens"]
+        assert path.stat().st_size == shard["bytes"]
     assert bytes(read_split(tmp_path / "out", "train") + read_split(tmp_path / "out", "val")) == raw
-    about = json.loads((tmp_path / "out/tokenizer.json").read_text())
-    assert about == {"kind": "bytes", "vocab_size": 257, "eot_id": 256}
+    content = (tmp_path / "out/tokenizer.json").read_bytes()
+    assert content.decode() == tokenization.named("bytes").to_json()
+    assert index["tokenizer_sha256"] == hashlib.sha256(content).hexdigest()
+    assert index["token_bytes"] == [1] * 256 + [0]
     assert {
         key: index[key]
         for key in (
@@ -167,7 +188,7 @@ def test_index_describes_the_shards(tmp_path):
 def test_bytes_of_one_file_come_back_in_order(tmp_path):
     raw = np.random.default_rng(0).integers(0, 256, 12345).astype(np.uint8).tobytes()
     (tmp_path / "in.bin").write_bytes(raw)
-    prepare("in.bin", "--val-fraction", 0.25)
+    prepare("in.bin", "--binary", "--val-fraction", 0.25)
     train, val = (bytes(read_split(tmp_path / "out", split)) for split in ("train", "val"))
     assert train + val == raw
     assert len(train) == 9258
@@ -205,9 +226,11 @@ def test_chars_of_one_file_come_back_and_the_vocabulary_is_sorted(tmp_path):
     )  # two in val only
     (tmp_path / "in.txt").write_bytes(text.encode())
     index = prepare("in.txt", "--tokenizer", "chars")
-    about = json.loads((tmp_path / "out/tokenizer.json").read_text())
     chars = sorted(set(text))
-    assert about == {"kind": "chars", "vocab_size": len(chars), "eot_id": None, "chars": chars}
+    about = json.loads((tmp_path / "out/tokenizer.json").read_text())
+    assert about["model"]["vocab"] == {char: token for token, char in enumerate(chars)}
+    assert about["added_tokens"] == []
+    assert index["token_bytes"] == [len(char.encode()) for char in chars]
     assert (index["vocab_size"], index["eot_id"]) == (len(chars), None)
     tokens = read_split(tmp_path / "out", "train") + read_split(tmp_path / "out", "val")
     assert "".join(chars[token] for token in tokens) == text
@@ -284,8 +307,9 @@ def test_chars_of_a_corpus_have_end_of_text_as_last_id(tmp_path):
     index = prepare("texts/**/*.txt", "--tokenizer", "chars")
     about = json.loads((tmp_path / "out/tokenizer.json").read_text())
     chars = sorted(set("".join(path.read_text() for path in (tmp_path / "texts").rglob("*.txt"))))
-    assert about["chars"] == chars
-    assert about["eot_id"] == index["eot_id"] == len(chars) == index["vocab_size"] - 1
+    assert list(about["model"]["vocab"]) == [*chars, "<|endoftext|>"]
+    assert about["added_tokens"][0]["id"] == index["eot_id"] == len(chars)
+    assert index["vocab_size"] == len(chars) + 1
     names = [name for name in sorted(FILES) if expected_split(name, 0.1) == "val"]
     decoded = "".join([*chars, "|"][token] for token in read_split(tmp_path / "out", "val"))
     assert decoded == "".join("|" + (tmp_path / "texts" / name).read_text() for name in names)
@@ -416,8 +440,9 @@ def test_failed_forced_run_keeps_the_old_data(tmp_path, capsys, monkeypatch):
     assert contents(tmp_path / "out") == before
 
 
-def test_run_that_dies_while_it_replaces_data_leaves_no_index(tmp_path, monkeypatch):
+def test_run_that_dies_while_it_replaces_data_leaves_no_index_and_goes_on(tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("some text " * 50)
+    prepare("in.txt", "--tokenizer", "chars", out="whole/out")
     prepare("in.txt")
     real_replace = prepare_data.os.replace
 
@@ -427,9 +452,12 @@ def test_run_that_dies_while_it_replaces_data_leaves_no_index(tmp_path, monkeypa
         real_replace(source, target)
 
     monkeypatch.setattr(prepare_data.os, "replace", die_at_train)
-    with pytest.raises(KeyboardInterrupt):
-        prepare("in.txt", "--tokenizer", "chars", "--force")
-    assert not list((tmp_path / "out").iterdir())
+    command = ["--source", "in.txt", "--out", "out", "--tokenizer", "chars"]
+    assert main([*command, "--force"]) == 130
+    assert not (tmp_path / "out/index.json").exists()
+    monkeypatch.setattr(prepare_data.os, "replace", real_replace)
+    assert main(command) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole/out")
 
 
 # Packages
@@ -447,12 +475,14 @@ def test_sympy_is_the_same_data_everywhere(tmp_path, capsys):
             "name": "sympy_val_000000.bin",
             "split": "val",
             "tokens": 1_924_500,
+            "bytes": 3_850_024,
             "sha256": "edea12951ca6e5fe50260b7dde873e7b3f85a831c905c3aac52828af194894cb",
         },
         {
             "name": "sympy_train_000001.bin",
             "split": "train",
             "tokens": 14_688_625,
+            "bytes": 29_378_274,
             "sha256": "79e04b8db85e47905b3c4e008a3df387bbb4a594b495781a4455877f11efb93a",
         },
     ]
@@ -468,7 +498,7 @@ def test_sympy_is_the_same_data_everywhere(tmp_path, capsys):
         "val: 1,924,500 tokens of 100 document(s)",
         "vocabulary: 257   bytes per token: 0.9999",
         "next: PRESET=quickstart INPUT_BIN='sympy/sympy_train_*.bin' "
-        "INPUT_VAL_BIN='sympy/sympy_val_*.bin' VOCAB_SIZE=0 python train_gpt.py",
+        f"INPUT_VAL_BIN='sympy/sympy_val_*.bin' VOCAB_SIZE=0 python {ROOT / 'train_gpt.py'}",
     ]
 
 
@@ -504,7 +534,7 @@ def test_package_is_its_source_without_tests_and_is_not_imported(tmp_path, monke
 
 
 def test_another_sympy_is_warned_about(monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data.metadata, "version", {"sympy": "1.13.3"}.__getitem__)
+    monkeypatch.setattr(text_sources.metadata, "version", {"sympy": "1.13.3"}.__getitem__)
     index = prepare("package:sympy")
     assert capsys.readouterr().err == (
         "warning: sympy 1.13.3 is installed, not 1.14.0: losses on this data "
@@ -513,19 +543,14 @@ def test_another_sympy_is_warned_about(monkeypatch, capsys):
     assert index["source_version"] == "1.13.3"
 
 
-# GPT-2
+# Byte pairs
 
 
-def gpt2_like_encoding():
-    """tiktoken with GPT-2's pattern, but bytes and a few merges: nothing is to be downloaded."""
-    tiktoken = pytest.importorskip("tiktoken")
-    from tiktoken_ext.openai_public import r50k_pat_str
-
+def small_bpe():
+    """GPT-2's pattern with the bytes and a few merges: nothing is to be downloaded."""
     merges = [b"\n\n", b"  ", b"    ", b" t", b"th", b" th", b"ab", b"abab", b"'s", b"!!"]
     ranks = {token: rank for rank, token in enumerate([*(bytes([i]) for i in range(256)), *merges])}
-    return tiktoken.Encoding(
-        "gpt2-like", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
-    )
+    return tokenization.BpeTokenizer(ranks, {"<|endoftext|>": len(ranks)}, "gpt2", "test")
 
 
 def messy_text(seed, count=4000):
@@ -537,78 +562,77 @@ def messy_text(seed, count=4000):
     return "".join(np.random.default_rng(seed).choice(parts, count))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_pieces_have_the_tokens_of_the_whole(monkeypatch, seed):
-    monkeypatch.setattr(prepare_data, "PIECE_CHARS", 7)
-    encoding, text = gpt2_like_encoding(), messy_text(seed)
-    parts = list(pieces(text))
-    assert "".join(parts) == text
-    assert len(parts) > 300
-    tokens = [token for part in parts for token in encoding.encode_ordinary(part)]
-    assert tokens == encoding.encode_ordinary(text)
+@pytest.fixture
+def bpe(tmp_path, monkeypatch):
+    """The small tokenizer, in a file and under the name gpt2."""
+    tokenizer = small_bpe()
+    (tmp_path / "bpe.json").write_text(tokenizer.to_json())
+    monkeypatch.setattr(tokenization, "gpt2", lambda: tokenizer)
+    return tokenizer
 
 
-def test_gpt2_takes_a_large_file_in_pieces(tmp_path, monkeypatch):
-    encoding, lengths = gpt2_like_encoding(), []
-
-    class Recorder:
-        def encode_ordinary(self, text):
-            lengths.append(len(text))
-            return encoding.encode_ordinary(text)
-
-    monkeypatch.setattr("tiktoken.get_encoding", {"gpt2": Recorder()}.__getitem__)
-    text = "the line\n" * 300_000
-    (tmp_path / "in.txt").write_text(text)
-    index = prepare("in.txt", "--tokenizer", "gpt2")
-    assert (
-        max(lengths) < 1_050_000 and len(lengths) == 4
-    )  # 2.43 million characters of train, 0.27 million of val
-    assert (index["vocab_size"], index["eot_id"]) == (50257, 50256)
-    cut = len(text) * 9 // 10
-    assert read_split(tmp_path / "out", "train") == encoding.encode_ordinary(text[:cut])
-    assert read_split(tmp_path / "out", "val") == encoding.encode_ordinary(text[cut:])
+def test_a_file_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch, bpe):
+    monkeypatch.setattr(text_sources, "PIECE_CHARS", 7)
+    monkeypatch.setattr(text_sources, "CHUNK", 11)
+    text = messy_text(0)
+    (tmp_path / "in.txt").write_bytes(text.encode())
+    index = prepare("in.txt", "--tokenizer", "gpt2", "--val-fraction", 0.5)
+    cut = len(text) // 2
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        assert read_split(tmp_path / "out", split) == bpe.encoding.encode_ordinary(part)
+    assert (index["vocab_size"], index["eot_id"]) == (267, 266)
+    assert index["token_bytes"][256:] == [2, 2, 4, 2, 2, 3, 2, 4, 2, 2, 0]
 
 
-def test_gpt2_corpus_begins_each_document_with_end_of_text(tmp_path, monkeypatch):
-    encoding = gpt2_like_encoding()
-    monkeypatch.setattr("tiktoken.get_encoding", {"gpt2": encoding}.__getitem__)
+def test_a_corpus_begins_each_document_with_end_of_text(tmp_path, bpe):
     write_corpus(tmp_path)
     names = [name for name in sorted(FILES) if expected_split(name, 0.1) == "val"]
-    (tmp_path / "texts" / names[0]).write_text(
-        "<|endoftext|>"
-    )  # in a text it is text, not the special token
+    # in a text it is text, not the special token
+    (tmp_path / "texts" / names[0]).write_text("<|endoftext|>")
     (tmp_path / "texts" / names[1]).write_text("")
-    prepare("texts/**/*.txt", "--tokenizer", "gpt2")
+    index = prepare("texts/**/*.txt", "--tokenizer", "bpe.json")
     expected = []
     for name in names:
-        expected += [50256, *encoding.encode_ordinary((tmp_path / "texts" / name).read_text())]
+        text = (tmp_path / "texts" / name).read_text()
+        expected += [266, *bpe.encoding.encode_ordinary(text)]
     assert read_split(tmp_path / "out", "val") == expected
+    assert (tmp_path / "out/tokenizer.json").read_text() == (tmp_path / "bpe.json").read_text()
+    assert index["tokenizer"] == "bpe.json"
+
+
+def test_a_changed_tokenizer_file_is_another_recipe(tmp_path, capsys, bpe):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    prepare("in.txt", "--tokenizer", "bpe.json")
+    prepare("in.txt", "--tokenizer", "bpe.json")
+    assert "already there" in capsys.readouterr().out
+    content = (tmp_path / "bpe.json").read_text()
+    (tmp_path / "bpe.json").write_text(tokenization.named("bytes").to_json())
+    line = refused(capsys, 3, "in.txt", "--tokenizer", "bpe.json")
+    assert "found another tokenizer_sha256" in line
+    (tmp_path / "bpe.json").write_text(content)
+    prepare("in.txt", "--tokenizer", "bpe.json")
 
 
 def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch, capsys):
-    registry = pytest.importorskip("tiktoken.registry")
-
     def no_network(*args, **kwargs):
         raise OSError("network is blocked by the test")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    monkeypatch.delitem(registry.ENCODINGS, "gpt2", raising=False)
+    monkeypatch.setattr(tokenization, "whisper_file", lambda: None)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     (tmp_path / "in.txt").write_text("some text " * 50)
     line = refused(capsys, 3, "in.txt", "--tokenizer", "gpt2")
-    assert line.startswith(
-        "prepare_data.py: error: --tokenizer gpt2: tiktoken could not get its vocabulary ("
-    )
-    assert line.endswith(
-        "run once online with TIKTOKEN_CACHE_DIR=FOLDER set, or use --tokenizer bytes"
-    )
+    assert line.startswith("prepare_data.py: error: tokenizer gpt2: its vocabulary is neither in")
+    assert "run once online with TIKTOKEN_CACHE_DIR=FOLDER set" in line
     assert not (tmp_path / "out").exists()
 
 
 # Refusals
 
-TEXT_KINDS = "expected package:NAME, a file, or a quoted glob like 'texts/**/*.txt'"
+TEXT_KINDS = (
+    "expected package:NAME, hf:OWNER/NAME, a file, a folder, or a quoted glob like 'texts/**/*.txt'"
+)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +648,11 @@ TEXT_KINDS = "expected package:NAME, a file, or a quoted glob like 'texts/**/*.t
             ["texts/*.md"],
             f"--source texts/*.md: {TEXT_KINDS}, found no such file: correct the path",
         ),
-        (3, ["texts"], f"--source texts: {TEXT_KINDS}, found a folder: correct the path"),
+        (
+            3,
+            ["hollow"],
+            "--source hollow: expected a folder with text, found no file: fill it",
+        ),
         (
             3,
             ["empty.txt"],
@@ -636,6 +664,20 @@ TEXT_KINDS = "expected package:NAME, a file, or a quoted glob like 'texts/**/*.t
             "--source package:no_such_package: expected an installed top-level package with "
             "*.py files, found no package: install it, or name another source",
         ),
+        (
+            3,
+            ["packed.txt"],
+            "packed.txt: expected text, found what looks like gzip: give it the ending .gz, or "
+            "take its bytes as they are with --tokenizer bytes --binary",
+        ),
+        (
+            3,
+            ["wide.txt"],
+            "found what looks like UTF-16: convert it: iconv -f UTF-16 -t UTF-8 wide",
+        ),
+        (3, ["noise.txt", "--tokenizer", "chars"], "found what looks like binary data: name text"),
+        (3, ["*.txt"], "found what looks like"),
+        (3, ["cut.txt.gz"], "cut.txt.gz: expected what .gz packs, found Compressed file ended bef"),
         (3, ["package:os.path"], "found no package: install it"),
         (3, ["package:__main__"], "found no package: install it"),
         (3, ["package:socket"], "found no such files: install it"),
@@ -643,7 +685,7 @@ TEXT_KINDS = "expected package:NAME, a file, or a quoted glob like 'texts/**/*.t
             3,
             ["texts/a/0.tx?"],
             "--val-fraction 0.1: expected files in train and in val, found all 1 in train: "
-            "give more files, another fraction, or just one FILE",
+            "give more files, another fraction or just one FILE",
         ),
         (3, ["texts/**/*.txt", "--val-fraction", "0.9999"], "found all 60 in val: give more files"),
         (
@@ -691,15 +733,20 @@ TEXT_KINDS = "expected package:NAME, a file, or a quoted glob like 'texts/**/*.t
             "argument --shard-tokens: expected 2 to 2147483647, found 1",
         ),
         (
-            2,
+            3,
             ["five.txt", "--tokenizer", "words"],
-            "argument --tokenizer: invalid choice: 'words' (choose from ",
+            "tokenizer words: expected bytes, gpt2, a tokenizer.json, a folder with one",
         ),
     ],
 )
 def test_refused_with_one_sentence_and_nothing_written(tmp_path, capsys, code, options, sentence):
     write_corpus(tmp_path)
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "packed.txt").write_bytes(gzip.compress(b"text " * 99))
+    (tmp_path / "wide.txt").write_bytes(("text " * 99).encode("utf-16"))
+    (tmp_path / "noise.txt").write_bytes(np.random.default_rng(0).bytes(999))
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text " * 99)[:-9])
     (tmp_path / "five.txt").write_bytes(b"12345")
     (tmp_path / "latin1.txt").write_bytes("caf\xe9 and more".encode("latin-1"))
     assert sentence in refused(capsys, code, *options)
@@ -714,8 +761,8 @@ def test_more_symbols_than_uint16_holds_are_refused(tmp_path, capsys):
 
     with_symbols(65537)
     assert refused(capsys, 3, "in.txt", "--tokenizer", "chars") == (
-        "prepare_data.py: error: --tokenizer chars: expected a vocabulary of at most 65536, "
-        "found 65537: use --tokenizer bytes"
+        "prepare_data.py: error: tokenizer chars: expected a vocabulary of 1 to 65536, "
+        "found 65537: use the tokenizer bytes"
     )
     assert not (tmp_path / "out").exists()
     with_symbols(65536)
@@ -733,3 +780,491 @@ def test_file_that_cannot_be_a_folder_is_refused(tmp_path, capsys):
 def test_file_named_like_a_glob_is_one_file(tmp_path):
     (tmp_path / "draft[1].txt").write_text("some text " * 50)
     assert prepare("draft[1].txt")["split"].startswith("contiguous")
+
+
+# Several sources
+
+
+def write_rows(name, texts):
+    with open(name, "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def cut_documents(monkeypatch):
+    """Makes documents have several pieces that are small."""
+    monkeypatch.setattr(text_sources, "PIECE_CHARS", 20)
+    monkeypatch.setattr(text_sources, "LONGEST_PIECE", 30)
+
+
+def test_documents_follow_the_weights_in_tokens(tmp_path, monkeypatch, capsys):
+    cut_documents(monkeypatch)
+    rng = np.random.default_rng(0)
+    write_rows("a.jsonl", ["a" * n for n in rng.integers(1, 99, 900)])
+    write_rows("b.jsonl", ["b" * n for n in rng.integers(1, 400, 900)])
+    options = ["--weight", 0.7, "--source", "b.jsonl", "--weight", 0.3, "--tokenizer", "chars"]
+    index = prepare("a.jsonl", *options)
+    for split in ("train", "val"):
+        # characters are 0 and 1, the end is 2
+        stream = "".join("ab|"[token] for token in read_split(tmp_path / "out", split))
+        texts = stream.split("|")[1:]
+        tokens = {"a": 0, "b": 0}
+        for text in texts:
+            # whole documents, from the source that is most behind its share
+            assert len(set(text)) == 1
+            assert text[0] == min("ab", key=lambda s: tokens[s] / {"a": 0.7, "b": 0.3}[s])
+            tokens[text[0]] += len(text) + 1
+        assert abs(tokens["a"] / sum(tokens.values()) - 0.7) < 400 / sum(tokens.values())
+        assert index["used"][split]["tokens"] == [*tokens.values()]
+        # a is the smaller part, and all of it is used
+        all_of_a = [f"a.jsonl:{i}" for i in range(1, 901)]
+        wanted = sum(expected_split(name, 0.1) == split for name in all_of_a)
+        assert index["used"][split]["documents"][0] == wanted
+    assert index["weight"] == [0.7, 0.3] and index["source"] == ["a.jsonl", "b.jsonl"]
+    output = capsys.readouterr().out
+    assert re.search(r"^  (69|70)\.\d% a\.jsonl: \d+ document\(s\)$", output, re.M)
+
+
+def test_sources_without_weights_follow_each_other(tmp_path):
+    write_corpus(tmp_path)
+    index = prepare("texts/**/*.txt", "--text", "a text of its own " * 9, out="two")
+    prepare("texts/**/*.txt", out="one")
+    for split, cut in (("train", slice(145)), ("val", slice(145, None))):
+        end = [256, *("a text of its own " * 9).encode()[cut]]
+        assert read_split(tmp_path / "two", split) == read_split(tmp_path / "one", split) + end
+    assert index["split"][1].startswith("contiguous")
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--weight", 1, "--weight", 2], "expected one for each of the 1 source(s), found 2"),
+        (["--weight", 0], "argument --weight: expected numbers above 0, found 0.0"),
+        (["--weight", "inf"], "argument --weight: expected numbers above 0, found inf"),
+        (["--workers", 0], "argument --workers: expected 1 or more, found 0"),
+        (
+            ["--binary", "--tokenizer", "chars"],
+            "argument --binary: expected --tokenizer bytes, found chars",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused(capsys, options, sentence):
+    assert sentence in refused(capsys, 2, "in.txt", *options)
+
+
+# Workers, and going on
+
+
+def write_mixture(tmp_path):
+    """Two sources, one of rows and one a long file, with byte pairs; returns the options."""
+    rng = np.random.default_rng(0)
+    texts = [messy_text(seed, int(count)) for seed, count in enumerate(rng.integers(1, 900, 600))]
+    write_rows("rows.jsonl", texts)
+    (tmp_path / "long.txt").write_bytes("".join(texts[::-1]).encode())
+    (tmp_path / "bpe.json").write_text(small_bpe().to_json())
+    options = ["--weight", 0.4, "--source", "long.txt", "--weight", 0.6]
+    return [*options, "--tokenizer", "bpe.json", "--shard-tokens", 10_000]
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
+    options = write_mixture(tmp_path)
+    monkeypatch.setattr(prepare_data, "BYTES_A_WORKER", 1)
+    prepare("rows.jsonl", *options, "--workers", 1, out="one/data")
+    monkeypatch.setattr(encode_shards, "BATCH", 10_000)
+    used, encoder = [], encode_shards.encoder
+
+    def spy(tokenizer, with_end, workers):
+        used.append(workers)
+        return encoder(tokenizer, with_end, workers)
+
+    monkeypatch.setattr(prepare_data, "encoder", spy)
+    prepare("rows.jsonl", *options, "--workers", 3, out="three/data")
+    assert used == [3]
+    assert len(contents(tmp_path / "one/data")) > 20
+    assert contents(tmp_path / "one/data") == contents(tmp_path / "three/data")
+
+
+def test_a_worker_s_refusal_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    write_rows("rows.jsonl", ["abc " * 9] * 300 + ["é"])
+    (tmp_path / "chars.json").write_text(tokenization.from_chars("abc ", True).to_json())
+    sentence = refused(capsys, 3, "rows.jsonl", "--tokenizer", "chars.json")
+    assert "rows.jsonl:301: text: expected the 4 characters of the vocabulary, found" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path):
+    options = [*map(str, write_mixture(tmp_path)), "--workers", "2"]
+    prepare("rows.jsonl", *options, out="whole/data")
+    whole = contents(tmp_path / "whole/data")
+    script = str(ROOT / "scripts/prepare_data.py")
+    command = [sys.executable, script, "--source", "rows.jsonl", "--out", "data", *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    done = []
+    while len(done) < 9 and time.monotonic() < deadline and process.poll() is None:
+        done = encode_shards.read_record(tmp_path / "data/.partial").get("shards", [])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 9 <= len(done) < len(whole) - 2
+    assert not (tmp_path / "data/index.json").exists()
+    index = prepare("rows.jsonl", *options, out="data")
+    assert contents(tmp_path / "data") == whole
+    assert len(index["shards"]) == len(whole) - 2
+
+
+def test_a_run_that_ends_at_any_rename_goes_on(tmp_path, monkeypatch, capsys):
+    """Some are in the middle of a document, some of the last moves."""
+    cut_documents(monkeypatch)
+    write_rows("a.jsonl", ["a" * n for n in (50, 3, 900, 40, 1, 7, 60, 300, 5, 5)])
+    write_rows("b.jsonl", ["b" * n for n in (5, 333, 90, 40, 10, 70, 6, 30, 50, 5)])
+    options = ["--weight", 2, "--source", "b.jsonl", "--weight", 1, "--val-fraction", 0.3]
+    options += ["--tokenizer", "chars", "--shard-tokens", 300]
+    real_replace, count, dies_at = os.replace, 0, None
+
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == dies_at:
+            raise KeyboardInterrupt
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    prepare("a.jsonl", *options, out="whole/data")
+    whole, renames = contents(tmp_path / "whole/data"), count
+    assert renames > 15
+    for number in range(1, renames + 1):
+        count, dies_at, out = 0, number, f"{number}/data"
+        assert main(["--source", "a.jsonl", "--out", out, *map(str, options)]) == 130
+        assert not (tmp_path / out / "index.json").exists()
+        dies_at = None
+        prepare("a.jsonl", *options, out=out)
+        assert contents(tmp_path / out) == whole, number
+
+
+def test_unfinished_data_of_another_recipe_are_refused_until_forced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    real_replace = os.replace
+
+    def die_at_train(source, target):
+        if str(target).endswith("out_train_000002.bin"):
+            raise KeyboardInterrupt
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die_at_train)
+    argv = ["--source", "in.txt", "--out", "out", "--shard-tokens", "40"]
+    assert main(argv) == 130
+    monkeypatch.setattr(os, "replace", real_replace)
+    line = refused(capsys, 3, "in.txt")
+    assert "found unfinished data of another shard_tokens: give another folder" in line
+    prepare("in.txt", "--force")
+    assert len(contents(tmp_path / "out")) == 4
+
+
+def test_another_run_on_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    (tmp_path / "out/.partial").mkdir(parents=True)
+    monkeypatch.setattr(prepare_data, "LOCK_S", 0.1)
+    (tmp_path / "out/.partial/progress.json").write_text("{}")
+    with prepare_data.FileLock(tmp_path / "out/.partial/live.lock"):
+        assert "found one that makes this data" in refused(capsys, 3, "in.txt")
+        assert (tmp_path / "out/.partial/progress.json").exists()
+
+
+def test_a_run_that_waited_for_another_finds_its_data(tmp_path, monkeypatch, capsys):
+    """The other run removes the folder with the lock when it ends."""
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    real_acquire, shards = prepare_data.FileLock.acquire, None
+
+    def acquire(lock, *args, **kwargs):
+        nonlocal shards
+        monkeypatch.setattr(prepare_data.FileLock, "acquire", real_acquire)
+        shutil.rmtree("out/.partial")
+        prepare("in.txt")  # all of the other run happens here
+        shards = contents(tmp_path / "out")
+        raise FileNotFoundError(2, "No such file or directory", str(lock.lock_file))
+
+    monkeypatch.setattr(prepare_data.FileLock, "acquire", acquire)
+    prepare("in.txt")
+    assert contents(tmp_path / "out") == shards and len(shards) == 4
+
+
+def test_ctrl_c_while_it_waits_leaves_the_other_run_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    (tmp_path / "out/.partial").mkdir(parents=True)
+    (tmp_path / "out/.partial/tokenizer.json").write_text("the other's")
+
+    def acquire(lock, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data.FileLock, "acquire", acquire)
+    assert main(["--source", "in.txt", "--out", "out"]) == 130
+    assert (tmp_path / "out/.partial/tokenizer.json").read_text() == "the other's"
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: DEEP,
+        lambda index: index | {"shards": 5},
+        lambda index: index | {"shards": []},
+        lambda index: index | {"shards": index["shards"][:1]},
+        lambda index: index | {"shards": ["out_val_000000.bin", {}]},
+        lambda index: index | {"shards": [s | {"tokens": "5"} for s in index["shards"]]},
+        lambda index: index | {"documents": {"train": "one"}},
+        lambda index: index | {"vocab_size": None},
+        lambda index: index | {"bytes_per_token": "1"},
+        lambda index: index | {"used": 5},
+        lambda index: {name: value for name, value in index.items() if name != "documents"},
+    ],
+)
+def test_an_index_of_other_form_is_refused_until_forced(tmp_path, capsys, damage):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    index = prepare("in.txt")
+    whole = contents(tmp_path / "out")
+    damaged = damage(index)
+    text = damaged if isinstance(damaged, str) else json.dumps(damaged)
+    (tmp_path / "out/index.json").write_text(text)
+    assert "or --force to replace its data" in refused(capsys, 3, "in.txt")
+    prepare("in.txt", "--force")
+    assert contents(tmp_path / "out") == whole
+
+
+def half_done(tmp_path, monkeypatch):
+    """The progress.json of a run that ended before its last moves."""
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    real_replace = os.replace
+
+    def die(source, target):
+        if Path(target) == Path("out/tokenizer.json"):
+            raise KeyboardInterrupt
+        real_replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        assert main(["--source", "in.txt", "--out", "out"]) == 130
+    return tmp_path / "out/.partial/progress.json"
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '{"recipe": 5}', DEEP, None])
+def test_damaged_progress_is_no_progress(tmp_path, monkeypatch, capsys, text):
+    """None: a figure in it has changed."""
+    record = half_done(tmp_path, monkeypatch)
+    changed = record.read_text().replace('"tokens": 450', '"tokens": 449')
+    assert changed != record.read_text()
+    record.write_text(changed if text is None else text)
+    index = prepare("in.txt")
+    assert sum(shard["tokens"] for shard in index["shards"]) == 500
+
+
+def test_unfinished_data_whose_shards_are_gone_are_made_again(tmp_path, monkeypatch, capsys):
+    record = half_done(tmp_path, monkeypatch)
+    (record.parent / "out_val_000000.bin").unlink()
+    prepare("in.txt")
+    assert len(contents(tmp_path / "out")) == 4
+
+
+def test_progress_moves_no_file_from_elsewhere(tmp_path, monkeypatch, capsys):
+    """As of a folder that someone else has made, who can make a hash too."""
+    record = half_done(tmp_path, monkeypatch)
+    (tmp_path / "theirs").write_text("theirs")
+    begun = encode_shards.read_record(record.parent)
+    for shard in begun["index"]["shards"]:
+        shard |= {"name": "../../theirs", "bytes": 6}
+    begun["record_sha256"] = encode_shards.record_hash(begun)
+    record.write_bytes(encode_shards.dump(begun))
+    assert "index" in encode_shards.read_record(record.parent)
+    prepare("in.txt")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert len(contents(tmp_path / "out")) == 4
+
+
+def test_a_link_in_the_place_of_unfinished_data_is_refused(tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/file").write_text("theirs")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.partial").symlink_to(tmp_path / "theirs")
+    assert "found a link, whose files would be lost" in refused(capsys, 3, "in.txt")
+    assert (tmp_path / "theirs/file").read_text() == "theirs"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_names_that_are_not_utf8(tmp_path):
+    script = str(ROOT / "scripts/prepare_data.py")
+    name, text = b"caf\xe9", b"some text \xe9" * 50
+    (tmp_path / os.fsdecode(name)).write_bytes(text)
+    for source in (["--source", name], ["--text", text]):
+        command = [sys.executable, script, *source, "--out", b"out" + name]
+        done = subprocess.run(command, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert b"out" + name + b"_train_*.bin" in done.stdout
+        folder = tmp_path / os.fsdecode(b"out" + name)
+        tokens = read_split(folder, "train") + read_split(folder, "val")
+        assert bytes(tokens) == text
+        shutil.rmtree(folder)
+
+
+def test_nobody_reads_what_is_printed(tmp_path):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    script = str(ROOT / "scripts/prepare_data.py")
+    reads, writes = os.pipe()
+    os.close(reads)
+    for out, stdout in (("gone", writes), ("closed", None)):
+        command = [sys.executable, script, "--source", "in.txt", "--out", out]
+        close = None if stdout else partial(os.close, 1)
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, preexec_fn=close)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert len(contents(tmp_path / out)) == 4
+    os.close(writes)
+
+
+def test_blank_paths_are_not_the_folder_that_one_is_in(tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    assert "--source: expected a package, file or folder, found a blank" in refused(capsys, 3, "")
+    line = refused(capsys, 2, "in.txt", out="")
+    assert "argument --out: expected a path, found a blank" in line
+    assert os.listdir(tmp_path) == ["in.txt"]
+
+
+def test_progress_is_told_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode_shards, "PROGRESS_S", 0)
+    write_corpus(tmp_path)
+    prepare("texts/**/*.txt")
+    line = capsys.readouterr().err.splitlines()[-2]
+    assert re.fullmatch(r"text: \d+ MB, \d+\.\d MB/s, 0\.0 min left of \d+ MB", line)
+
+
+def test_a_bar_is_shown_where_there_is_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    write_corpus(tmp_path)
+    prepare("texts/**/*.txt")
+    assert re.search(r"text: 100%.*B/s", capsys.readouterr().err)
+
+
+def test_data_within_the_source_are_no_part_of_it(tmp_path, capsys):
+    write_corpus(tmp_path)
+    prepare(".", out="data")
+    before = contents(tmp_path / "data")
+    prepare(".", out="data")
+    assert "already there" in capsys.readouterr().out
+    assert contents(tmp_path / "data") == before
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    real_open = open
+
+    def refuse(path, *args, **kwargs):
+        if str(path) == "in.txt":
+            raise PermissionError(13, "Permission denied", "in.txt")
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert refused(capsys, 3, "in.txt") == (
+        "prepare_data.py: error: in.txt: expected a right to read or write it, "
+        "found Permission denied: change its mode, or name another"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+# Folders that earlier versions made
+
+
+def make_old(folder, tokenizer):
+    """Takes from a folder what earlier versions did not write."""
+    index = json.loads((folder / "index.json").read_text())
+    record = {"kind": tokenizer, "vocab_size": index["vocab_size"], "eot_id": index["eot_id"]}
+    if tokenizer == "chars":
+        record["chars"] = tokenization.load(folder).chars
+    del index["tokenizer_sha256"], index["token_bytes"]
+    for shard in index["shards"]:
+        del shard["bytes"]
+    (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "tokenizer.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
+def test_a_folder_of_an_earlier_version_is_brought_up_to_date(tmp_path, capsys, tokenizer):
+    write_corpus(tmp_path)
+    prepare("texts/**/*.txt", "--tokenizer", tokenizer)
+    new = contents(tmp_path / "out")
+    make_old(tmp_path / "out", tokenizer)
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.bin")}
+    prepare("texts/**/*.txt", "--tokenizer", tokenizer)
+    assert "already there" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    after = contents(tmp_path / "out")
+    assert json.loads(after.pop("index.json")) == json.loads(new.pop("index.json"))
+    assert after == new
+
+
+def test_an_earlier_gpt2_folder_stays_where_the_vocabulary_is_not(tmp_path, monkeypatch, bpe):
+    write_corpus(tmp_path)
+    prepare("texts/**/*.txt", "--tokenizer", "gpt2")
+    make_old(tmp_path / "out", "gpt2")
+    old = contents(tmp_path / "out")
+
+    def offline():
+        raise DataError("no network")
+
+    monkeypatch.setattr(tokenization, "gpt2", offline)
+    prepare("texts/**/*.txt", "--tokenizer", "gpt2")
+    assert contents(tmp_path / "out") == old
+
+
+# What is printed
+
+
+def printed_command(capsys):
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    return line.removeprefix("next: ")
+
+
+@pytest.mark.parametrize("size", [5, 300, 3000, 40_000, 400_000, 2_000_000])
+def test_the_printed_command_fits_the_data(tmp_path, capsys, size):
+    (tmp_path / "in.txt").write_text("x" * size)
+    prepare("in.txt", "--val-fraction", 0.4)
+    settings, python, trainer = printed_command(capsys).rpartition(" python ")
+    env = dict(word.split("=", 1) for word in shlex.split(settings))
+    cfg = train_gpt.resolve(train_gpt.Config.from_env(env | {"DEVICE": "cpu"}))
+    train_gpt.preflight(cfg, Ranks())
+    assert trainer == str(ROOT / "train_gpt.py")
+    assert ("MAX_EPOCHS" in env) == (size < 2_000_000) and ("VAL_TOKENS" in env) == (size < 1e5)
+    assert ("SEQUENCE_LENGTH" in env) == (size < 3000)
+
+
+def test_the_printed_command_runs_whatever_the_folder_is_called(tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("x" * 900)
+    prepare("in.txt", out="it's [a] *folder* & $HOME")
+    command = printed_command(capsys).replace(" python ", f" {sys.executable} ")
+    env = {"PATH": os.environ["PATH"], "NUM_ITERATIONS": "2", "DEVICE": "cpu"}
+    env |= {"RESULTS_CSV": "results.csv", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "status: ok" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("preset", sorted(preset_files()))
+def test_the_command_in_a_preset_makes_its_data(preset):
+    text = preset_files()[preset].read_text()
+    [folder] = set(re.findall(r"^INPUT_\w+=(.+)/[^/]+$", text, re.M))
+    commands = re.findall(r"^# python scripts/prepare_data\.py (.+)$", text, re.M)
+    assert len(commands) == ("fineweb" not in folder)
+    for command in commands:
+        args = prepare_data.parse_args(shlex.split(command))
+        assert args.out == Path(folder)
+        vocabulary = {"bytes": "257", "gpt2": "50257"}.get(args.tokenizer, "0")
+        assert f"\nVOCAB_SIZE={vocabulary}\n" in text or "\nVOCAB_SIZE=0\n" in text
+
+
+def test_python_without_the_packages_says_what_to_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "scripts/prepare_data.py"), "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith("prepare_data.py: expected Python 3.11 or newer with the project's pack")
+    assert "without numpy, torch, tqdm, filelock: run " in line
