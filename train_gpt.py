@@ -14,7 +14,8 @@ V vocabulary, E experts, N = B * T tokens. A suffix gives the layout where it is
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).read_text()  # before torch loads: the log has the text that runs
+# Before torch loads: the log has the text that runs.
+SOURCE = Path(__file__).read_text("utf-8")
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))  # our harness, no other
 
 import concurrent.futures
@@ -37,7 +38,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
-from harness.provenance import CPUINFO, dataset_index, fingerprint, how_to_get
+from harness.provenance import CPUINFO, check_tokenizers, dataset_folder, dataset_index
+from harness.provenance import fingerprint, how_to_get
 from harness.run import Run
 from harness.settings import Settings, near_misses, settings_table
 from harness.source import source_hash
@@ -131,6 +133,7 @@ class Config(Settings):
     log_dir: str = "logs"  # folder of logs, curves and summaries
     results_csv: str = "experiments/results.csv"  # the table that gets a row
     log_every: int = 10  # steps between lines of the training loss
+    sample_every: int = 0  # steps between samples of text in the log; 0: never
     trackers: str = "none"  # a comma list: scripts/track.py shows them the run, from beside it
 
     SYNONYMS = {
@@ -145,11 +148,10 @@ class Config(Settings):
     }
     LISTS = ("mixer", "ffn", "per_visit", "trackers")
     BOUNDS = {  # inclusive
-        "batch_size device_batch_size sequence_length num_iterations log_every": (1, 2**31),
-        "n_layer n_head n_embd n_unique": (1, 2**31),
-        "num_experts top_k balance_log_interval hang_timeout": (1, 2**31),
+        "batch_size device_batch_size sequence_length num_iterations log_every top_k": (1, 2**31),
+        "n_layer n_head n_embd n_unique num_experts balance_log_interval hang_timeout": (1, 2**31),
         "val_every save_every max_epochs d_ff warmup_iters warmdown_iters": (0, 2**31),
-        "seed max_bad_steps": (0, 2**31),
+        "seed max_bad_steps sample_every": (0, 2**31),
         "keep_last": (2, 2**31),
         "unshared_ends max_train_tokens": (0, 2**40),
         "val_tokens": (1, 2**40),
@@ -166,7 +168,7 @@ class Config(Settings):
     NOT_HASHED = """
         preset run_id stage variant note dry_run input_bin input_val_bin peak_tflops resume
         save_every keep_last max_bad_steps hang_timeout balance_log_interval log_dir results_csv
-        log_every trackers
+        log_every sample_every trackers
     """.split()
     SCHEDULED = """
         num_iterations lr_schedule warmup_iters warmdown_iters min_lr_frac aux_loss_coef
@@ -357,6 +359,11 @@ def cautions(env, cfg):
         sentences.append(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {start}"
         )
+    in_data = dataset_index(cfg.input_bin).get("vocab_size") or cfg.vocab_size
+    if cfg.vocab_size > 1.3 * in_data + 128:
+        sentences.append(
+            f"VOCAB_SIZE={cfg.vocab_size}, the data have {in_data} ids; VOCAB_SIZE=0 takes these"
+        )
     idle = cfg.idle()
     for name in cfg.changes():
         if name.lower() in idle:
@@ -518,7 +525,9 @@ class Linear(nn.Module):
 
     def forward(self, x):
         weight = self.weight.flatten(0, -2).type_as(x)
-        y = MatmulNT.apply(x, weight) if ONEDNN and x.is_cpu else F.linear(x, weight)
+        one_row = x.size(-2) == 1  # as when a text is written, token by token
+        use_onednn = ONEDNN and x.is_cpu and not one_row
+        y = MatmulNT.apply(x, weight) if use_onednn else F.linear(x, weight)
         return y if self.bias is None else y + self.bias.type_as(x)
 
 
@@ -560,7 +569,9 @@ NORMS = {"rms": RMSNorm, "rms_gain": rms_norm_with_gain, "layer": LayerNorm}
 class Context(NamedTuple):
     """What blocks and mixers are given beside the hidden state."""
 
-    positions: Tensor  # (T,) of the tokens in their sequences
+    positions: Tensor  # (T,) or (B, T), of the tokens in their sequences
+    cache: dict | None = None  # of this visit, where x goes on with sequences: {name: (B, ...)}
+    mask: Tensor | None = None  # with it, (B, 1, T, S): cached positions that each token may see
 
 
 class NoPosition(nn.Identity):
@@ -681,7 +692,9 @@ GATES = {
 #                Mixers                #
 ########################################
 
-# Every mixer takes the normed hidden state x (B, T, C) and a Context, and returns (B, T, C).
+# Every mixer takes the normed hidden state x (B, T, C) and a Context, and returns (B, T, C). Where
+# the Context has a cache, which new_cache made, x goes on with the sequences that it has seen, and
+# the cache's tensors are changed in place.
 
 
 class CausalSelfAttention(nn.Module):
@@ -701,13 +714,30 @@ class CausalSelfAttention(nn.Module):
         self.gate_value = GATES[gates["value"]](cfg)
         self.gate_output = GATES[gates["sdpa"]](cfg)
 
+    def new_cache(self, batch, length, like):
+        """{name: (batch, ...)} for sequences of `length` tokens; `like` (..., C) is like x."""
+        shape = batch, length, self.n_head, like.size(-1) // self.n_head
+        return {"keys": like.new_zeros(shape), "values": like.new_zeros(shape)}
+
+    def remember(self, k, v, ctx):
+        """Caches keys and values (B, H, T, D); returns all that are there, (B, H, S, D)."""
+        row = torch.arange(len(k), device=k.device)[:, None]
+        ctx.cache["keys"][row, ctx.positions] = k.transpose(1, 2)
+        ctx.cache["values"][row, ctx.positions] = v.transpose(1, 2)
+        length = ctx.mask.size(-1)
+        return (ctx.cache[name][:, :length].transpose(1, 2) for name in ("keys", "values"))
+
     def forward(self, x, ctx):
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)
         q, k = self.rotate(self.qk_norm(qk), ctx).transpose(1, 3).unbind(2)  # (B, H, T, D) each
         v = self.gate_value(v.squeeze(2), x).transpose(1, 2)
+        if ctx.cache is not None:
+            k, v = self.remember(k, v, ctx)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None, dropout_p=dropout
+        )
         y = self.gate_output(y.transpose(1, 2), x)  # (B, T, H, D)
         return self.proj(y.reshape(B, T, C))
 
@@ -1007,6 +1037,45 @@ class Block(nn.Module):
         return x + self.ffn_scale(self.dropout(y)), routings
 
 
+@dataclasses.dataclass
+class Cache:
+    """What the visits of a model keep of sequences that it is given piece by piece."""
+
+    visits: list  # for each visit {name: tensor (B, ...)}, which its mixer reads and writes
+    filled: Tensor  # (B,) tokens of each sequence until now
+    capacity: int  # most tokens of a sequence
+    longest: int = 0  # tokens that the sequences have been given, padding included
+    static: bool = False  # all shapes stay, as a CUDA graph needs it
+
+    def tensors(self):
+        return [self.filled, *(t for of_visit in self.visits for t in of_visit.values())]
+
+    def advance(self, tokens_BT, counts):
+        """The Context of the next tokens, of which the sequences grow by counts (B,), or by all T.
+
+        What padding leaves is overwritten before a token may see it. Raises ValueError.
+        """
+        T, device = tokens_BT.size(1), tokens_BT.device
+        if self.longest + T > self.capacity:
+            raise ValueError(f"{self.longest + T} tokens for a cache of {self.capacity}")
+        self.longest += T
+        span = self.capacity if self.static else self.longest
+        positions = self.filled[:, None] + torch.arange(T, device=device)
+        mask = torch.arange(span, device=device) <= positions[:, None, :, None]
+        self.filled += T if counts is None else counts
+        return Context(positions, mask=mask)
+
+    def select(self, rows):
+        """A Cache of the sequences with these indices, each as often as it is named."""
+        visits = [{name: t[rows] for name, t in of_visit.items()} for of_visit in self.visits]
+        return Cache(visits, self.filled[rows], self.capacity, self.longest)
+
+    def clear(self):
+        for tensor in self.tensors():
+            tensor.zero_()
+        self.longest = 0
+
+
 class GPT(nn.Module):
     """Decoder-only transformer, activations in `dtype`.
 
@@ -1018,6 +1087,7 @@ class GPT(nn.Module):
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype = dtype
+        self.context = cfg.sequence_length  # tokens
         self.loss_chunk, self.score_chunk = loss_chunk, score_chunk
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.head = None  # the embedding
@@ -1046,14 +1116,30 @@ class GPT(nn.Module):
             visits_until_now[index] += 1
             yield self.blocks[index], {name: parts[visit] for name, parts in banks[index].items()}
 
-    def hidden(self, tokens_BT):
-        """Normed output (B, T, C) of the last visit, the head (V, C), and a list of routings."""
-        ctx = Context(positions=torch.arange(tokens_BT.size(1), device=tokens_BT.device))
+    def new_cache(self, batch, length):
+        """An empty Cache for `batch` sequences of up to `length` tokens."""
+        like = self.embed.new_empty(0, self.embed.size(-1), dtype=self.dtype)
+        visits = [self.blocks[i].mixer.new_cache(batch, length, like) for i in self.order]
+        return Cache(visits, like.new_zeros(batch, dtype=torch.int64), length)
+
+    def hidden(self, tokens_BT, cache=None, counts=None):
+        """Normed output (B, T, C) of the last visit, the head (V, C), and a list of routings.
+
+        With a cache the tokens go on with its sequences: of row b all, or the first counts[b] where
+        the rest is padding.
+        """
+        if cache is None:
+            caches = itertools.repeat(None)
+            ctx = Context(positions=torch.arange(tokens_BT.size(1), device=tokens_BT.device))
+        else:
+            caches = cache.visits
+            ctx = cache.advance(tokens_BT, counts)
         x = F.embedding(tokens_BT, self.embed).to(self.dtype)
         x = self.dropout(self.add_position(x, ctx))
         routings = []
-        for block, own in self.visits():
-            x, of_block = torch.func.functional_call(block, own, (x, ctx)) if own else block(x, ctx)
+        for (block, own), of_visit in zip(self.visits(), caches):
+            args = x, ctx._replace(cache=of_visit)
+            x, of_block = torch.func.functional_call(block, own, args) if own else block(*args)
             routings += of_block
         return self.norm(x), self.embed if self.head is None else self.head, routings
 
@@ -1199,8 +1285,114 @@ def import_weights(model, path):
         reason = " ".join(str(error)[:300].split())
         raise ConfigError(
             f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of "
-            f"this shape, or the folder of a finished run; {reason}"
+            f"this shape, or the folder of a finished run, as logs/<run_id>; {reason}"
         ) from None
+
+
+def next_logits(model, pieces, cache):
+    """Float32 logits (B, V) of what follows the lists of tokens, which are put into the cache."""
+    device, counts = model.embed.device, [len(piece) for piece in pieces]
+    padded = [piece + [0] * (max(counts) - len(piece)) for piece in pieces]
+    tokens, counts = torch.tensor(padded, device=device), torch.tensor(counts, device=device)
+    return last_logits(model, tokens, cache, counts)
+
+
+def last_logits(model, tokens_BT, cache, counts=None):
+    """As next_logits, of rows with counts (B,) tokens, or all T, before their padding."""
+    x, head, _ = model.hidden(tokens_BT, cache, counts)
+    last = x[:, -1] if counts is None else x[torch.arange(len(x), device=x.device), counts - 1]
+    return matmul_nt(last, head.type_as(x)).float()
+
+
+class Replay:
+    """One token more for each sequence of a cache, as a CUDA graph.
+
+    Kernel by kernel the device would wait for the host most of the time.
+    """
+
+    def __init__(self, model, cache):
+        self.cache = cache
+        self.tokens = torch.zeros(
+            len(cache.filled), 1, dtype=torch.int64, device=cache.filled.device
+        )
+        longest, before = cache.longest, [tensor.clone() for tensor in cache.tensors()]
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        cache.static = True
+        for recording in (False, True):  # first once as it is, which loads what is loaded once
+            cache.clear()
+            stream.wait_stream(torch.cuda.current_stream())
+            context = torch.cuda.stream(stream)
+            if recording:  # only this thread: the loader's may pin memory meanwhile
+                context = torch.cuda.graph(
+                    self.graph, stream=stream, capture_error_mode="thread_local"
+                )
+            with context:
+                self.logits = last_logits(model, self.tokens, cache)
+            torch.cuda.current_stream().wait_stream(stream)
+        cache.static, cache.longest = False, longest
+        for tensor, was in zip(cache.tensors(), before):
+            tensor.copy_(was)
+
+    def __call__(self, tokens):
+        """Logits (B, V) after tokens (B,), a list."""
+        self.tokens.copy_(torch.tensor(tokens)[:, None])
+        self.graph.replay()
+        self.cache.longest += 1
+        return self.logits
+
+
+def draw(logits, chance, temperature, top_k, top_p):
+    """Tokens (B,) from logits (B, V) by chance (B,), uniform in [0, 1).
+
+    The TOP_K likeliest, of these the fewest whose probability reaches TOP_P; 0 and 1 leave all.
+    Temperature 0 takes the likeliest.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    logits, tokens = logits.topk(k)  # the likeliest first
+    p = ((logits - logits[:, :1]).double() / temperature).softmax(-1)
+    before = p.cumsum(-1) - p
+    upto = (p * (before < max(top_p, 1e-12))).cumsum(-1)  # never none
+    choice = torch.searchsorted(upto, chance[:, None] * upto[:, -1:], right=True)
+    return tokens.gather(-1, choice.clamp(max=k - 1)).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, steps, samples=1, seed=0, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None
+):
+    """Yields `steps` times the next token of each sequence, a list of ints.
+
+    There are `samples` sequences of each prompt, a list of tokens, and prompts[0]'s come first.
+    What is drawn for a sequence depends on `seed` and its index alone, until the longest has
+    SEQUENCE_LENGTH tokens, all that the model, in eval mode, sees: then the newer half of each
+    stays. Tokens are below `vocab_size`.
+    """
+    context = model.context
+    rows = np.arange(len(prompts)).repeat(samples).tolist()
+    sequences = [list(prompts[row]) for row in rows]
+    chances = [np.random.default_rng((seed, i)).random(steps) for i in range(len(rows))]
+    chances = torch.tensor(np.array(chances), device=model.embed.device)
+    cache = model.new_cache(len(prompts), context)
+    logits = next_logits(model, prompts, cache)[rows]
+    cache = cache.select(rows)
+    is_dense = not any(isinstance(block.ffn, MoE) for block in model.blocks)
+    replay = Replay(model, cache) if model.embed.is_cuda and is_dense else None
+    tokens = []
+    for step in range(steps):
+        if step and cache.longest == context:
+            cache.clear()
+            newer = [sequence[-((context + 1) // 2) :] for sequence in sequences]
+            logits = next_logits(model, newer, cache)
+        elif step and replay:
+            logits = replay(tokens)
+        elif step:
+            logits = next_logits(model, [[token] for token in tokens], cache)
+        tokens = draw(logits[:, :vocab_size], chances[:, step], temperature, top_k, top_p).tolist()
+        for sequence, token in zip(sequences, tokens):
+            sequence.append(token)
+        yield tokens
 
 
 ########################################
@@ -1610,7 +1802,9 @@ def shard_tokens(path):
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
         size = os.path.getsize(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); name shards, as data/x/x_train_*.bin"
+        ) from None
     first_words = [*header[:3].tolist(), 0, 0, 0]  # a file may be shorter
     magic, version, tokens = first_words[:3]
     expected_size = 4 * HEADER_INTS + 2 * tokens
@@ -1649,6 +1843,7 @@ class ShardLoader:
         self.vocab_size = cfg.vocab_size
         self.seed = cfg.seed
         self.shuffle = shuffle
+        self.limit = limit
         # The number of samples in this shard and all before it.
         self.cumulative = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
         if limit:
@@ -1687,17 +1882,21 @@ class ShardLoader:
             self.permutation = (epoch, order)
         return order
 
-    def require(self, name, value, samples):
-        """Raises DataError where there are fewer samples than the setting `name` needs."""
+    def shortfall(self, name, value, samples):
+        """ "", or a sentence where there are fewer samples than the setting `name` needs."""
         samples = max(1, samples)
         if self.samples >= samples:
-            return
-        ways = f"lower {name}"
+            return ""
+        lower = "SEQUENCE_LENGTH"
+        if self.samples:
+            lower = name if name == "NUM_ITERATIONS" else f"{name} to {self.samples * self.length}"
+        ways = f"lower {lower}"
         if name == "NUM_ITERATIONS":
             shards = math.ceil(len(self.shards) * samples / max(1, self.samples))
             more = how_to_get(self.files[0], shards)
-            ways += f", set MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS, or get more; {more}"
-        raise DataError(
+            limit = ", raise MAX_TRAIN_TOKENS" if self.limit else ""
+            ways += f", set MAX_EPOCHS=0{limit}, or get more; {more}"
+        return (
             f"{name}={value} needs {samples:,} samples of {self.length} tokens; {self.files[0]} "
             f"and its like have {self.samples:,}; {ways}"
         )
@@ -1740,6 +1939,7 @@ class ShardLoader:
 #               Training               #
 ########################################
 
+SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 128  # of a sample in the log: tokens given, and made
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -1769,8 +1969,8 @@ def resolve(cfg):
     vocab_size = cfg.vocab_size or dataset_index(cfg.input_bin).get("vocab_size")
     if not vocab_size:
         raise DataError(
-            f"VOCAB_SIZE=0 needs index.json beside {cfg.input_bin}; set it, or "
-            + how_to_get(cfg.input_bin)
+            f"VOCAB_SIZE=0 needs index.json in {dataset_folder(cfg.input_bin)}, the folder of "
+            f"INPUT_BIN={cfg.input_bin}; set VOCAB_SIZE, or {how_to_get(cfg.input_bin)}"
         )
 
     run_id = cfg.run_id
@@ -1833,12 +2033,17 @@ def preflight(cfg, ranks):
             f"{ranks.local_world_size} ranks on this machine but {devices} CUDA devices; start "
             f"torchrun with --nproc_per_node={devices}, or set DEVICE=cpu"
         )
+    check_tokenizers(cfg.input_bin, cfg.input_val_bin)
     train = ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens)
     val = ShardLoader(cfg.input_val_bin, cfg)
     samples = cfg.num_iterations * cfg.batch_size
     per_epoch = math.ceil(samples / cfg.max_epochs) if cfg.max_epochs else 1
-    train.require("NUM_ITERATIONS", cfg.num_iterations, per_epoch)
-    val.require("VAL_TOKENS", cfg.val_tokens, cfg.val_tokens // cfg.sequence_length)
+    too_few = [
+        train.shortfall("NUM_ITERATIONS", cfg.num_iterations, per_epoch),
+        val.shortfall("VAL_TOKENS", cfg.val_tokens, cfg.val_tokens // cfg.sequence_length),
+    ]
+    if any(too_few):
+        raise DataError(". And ".join(filter(None, too_few)))
     in_both = {*map(os.path.realpath, train.files)} & {*map(os.path.realpath, val.files)}
     if in_both:
         file = min(in_both)
@@ -1853,12 +2058,23 @@ def preflight(cfg, ranks):
 
 
 def data_identity(cfg, train, val):
-    """Fingerprints of all data of a run and of what it is validated on."""
+    """Fingerprints of all data of a run and of its validation, and the latter's bytes a token."""
     files, log_dir = train.files + val.files, Path(cfg.log_dir)
     return {
         "data_fingerprint": fingerprint(files, log_dir),
         "val_fingerprint": fingerprint(val.files, log_dir),
+        "val_bytes_per_token": bytes_per_token(cfg, val),
     }
+
+
+def bytes_per_token(cfg, val):
+    """Mean over the tokens that are validated; None where index.json does not know all of them."""
+    of_token = dataset_index(cfg.input_val_bin).get("token_bytes") or []
+    targets = val.read(0, cfg.val_tokens // cfg.sequence_length)[:, 1:]
+    if targets.max() >= len(of_token):
+        return None
+    mean = np.array(of_token, dtype=float)[targets].mean().item()  # nan with one that is null
+    return mean if mean > 0 else None
 
 
 @dataclasses.dataclass
@@ -1914,6 +2130,11 @@ def compile_model(model, cfg, device):
     model.eval().score(tokens, tokens)
     model.train()
     dist.barrier()
+
+
+def uncompiled(odd_size):
+    """Within it compiled modules run as they are written, for sizes not worth a compilation."""
+    return torch.compiler.set_stance("force_eager") if odd_size else contextlib.nullcontext()
 
 
 def seed_dropout(cfg, step, rank):
@@ -2010,11 +2231,7 @@ def evaluate(model, loader, cfg, run, step):
                 status = run.poll(step)
                 if status:
                     break
-            odd_size = cfg.compile == "1" and len(x) < micro  # not worth a compilation
-            stance = contextlib.nullcontext()
-            if odd_size:
-                stance = torch.compiler.set_stance("force_eager")
-            with stance:
+            with uncompiled(cfg.compile == "1" and len(x) < micro):
                 total += model.score(x, y) * len(x)
     model.train()
     dist.all_reduce(total)
@@ -2096,6 +2313,36 @@ def log_point(run, state, cfg, stats, validation, loader):
     run.point(values, lines, figures, bad_steps)
 
 
+def print_sample(run, state, cfg, loader):
+    """Prints the first tokens of the validation data, and how the model goes on."""
+    state.model.eval()
+    try:
+        import tokenizers
+
+        file = dataset_folder(cfg.input_bin) / "tokenizer.json"
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        prompt = loader.read(0, 1)[0, :-1][:SAMPLE_PROMPT].tolist()
+        size = tokenizer.get_vocab_size()
+        with uncompiled(cfg.compile == "1"):
+            made = generate(state.model, [prompt], SAMPLE_TOKENS, temperature=0.8, vocab_size=size)
+            made = [token for (token,) in made]
+        for name, tokens in (("prompt", prompt), ("sample", made)):
+            text = tokenizer.decode(tokens, skip_special_tokens=False)
+            # What a terminal would act on, as Python would write it.
+            lines = [
+                "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+                for line in text.splitlines()
+            ]
+            run.print("\n| ".join([f"step:{state.step}/{cfg.num_iterations} {name}:", *lines]))
+    except Exception as error:  # it is worth no run
+        reason = " ".join(str(error).split())
+        run.print(
+            f"warning: no sample at step {state.step}: {type(error).__name__}: {reason}; it needs "
+            "the tokenizer.json that scripts/prepare_data.py writes beside the shards"
+        )
+    state.model.train()
+
+
 def moe_log_due(step, cfg, stats):
     return len(stats.routing) > 0 and step % cfg.balance_log_interval == 0
 
@@ -2168,6 +2415,9 @@ def train(cfg, run, train_loader, val_loader):
                     continue  # it was cut short: save, and leave the point to who goes on
             if validation is not None or log_due(step, cfg, stats):
                 log_point(run, state, cfg, stats, validation, train_loader)
+            if cfg.sample_every and step and step % cfg.sample_every == 0:
+                with run.timed("eval_time"):
+                    print_sample(run, state, cfg, val_loader)
             if last:
                 break
 

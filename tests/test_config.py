@@ -439,7 +439,7 @@ def test_hash_ignores_seed_labels_paths_and_logging_and_nothing_else():
     assert same == set(
         """preset run_id stage variant note seed dry_run input_bin input_val_bin peak_tflops
         log_dir results_csv log_every resume save_every keep_last max_bad_steps hang_timeout
-        balance_log_interval trackers""".split()
+        balance_log_interval sample_every trackers""".split()
     )
     assert re.fullmatch("[0-9a-f]{8}", Config().hash())
     hashes = {

@@ -3,8 +3,12 @@
 The order is checked against plain loops written here, shards come from conftest.py and by hand.
 """
 
+import glob
 import hashlib
+import json
+import shutil
 import os
+import re
 import statistics
 import threading
 import time
@@ -15,7 +19,7 @@ import torch
 from conftest import launch, tiny, write_shard
 
 from harness.contract import DataError
-from harness.provenance import fingerprint, how_to_get
+from harness.provenance import dataset_index, fingerprint, how_to_get
 from train_gpt import ShardLoader, load_shard, shard_tokens
 
 CPU = torch.device("cpu")
@@ -36,9 +40,9 @@ def write_shards(folder, sizes, seed=0):
     return f"{folder}/s_*.bin", [tokens.tolist() for tokens in shards]
 
 
-def make(pattern, T=8, shuffle=False, **changes):
+def make(pattern, T=8, shuffle=False, limit=0, **changes):
     cfg = tiny(**dict(sequence_length=T, vocab_size=1000, val_tokens=2048) | changes)
-    return ShardLoader(str(pattern), cfg, shuffle)
+    return ShardLoader(str(pattern), cfg, shuffle, limit)
 
 
 def samples_of(shards, T):
@@ -120,7 +124,7 @@ def test_a_shard_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(np, "fromfile", denied)
-    assert message(load_shard, path) == f"{path}: cannot be read (Permission denied)"
+    assert message(load_shard, path).startswith(f"{path}: cannot be read (Permission denied); ")
 
 
 # Order
@@ -308,28 +312,66 @@ def test_a_glob_without_files_names_the_command(tmp_path):
         "data/sympy/sympy_*.bin"
     )
     assert "--out ." in how_to_get("toy_*.bin")
+    command = how_to_get("data/wikitext103/wikitext103_train_*.bin")
+    assert "--source hf:Salesforce/wikitext/wikitext-103-raw-v1 --tokenizer gpt2 --out" in command
 
 
-def test_require_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
+def test_the_index_of_a_folder_whose_name_is_a_pattern(tmp_path):
+    folder = tmp_path / "it's [a] *folder* [?]"
+    folder.mkdir()
+    (folder / "index.json").write_text('{"vocab_size": 7}')
+    assert dataset_index(f"{glob.escape(str(folder))}/x_train_*.bin") == {"vocab_size": 7}
+
+
+def test_a_shortfall_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
     for i in range(2):
         write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", np.zeros(81, int))
     loader = make(tmp_path / "fineweb_train_*.bin")  # 10 samples a shard
-    loader.require("NUM_ITERATIONS", 5, 20)
+    assert loader.shortfall("NUM_ITERATIONS", 5, 20) == ""
     for samples, shards in (21, 3), (30, 3), (31, 4), (10**6, 103):  # there are no more than 103
-        sentence = message(loader.require, "NUM_ITERATIONS", 5, samples)
+        sentence = loader.shortfall("NUM_ITERATIONS", 5, samples)
         assert sentence.startswith(f"NUM_ITERATIONS=5 needs {samples:,} samples of 8 tokens; ")
-        assert "have 20; lower NUM_ITERATIONS, set MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS" in sentence
-        assert ", or get more; fetch" in sentence
+        assert "have 20; lower NUM_ITERATIONS, set MAX_EPOCHS=0, or get more; fetch" in sentence
         assert sentence.endswith(f"DATA_DIR={tmp_path} python cached_fineweb10B.py {shards}")
-    assert "lower VAL_TOKENS" in message(loader.require, "VAL_TOKENS", 800, 100)
-    assert "MAX_EPOCHS" not in message(loader.require, "VAL_TOKENS", 800, 100)
+    limited = make(tmp_path / "fineweb_train_*.bin", limit=80)
+    assert "MAX_EPOCHS=0, raise MAX_TRAIN_TOKENS, or" in limited.shortfall("NUM_ITERATIONS", 5, 21)
+    assert loader.shortfall("VAL_TOKENS", 800, 100).endswith("; lower VAL_TOKENS to 160")
 
 
-def test_require_refuses_data_without_a_single_sample(tmp_path):
+def test_data_without_a_single_sample(tmp_path):
     write_shard(tmp_path / "s.bin", [1] * 8)
-    assert "needs 1 samples of 8 tokens" in message(
-        make(tmp_path / "s.bin").require, "NUM_ITERATIONS", 5, 0
+    sentence = make(tmp_path / "s.bin").shortfall("NUM_ITERATIONS", 5, 0)
+    assert "needs 1 samples of 8 tokens" in sentence and "; lower SEQUENCE_LENGTH, " in sentence
+
+
+def test_data_of_two_tokenizers_a_folder_and_a_vocabulary_that_is_too_large(settings, tmp_path):
+    """The typical mistakes, before any step."""
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(tmp_path / "toy_val_000000.bin", other)
+    for folder, name in ((tmp_path, "a"), (other, "b")):
+        (folder / "index.json").write_text(json.dumps({"tokenizer_sha256": name, "vocab_size": 64}))
+    codes, output = launch(settings | {"INPUT_VAL_BIN": other / "toy_val_*.bin"})
+    assert codes == [3] and "other/toy_val_*.bin are of different tokenizers; set both" in output
+    codes, output = launch(settings | {"INPUT_BIN": tmp_path})
+    assert codes == [3] and "(Is a directory); name shards, as data/x/x_train_*.bin" in output
+    codes, output = launch(settings | {"VOCAB_SIZE": 50304, "NUM_ITERATIONS": 1})
+    assert codes == [0] and "VOCAB_SIZE=50304, the data have 64 ids; VOCAB_SIZE=0 takes" in output
+    (other / "index.json").unlink()
+    codes, output = launch(settings | {"INPUT_VAL_BIN": other / "toy_val_*.bin", "RUN_ID": "old"})
+    assert codes == [0] and "warning" not in output
+
+
+def test_all_that_is_too_little_is_told_at_once(settings):
+    """And what the sentences say is enough."""
+    codes, output = launch(settings | {"MAX_EPOCHS": 1, "NUM_ITERATIONS": 30, "VAL_TOKENS": 9999})
+    assert codes == [3] and "MAX_TRAIN_TOKENS" not in output
+    assert (
+        "data: NUM_ITERATIONS=30 needs 360 samples" in output and ". And VAL_TOKENS=9999" in output
     )
+    most = int(re.search(r"lower VAL_TOKENS to (\d+)", output)[1])
+    changed = {"MAX_EPOCHS": 0, "NUM_ITERATIONS": 30, "VAL_TOKENS": most, "RUN_ID": "enough"}
+    assert launch(settings | changed)[0] == [0]
 
 
 # Fingerprints

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from harness.contract import ConfigError
 from harness.files import sha256sum, sync, write_whole
+from harness.provenance import dataset_folder
 from harness.ranks import Ranks
 from harness.settings import Settings
 
@@ -273,6 +274,7 @@ class Checkpoints:
             raise OSError(
                 "files of some ranks are not there: LOG_DIR has to be one folder for all machines"
             )
+        copy_tokenizer(self.cfg, temporary)
         write_whole(temporary / "run.json", json.dumps(about))
         write_whole(temporary / "SHA256SUMS", "".join(map(sha256sum, sorted(temporary.iterdir()))))
         sync(temporary)
@@ -334,6 +336,11 @@ def export_weights(weights: Mapping[str, Tensor], cfg: Settings, folder: Path) -
 
     write_whole(folder / "model.safetensors", save(dict(weights), {"format": "pt"}))
     write_whole(folder / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
-    tokenizer = Path(cfg.input_bin).parent / "tokenizer.json"
+    copy_tokenizer(cfg, folder)
+
+
+def copy_tokenizer(cfg: Settings, folder: Path) -> None:
+    """So that what a model writes can be read when its dataset is gone."""
+    tokenizer = dataset_folder(cfg.input_bin) / "tokenizer.json"
     if tokenizer.is_file():
         write_whole(folder / "tokenizer.json", tokenizer.read_bytes())

@@ -5,13 +5,13 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from harness.contract import Diverged
-from harness.provenance import dataset_index, device_name
+from harness.provenance import device_name
 from harness.ranks import Ranks
 from harness.settings import Settings
 
@@ -66,13 +66,14 @@ class Meter:
     # What a checkpoint keeps.
     KEPT = ("seconds", "last_point", "bad_steps", "bad_steps_in_a_row", "figures")
 
-    def __init__(self, cfg: Settings, ranks: Ranks, tokens_per_step: int, flops_per_token: float):
+    def __init__(self, cfg: Settings, ranks: Ranks, plan: Mapping[str, Any]):
+        """`plan` has tokens_per_step and flops_per_token; val_bytes_per_token where it is known."""
         self.cfg = cfg
         self.device = ranks.device(cfg)
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token / ranks.world_size  # of this device
+        self.tokens_per_step = plan["tokens_per_step"]
+        self.flops_per_token = plan["flops_per_token"] / ranks.world_size  # of this device
         self.peak = peak_flops(cfg, self.device)
-        self.bytes_per_token = dataset_index(cfg.input_val_bin).get("bytes_per_token")
+        self.bytes_per_token = plan.get("val_bytes_per_token")
         self.start = 0.0  # of the clock
         self.running = False
         self.seconds = dict.fromkeys(KINDS, 0.0)

@@ -64,26 +64,44 @@ def machine_text() -> str:
     )
 
 
+SOURCES = {  # by the name of a dataset's folder
+    "sympy": "package:sympy --tokenizer bytes",
+    "wikitext103": "hf:Salesforce/wikitext/wikitext-103-raw-v1 --tokenizer gpt2",
+}
+
+
 def how_to_get(pattern: str, shards: int = 9) -> str:
     """What makes or fetches the data of a glob."""
     folder = os.path.dirname(pattern) or "."
     if "fineweb" in pattern:
         return f"fetch it: DATA_DIR={folder} python cached_fineweb10B.py {min(shards, 103)}"
-    source = "..."
-    if os.path.basename(folder) == "sympy":
-        source = "package:sympy --tokenizer bytes"
+    source = SOURCES.get(os.path.basename(folder), "...")
     return f"make it: python scripts/prepare_data.py --source {source} --out {folder}"
+
+
+def dataset_folder(pattern: str) -> Path:
+    """The folder of a glob, whose name may have gone through glob.escape."""
+    return Path(re.sub(r"\[([*?[])\]", r"\1", os.path.dirname(pattern)))
 
 
 def dataset_index(pattern: str) -> dict:
     """index.json of the folder of a glob, {} where there is none. Raises DataError."""
-    path = Path(pattern).parent / "index.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
+    path = dataset_folder(pattern) / "index.json"
+    with contextlib.suppress(ValueError, RecursionError):
+        index = json.loads(path.read_text()) if path.is_file() else {}
+        if isinstance(index, dict):
+            return index
+    raise DataError(f"{path}: expected a JSON object, found something else; {how_to_get(pattern)}")
+
+
+def check_tokenizers(train: str, val: str) -> None:
+    """Raises DataError where the data of two globs are known to be of different tokenizers."""
+    known = {dataset_index(pattern).get("tokenizer_sha256") for pattern in (train, val)} - {None}
+    if len(known) > 1:
         raise DataError(
-            f"{path}: expected JSON, found something else; {how_to_get(pattern)}"
-        ) from None
+            f"INPUT_BIN={train} and INPUT_VAL_BIN={val} are of different tokenizers; set both to "
+            "data of one"
+        )
 
 
 def fingerprint(files: Iterable[str | Path], log_dir: Path) -> str:

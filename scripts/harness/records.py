@@ -198,6 +198,8 @@ class Records:
         lines = {
             key: self.summary[key] for key in measured if self.summary.get(key) not in (None, "")
         }
+        weights = self.files.folder / "model.safetensors"
+        lines |= {"weights": weights} if status == "ok" else {}
         lines |= {"log": self.files.log, "curve": self.files.curve}
         lines |= {"summary": self.files.json, "row": row}
         for key, value in lines.items():

@@ -66,7 +66,7 @@ class Run:
         """Joins the ranks, claims the run's id and begins, or continues, log, curve and row.
 
         `changes` says what differs from the defaults; `plan` has what is known before the start,
-        among it tokens_per_step and flops_per_token; `columns` are those of the curve beside the
+        among it what the Meter needs; `columns` are those of the curve beside the
         usual ones. Raises ConfigError where the id cannot be used or goes on from another run.
         """
         run_id = setup(cfg, self.ranks, self.env)
@@ -78,7 +78,7 @@ class Run:
         self.records.live = True
         self.watch = Watch(self.records.files, self.ranks, cfg.hang_timeout)
         self.checkpoints = Checkpoints(cfg, self.ranks, self.records)
-        self.meter = Meter(cfg, self.ranks, plan["tokens_per_step"], plan["flops_per_token"])
+        self.meter = Meter(cfg, self.ranks, plan)
 
     def restore(self, tensors: Held) -> tuple[int, Any] | None:
         """Fills tensors from the run's checkpoint: (step, `extra` as saved); None without one."""
@@ -172,7 +172,8 @@ class Run:
         records, status = self.records, self.watch.status or "ok"
         if status != "ok":
             run_id = records.files.run_id
-            records.print(f"{status} at step {self.step}: RUN_ID={run_id} RESUME=auto goes on here")
+            way = f"the same command with RUN_ID={run_id} RESUME=auto goes on here"
+            records.print(f"{status} at step {self.step}: {way}")
         self.checkpoints.wait(last=True)
         if status == "ok" and self.ranks.rank == 0:
             export_weights(weights, self.cfg, records.files.folder)
