@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
-install_into_venv pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6
+install_into_venv pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6 transformers==5.24.0
 exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"
