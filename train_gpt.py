@@ -2058,12 +2058,11 @@ def preflight(cfg, ranks):
 
 
 def data_identity(cfg, train, val):
-    """Fingerprints of all data of a run and of its validation, and the latter's bytes a token."""
+    """Fingerprints of all data of a run and of what it is validated on."""
     files, log_dir = train.files + val.files, Path(cfg.log_dir)
     return {
         "data_fingerprint": fingerprint(files, log_dir),
         "val_fingerprint": fingerprint(val.files, log_dir),
-        "val_bytes_per_token": bytes_per_token(cfg, val),
     }
 
 
@@ -2452,6 +2451,7 @@ def main(argv, env):
         plan |= {"data_fingerprint": "", "val_fingerprint": ""}
         if run.ranks.rank == 0:  # before the other ranks wait for it
             plan |= data_identity(cfg, train_loader, val_loader)
+            plan["val_bytes_per_token"] = bytes_per_token(cfg, val_loader)
         columns = ["val_accuracy", *health_columns(cfg)]
         run.open(cfg, asked.changes_text(), plan, warnings, columns)
         state = train(cfg, run, train_loader, val_loader)

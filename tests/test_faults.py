@@ -74,7 +74,7 @@ def test_a_signal_to_any_rank_saves_all_at_one_step(settings, monkeypatch, numbe
     assert told["status"] == "preempted" and step >= 9 and "\nstatus: preempted\n" in out
     assert (
         told["tokens"] == str(step * 12 * 16)
-        and f"\npreempted at step {step}: RUN_ID=toy RESUME=auto" in out
+        and f"\npreempted at step {step}: the same command with RUN_ID=toy RESUME=auto" in out
     )
     told_of = [int(float.fromhex(point[0])) for point in curve(settings)]
     assert told_of == list(range(step))  # the last one is for who goes on
@@ -579,7 +579,7 @@ def test_damaged_caches_and_indices(settings):
     index = Path(settings["INPUT_BIN"]).parent / "index.json"
     index.write_text('{"torn')
     codes, out = launch(settings | {"RUN_ID": "third", "VOCAB_SIZE": 0})
-    assert codes == [3] and f"{index}: expected JSON" in out and "Traceback" not in out
+    assert codes == [3] and f"{index}: expected a JSON object" in out and "Traceback" not in out
 
 
 def test_a_rank_whose_files_are_elsewhere_is_missed(tmp_path):
