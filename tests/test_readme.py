@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_text_in_text_out(tmp_path):
-    """Every command in a folder that has the program alone; the training is cut short."""
+    """Every command in a folder that has the program alone; the model is small, training short."""
     section = (ROOT / "README.md").read_text().partition("## Text in, text out")[2]
     commands = re.search(r"```bash\n(.*?)```", section, re.S)[1].splitlines()
     shutil.copy(ROOT / "train_gpt.py", tmp_path)
@@ -26,6 +26,8 @@ def test_text_in_text_out(tmp_path):
         "HOME": str(tmp_path),
         "NUM_ITERATIONS": "20",
         "WARMDOWN_ITERS": "10",
+        "N_LAYER": "1",
+        "N_EMBD": "48",
         "SAMPLE_EVERY": "20",
         "OMP_NUM_THREADS": "1",
     }
