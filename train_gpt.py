@@ -5,8 +5,9 @@ Trains a GPT on token shards with Muon + AdamW; every setting is an environment 
     PRESET=quickstart python train_gpt.py                   # one process on the device there is
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # the default: GPT-2 small, 8 GPUs
 
-Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Training. What keeps a run,
-its log, checkpoints and records, is scripts/harness/, and has to lie beside this file.
+Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Training. Beside this file
+lie scripts/harness/, which keeps a run, its log, checkpoints and records, and scripts/ops/:
+products, the loss and recurrences, each a formula that another library could compute.
 Shapes: B sequences, T positions, C channels (n_embd), H heads, D head size, F hidden units (d_ff),
 V vocabulary, E experts, N = B * T tokens. A suffix gives the layout where it is not plain: q_BTHD.
 """
@@ -38,11 +39,15 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
-from harness.provenance import CPUINFO, check_tokenizers, dataset_folder, dataset_index
+from harness.provenance import check_tokenizers, dataset_folder, dataset_index
 from harness.provenance import fingerprint, how_to_get
 from harness.run import Run
 from harness.settings import Settings, near_misses, settings_table
 from harness.source import source_hash
+from ops.cross_entropy import LinearCrossEntropy, loss_chunk, rows_per_chunk, score_chunk
+from ops.cuda_graph import Replay
+from ops.products import ONEDNN, GroupedMatmul, MatmulNT, matmul_nt
+from ops.recurrences import LinearScan, chunked_wkv, gated_delta_rule, gru
 
 ########################################
 #                Config                #
@@ -100,6 +105,9 @@ class Config(Settings):
     aux_decay_end_frac: float = 0.3  # fraction of the steps
     balance_log_interval: int = 20  # steps between lines on the experts' load
     router_optimizer: str = "adamw"  # of the routers' matrices
+    recurrent_optimizer: str = "adamw"  # of the matrices by which a gru reads its hidden state
+    reset_at_eot: bool = False  # an end-of-text token empties the states of recurrent mixers
+    carry_state: bool = False  # each step goes on with the states and the text of the step before
     recurrence: str = "stacked"  # indexed: the same, one block over banks; shared: blocks revisited
     n_unique: int = 1  # blocks that RECURRENCE=shared visits in turn
     unshared_ends: int = 0  # blocks at either end of them that are visited once
@@ -160,8 +168,7 @@ class Config(Settings):
         "beta1 beta2 muon_momentum": (0, 0.9999999),
         "dropout": (0, 0.99),
         "aux_warmup_frac aux_decay_end_frac min_lr_frac": (0, 1),
-        "aux_loss_coef aux_loss_coef_start aux_loss_coef_end grad_clip": (0, 1e6),
-        "weight_decay": (0, 1e3),
+        "aux_loss_coef aux_loss_coef_start aux_loss_coef_end grad_clip weight_decay": (0, 1e6),
         "peak_tflops": (1e-6, 1e6),
     }
     LABELS = "run_id stage variant note dry_run log_dir results_csv resume trackers".split()
@@ -191,6 +198,7 @@ class Config(Settings):
         "AUX_LOSS_COEF_START!=none": "aux_warmup_frac aux_decay_end_frac",
         "MIXER=attention": "attngate gatepos gateact qk_norm",
         "ATTNGATE!=none": "gatepos gateact",
+        "MIXER=gru|gru_rwkv": "recurrent_optimizer",
         "OPTIMIZER=muon": "muon_lr muon_scale muon_momentum",
         "LR_SCHEDULE=trapezoid": "warmdown_iters",
         "LR_SCHEDULE=cosine": "min_lr_frac",
@@ -220,10 +228,10 @@ class Config(Settings):
     def advice(self, status):
         if status == "diverged":
             return "lower LR or MUON_LR, or set GRAD_CLIP=1"
-        return (
+        how = (
             f"lower DEVICE_BATCH_SIZE={self.device_batch_size}, which leaves the result as it is, "
-            "or SEQUENCE_LENGTH, or N_LAYER"
         )
+        return how + "or SEQUENCE_LENGTH, or N_LAYER"
 
     def has_moe(self):
         return self.holds("FFN=moe")
@@ -249,6 +257,7 @@ def axes():
         "per_visit": PER_VISIT,
         "optimizer": OPTIMIZERS,
         "router_optimizer": OPTIMIZERS,
+        "recurrent_optimizer": OPTIMIZERS,
         "muon_scale": MUON_SCALES,
         "lr_schedule": SCHEDULES,
         "device": ("auto", "cpu", "cuda"),
@@ -287,11 +296,9 @@ def check_run(cfg):
         "deterministic",
         "COMPILE=0 or auto: 1 times its kernels",
     )
-    cfg.require(
-        cfg.router_optimizer in ("adamw", cfg.optimizer),
-        "router_optimizer",
-        f"OPTIMIZER={cfg.router_optimizer} as well",
-    )
+    for name in ("router_optimizer", "recurrent_optimizer"):
+        optimizer = getattr(cfg, name)
+        cfg.require(optimizer in ("adamw", cfg.optimizer), name, f"OPTIMIZER={optimizer} as well")
 
 
 def check_model(cfg):
@@ -305,6 +312,12 @@ def check_model(cfg):
         f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: "
         f"{lower} or {lower + unit}",
     )
+    has_state = [issubclass(MIXERS[name], Recurrent) for name in cfg.mixer.split(",")]
+    cfg.require(any(has_state) or not cfg.reset_at_eot, "reset_at_eot", "a recurrent MIXER")
+    if cfg.carry_state:
+        cfg.require(all(has_state), "carry_state", "recurrent mixers alone, as MIXER=gru_rwkv")
+        cfg.require(cfg.pos != "learned", "carry_state", "POS=rotary, positions without an end")
+        cfg.require(not cfg.shuffle, "carry_state", "SHUFFLE=0: it follows the text")
 
 
 def check_moe(cfg):
@@ -406,105 +419,14 @@ def init_weight(cfg, weight, to_residual=False):
     return weight
 
 
+def start(values):
+    """A Parameter that starts with these values, which were made on the CPU."""
+    return nn.Parameter(values.to(torch.get_default_device()))
+
+
 def normal_(weight, std):
     """Fills weight with normal numbers, and returns it."""
     return weight if weight.is_meta else nn.init.normal_(weight, std=std)
-
-
-# On AMD's AVX-512 processors MKL, torch's default, runs AVX2 code: oneDNN is twice as fast there.
-CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()
-ONEDNN = "AuthenticAMD" in CPUINFO and CPU_CAPABILITY == "AVX512"
-
-
-def matmul_nt(a, b):
-    """a (..., k) times b (n, k) transposed: (..., n), by the faster of two CPU libraries."""
-    eager = not torch.compiler.is_compiling()  # which lowers oneDNN's only for constant b
-    if ONEDNN and eager and a.is_cpu and a.dtype == torch.float32 and a.numel():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.mT
-
-
-class MatmulNT(torch.autograd.Function):
-    """matmul_nt of x (..., k) and weight (n, k), with the gradient that oneDNN's operator lacks."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return matmul_nt(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_weight = matmul_nt(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)
-        return matmul_nt(grad, weight.mT), grad_weight
-
-
-def can_group_on_cuda(*tensors):
-    """Whether torch has a fast product for these: on CUDA, rows of a multiple of 16 bytes."""
-    return all(t.is_cuda and t.size(-1) * t.element_size() % 16 == 0 for t in tensors)
-
-
-def grouped_matmul(x, weight, offsets):
-    """Rows x (n, k), in groups that end at offsets (E,), by weight (E, m, k) of theirs: (n, m)."""
-    if torch.compiler.is_compiling():
-        return grouped_matmul_op(x, weight, offsets)
-    if can_group_on_cuda(x, weight, weight.mT):
-        return F.grouped_mm(x, weight.mT, offs=offsets)
-    groups = x.tensor_split(offsets[:-1].tolist())
-    return torch.cat([matmul_nt(rows, matrix) for rows, matrix in zip(groups, weight)])
-
-
-def grouped_outer(y, x, offsets):
-    """Outer products of rows y (n, m) and x (n, k), summed over each group: (E, m, k)."""
-    if torch.compiler.is_compiling():
-        return grouped_outer_op(y, x, offsets)
-    if can_group_on_cuda(y, x):
-        return F.grouped_mm(y.mT, x, offs=offsets)
-    splits = offsets[:-1].tolist()
-    groups = zip(y.tensor_split(splits), x.tensor_split(splits))
-    return torch.stack([matmul_nt(ys.mT, xs.mT) for ys, xs in groups])
-
-
-# Opaque to torch.compile, which traces neither sizes that data decide nor grouped_mm in float32.
-grouped_matmul_op = torch.library.custom_op(
-    f"{__name__}::grouped_matmul",
-    grouped_matmul,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
-)
-grouped_outer_op = torch.library.custom_op(
-    f"{__name__}::grouped_outer",
-    grouped_outer,
-    mutates_args=(),
-    schema="(Tensor y, Tensor x, Tensor offsets) -> Tensor",
-)
-
-
-@grouped_matmul_op.register_fake
-def _(x, weight, offsets):
-    return x.new_empty(len(x), weight.size(1))
-
-
-@grouped_outer_op.register_fake
-def _(y, x, offsets):
-    return y.new_empty(len(offsets), y.size(1), x.size(1))
-
-
-class GroupedMatmul(torch.autograd.Function):
-    """grouped_matmul with its gradients, of which an expert without rows gets zeros."""
-
-    @staticmethod
-    def forward(ctx, x, weight, offsets):
-        ctx.save_for_backward(x, weight, offsets)
-        return grouped_matmul(x, weight, offsets)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, offsets = ctx.saved_tensors
-        grad = grad.contiguous()  # or grouped_mm refuses it
-        grad_x = grouped_matmul(grad, weight.mT, offsets)
-        return grad_x, grouped_outer(grad, x, offsets), None
 
 
 class Linear(nn.Module):
@@ -572,6 +494,8 @@ class Context(NamedTuple):
     positions: Tensor  # (T,) or (B, T), of the tokens in their sequences
     cache: dict | None = None  # of this visit, where x goes on with sequences: {name: (B, ...)}
     mask: Tensor | None = None  # with it, (B, 1, T, S): cached positions that each token may see
+    valid: Tensor | None = None  # with it, (B, T): whether it is a token, and no padding
+    segment: Tensor | None = None  # (B, T) resets of the states until each token, its own included
 
 
 class NoPosition(nn.Identity):
@@ -742,7 +666,223 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y.reshape(B, T, C))
 
 
-MIXERS = {"attention": CausalSelfAttention}
+class Recurrent(nn.Module):
+    """A mixer that remembers a sequence in states, whose size does not grow with it."""
+
+    def memory(self, x, ctx):
+        """The cache that x goes on with, or an empty one."""
+        return self.new_cache(len(x), 0, x) if ctx.cache is None else ctx.cache
+
+
+def zero_state(like, *shape):
+    """Zeros for what is added up over time, in float32 at least."""
+    return like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def unless_padding(x, ctx, value=0.0):
+    """x (B, T, C), or `value` where there is no token, by which a state stays as it is."""
+    return x if ctx.valid is None else x.masked_fill(~ctx.valid.unsqueeze(-1), value)
+
+
+def with_past(x, past, ctx):
+    """[x (B, T, C) of n tokens before, ..., of one before, x]; past (B, n, C) was before it.
+
+    What is of another segment is zero. Leaves the last n tokens in past.
+    """
+    n, T = past.size(1), x.size(1)
+    x = torch.cat([past, x], dim=1)
+    last = torch.full_like(x[:, 0, :1], T, dtype=torch.int64)  # (B, 1)
+    if ctx.valid is not None:
+        last = ctx.valid.sum(1, keepdim=True)
+    row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    past.copy_(x[row, last + torch.arange(n, device=x.device)].detach())
+
+    taps = [x[:, i : i + T] for i in range(n + 1)]
+    if ctx.segment is not None:
+        segments = F.pad(ctx.segment, (n, 0))
+        for i, tap in enumerate(taps):
+            taps[i] = tap * (segments[:, i : i + T] == ctx.segment).unsqueeze(-1)
+    return taps
+
+
+class GRU(Recurrent):
+    """Gated recurrent unit (arXiv 1406.1078), whose gates read a normed hidden state.
+
+    The norm's epsilon is large, or the gradient of a state near zero would be. The update gate
+    starts open for what was there, at sigmoid(1).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.n_embd
+        self.optim = {"recurrent": cfg.recurrent_optimizer}
+        self.flops_per_token = 6 * 3 * C * C  # of the recurrent matrices
+        self.gates = Linear(cfg, C, C, parts=3, bias=True)  # reset, update, candidate
+        with torch.no_grad():
+            self.gates.bias[C : 2 * C] = 1.0
+        self.recurrent = nn.Parameter(torch.empty(3, C, C))
+        for matrix in [] if self.recurrent.is_meta else self.recurrent:
+            nn.init.orthogonal_(matrix)
+        self.proj = Linear(cfg, C, C, to_residual=True)
+
+    def new_cache(self, batch, length, like):
+        return {"hidden": zero_state(like, batch, like.size(-1))}
+
+    def forward(self, x, ctx):
+        hidden = self.memory(x, ctx)["hidden"]
+        gates = unless_padding(self.gates(x), ctx, math.inf)  # sigmoid(inf) of the state stays
+        h = gru(gates, self.recurrent.flatten(0, 1), hidden.clone(), 1e-3, ctx.segment)
+        hidden.copy_(h[:, -1].detach())
+        return self.proj(h.type_as(x))
+
+
+class MinGRU(Recurrent):
+    """minGRU (arXiv 2410.01201): gates that read the input alone. No GRU, but a parallel scan."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.n_embd
+        self.gates = Linear(cfg, C, C, parts=2, bias=True)  # update, candidate
+        with torch.no_grad():
+            self.gates.bias[:C] = -1.0
+        self.proj = Linear(cfg, C, C, to_residual=True)
+
+    def new_cache(self, batch, length, like):
+        return {"hidden": zero_state(like, batch, like.size(-1))}
+
+    def forward(self, x, ctx):
+        hidden = self.memory(x, ctx)["hidden"]
+        update, candidate = self.gates(x).type_as(hidden).chunk(2, dim=-1)
+        update = unless_padding(update.sigmoid(), ctx)
+        keep = 1 - update
+        if ctx.segment is not None:
+            before = F.pad(ctx.segment[:, :-1], (1, 0))
+            keep = keep * (ctx.segment == before).unsqueeze(-1)
+        h = LinearScan.apply(keep, update * candidate, hidden.clone())
+        hidden.copy_(h[:, -1].detach())
+        return self.proj(h.type_as(x))
+
+
+class RWKV(Recurrent):
+    """RWKV's time mixing: RWKV-6 (arXiv 2404.05892) with the bounded decay of RWKV-7 (2503.14456).
+
+    Each channel of receptance, key, value and decay reads a learned mixture of the token and the
+    one before; a low-rank part makes the decay depend on it. Without RWKV-6's gate.
+    """
+
+    optim = dict.fromkeys(("mix", "bonus", "decay_in.weight", "decay_out.weight"), "adamw")
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, H = cfg.n_embd, cfg.n_head
+        self.n_head = H
+        self.flops_per_token = 12 * C * C // H  # the state's update and its reading
+        with torch.device("cpu"):
+            channel = torch.linspace(0, 1, C)
+            powers = torch.tensor([[0.2], [0.7], [0.7], [0.9]])
+            mix = 1 - channel**powers  # the token's own part is larger in later channels
+            decay = 6 * channel**1.5 - 5.5  # memories of 400 to 3 tokens
+            bonus = torch.ones(H, C // H)
+        self.mix, self.decay, self.bonus = start(mix), start(decay), start(bonus)
+        rank = max(4, C // 16)
+        self.decay_in = Linear(cfg, C, rank, bias=False)
+        self.decay_out = Linear(cfg, rank, C, to_residual=True, bias=False)
+        self.receptance = Linear(cfg, C, C)
+        self.key = Linear(cfg, C, C)
+        self.value = Linear(cfg, C, C)
+        self.norm = nn.GroupNorm(H, C, eps=64e-5)
+        self.proj = Linear(cfg, C, C, to_residual=True)
+
+    def new_cache(self, batch, length, like):
+        H, D = self.bonus.shape
+        past = like.new_zeros(batch, 1, H * D)
+        return {"past": past, "state": zero_state(like, batch, H, D, D)}
+
+    def forward(self, x, ctx):
+        memory = self.memory(x, ctx)
+        before, x = with_past(x, memory["past"], ctx)
+        r, k, v, w = (torch.lerp(x, before, mix) for mix in self.mix.type_as(x))
+        k = unless_padding(self.key(k), ctx)
+        w = self.decay + self.decay_out(self.decay_in(w).tanh()).type_as(memory["state"])
+        log_decay = unless_padding(-math.exp(-0.5) * w.sigmoid(), ctx)
+        heads = (self.receptance(r), k, self.value(v), log_decay)
+        heads = (t.unflatten(-1, (self.n_head, -1)) for t in heads)
+        y, state = chunked_wkv(*heads, self.bonus, memory["state"].clone(), ctx.segment)
+        memory["state"].copy_(state.detach())
+        y = self.norm(y.flatten(0, 1).flatten(1).type_as(self.norm.weight))
+        return self.proj(y.view_as(x).type_as(x))
+
+
+class GRURWKV(Recurrent):
+    """A GRU and RWKV's linear attention side by side, each with its projection."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gru = GRU(cfg)
+        self.rwkv = RWKV(cfg)
+
+    def new_cache(self, *args):
+        return self.gru.new_cache(*args) | self.rwkv.new_cache(*args)
+
+    def forward(self, x, ctx):
+        return self.gru(x, ctx) + self.rwkv(x, ctx)
+
+
+class GatedDeltaNet(Recurrent):
+    """Gated DeltaNet (arXiv 2412.06464): a state that is written over where keys are alike.
+
+    With its convolution over four tokens and its output gate; keys and values have one size.
+    """
+
+    optim = {"conv": "adamw", "rates.weight": "adamw"}
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, H = cfg.n_embd, cfg.n_head
+        self.n_head = H
+        self.flops_per_token = 18 * C * C // H  # the state's reading for update and output, update
+        self.qkv = Linear(cfg, C, C, parts=3)
+        with torch.device("cpu"):
+            conv = torch.empty(4, 3 * C).uniform_(-0.5, 0.5)
+            decay = torch.empty(H).uniform_(1, 16).log()
+            step = torch.empty(H).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            step = step + (-torch.expm1(-step)).log()  # the inverse of softplus
+        self.conv, self.decay, self.step = start(conv), start(decay), start(step)
+        self.rates = Linear(cfg, C, 2 * H, bias=False)  # beta and decay
+        self.gate = Linear(cfg, C, C)
+        self.gain = nn.Parameter(torch.ones(C // H))
+        self.proj = Linear(cfg, C, C, to_residual=True)
+
+    def new_cache(self, batch, length, like):
+        D = len(self.gain)
+        past = like.new_zeros(batch, 3, 3 * self.n_head * D)
+        return {"past": past, "state": zero_state(like, batch, self.n_head, D, D)}
+
+    def forward(self, x, ctx):
+        memory = self.memory(x, ctx)
+        taps = with_past(self.qkv(x), memory["past"], ctx)
+        qkv = F.silu(sum(tap * weight for tap, weight in zip(taps, self.conv.type_as(x))))
+        q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)
+        q, k = (F.normalize(t.type_as(memory["state"]), dim=-1) for t in (q, k))
+        beta, step = self.rates(x).type_as(q).chunk(2, dim=-1)
+        beta = unless_padding(beta.sigmoid(), ctx)
+        log_decay = unless_padding(-self.decay.exp() * F.softplus(step + self.step), ctx)
+        q = q * q.size(-1) ** -0.5
+        state = memory["state"].clone()
+        y, state = gated_delta_rule(q, k, v, log_decay, beta, state, ctx.segment)
+        memory["state"].copy_(state.detach())
+        y = F.rms_norm(y, self.gain.shape, self.gain.type_as(y), eps=1e-6).flatten(2)
+        return self.proj(y * F.silu(self.gate(x)))
+
+
+MIXERS = {
+    "attention": CausalSelfAttention,
+    "gru": GRU,
+    "rwkv": RWKV,
+    "gru_rwkv": GRURWKV,
+    "mingru": MinGRU,
+    "gated_deltanet": GatedDeltaNet,
+}
 
 
 ########################################
@@ -926,7 +1066,14 @@ class MoE(nn.Module):
         return y.view_as(x), [torch.stack([load, p.mean(0), state, self.router_state])]
 
 
-FFNS = {**EXPERTS, "moe": MoE}
+class NoFFN(nn.Identity):
+    """Adds nothing to what the mixer has made."""
+
+    def forward(self, x):
+        return torch.zeros_like(x), []
+
+
+FFNS = {"none": NoFFN, **EXPERTS, "moe": MoE}
 # What is logged of a routing.
 HEALTH = ("aux", "entropy", "load_min", "load_max", "dead", "dropped")
 
@@ -1043,7 +1190,7 @@ class Cache:
 
     visits: list  # for each visit {name: tensor (B, ...)}, which its mixer reads and writes
     filled: Tensor  # (B,) tokens of each sequence until now
-    capacity: int  # most tokens of a sequence
+    capacity: float  # most tokens of a sequence; inf where all visits have states alone
     longest: int = 0  # tokens that the sequences have been given, padding included
     static: bool = False  # all shapes stay, as a CUDA graph needs it
 
@@ -1053,20 +1200,26 @@ class Cache:
     def advance(self, tokens_BT, counts):
         """The Context of the next tokens, of which the sequences grow by counts (B,), or by all T.
 
-        What padding leaves is overwritten before a token may see it. Raises ValueError.
+        What padding leaves in a cache of attention is overwritten before a token may see it.
+        Raises ValueError.
         """
         T, device = tokens_BT.size(1), tokens_BT.device
         if self.longest + T > self.capacity:
             raise ValueError(f"{self.longest + T} tokens for a cache of {self.capacity}")
         self.longest += T
-        span = self.capacity if self.static else self.longest
-        positions = self.filled[:, None] + torch.arange(T, device=device)
-        mask = torch.arange(span, device=device) <= positions[:, None, :, None]
+        positions, mask = self.filled[:, None] + torch.arange(T, device=device), None
+        if self.capacity < math.inf:
+            span = self.capacity if self.static else self.longest
+            mask = torch.arange(span, device=device) <= positions[:, None, :, None]
         self.filled += T if counts is None else counts
-        return Context(positions, mask=mask)
+        valid = None if counts is None else torch.arange(T, device=device) < counts[:, None]
+        return Context(positions, mask=mask, valid=valid)
 
     def select(self, rows):
-        """A Cache of the sequences with these indices, each as often as it is named."""
+        """A Cache of the sequences with these indices, each as often as it is named.
+
+        Of a slice of them it is a view.
+        """
         visits = [{name: t[rows] for name, t in of_visit.items()} for of_visit in self.visits]
         return Cache(visits, self.filled[rows], self.capacity, self.longest)
 
@@ -1074,6 +1227,11 @@ class Cache:
         for tensor in self.tensors():
             tensor.zero_()
         self.longest = 0
+
+    def forget(self, which):
+        """Empties the sequences of which (B,) is true, or all by which (1,)."""
+        for tensor in self.tensors():
+            tensor.masked_fill_(which.view(-1, *[1] * (tensor.ndim - 1)), 0)
 
 
 class GPT(nn.Module):
@@ -1087,7 +1245,10 @@ class GPT(nn.Module):
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype = dtype
-        self.context = cfg.sequence_length  # tokens
+        # In the state, so that who reads a checkpoint needs no data.
+        eot_id = dataset_index(cfg.input_bin).get("eot_id")
+        eot = torch.tensor(-1 if eot_id is None else eot_id) if cfg.reset_at_eot else None
+        self.register_buffer("eot", eot)
         self.loss_chunk, self.score_chunk = loss_chunk, score_chunk
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.head = None  # the embedding
@@ -1102,6 +1263,10 @@ class GPT(nn.Module):
         self.order = visit_order(cfg)
         self.blocks, self.banked = build_blocks(cfg, self.order)
         self.norm = NORMS[cfg.norm](cfg)
+        # Tokens that it can see.
+        has_end = cfg.pos == "learned"
+        has_end |= not all(isinstance(block.mixer, Recurrent) for block in self.blocks)
+        self.context = cfg.sequence_length if has_end else math.inf
 
     def visits(self):
         """For each visit its block, and what the visit has for itself: {name: tensor}."""
@@ -1134,6 +1299,10 @@ class GPT(nn.Module):
         else:
             caches = cache.visits
             ctx = cache.advance(tokens_BT, counts)
+        if self.eot is not None:
+            resets = tokens_BT == self.eot
+            resets = resets if ctx.valid is None else resets & ctx.valid
+            ctx = ctx._replace(segment=resets.cumsum(1))
         x = F.embedding(tokens_BT, self.embed).to(self.dtype)
         x = self.dropout(self.add_position(x, ctx))
         routings = []
@@ -1143,8 +1312,8 @@ class GPT(nn.Module):
             routings += of_block
         return self.norm(x), self.embed if self.head is None else self.head, routings
 
-    def forward(self, tokens_BT, targets_BT=None):
-        x, head, routings = self.hidden(tokens_BT)
+    def forward(self, tokens_BT, targets_BT=None, cache=None):
+        x, head, routings = self.hidden(tokens_BT, cache)
         if targets_BT is None:
             return F.linear(x, head.type_as(x)).float()
         args = x.flatten(0, 1), head, targets_BT.flatten(), self.loss_chunk
@@ -1214,61 +1383,6 @@ def make_bank(block, name, slices):
     setattr(module, leaf, nn.Parameter(bank) if is_parameter else bank)
 
 
-# Logits at a time: a large product on a GPU, the last-level cache on a CPU.
-LOGITS_PER_CHUNK = {"cuda": 2**28, "cpu": 2**23}
-
-
-def rows_per_chunk(x, head):
-    """How many of the rows x (N, C) have their logits over head (V, C) at a time."""
-    n_chunks = math.ceil(len(x) * len(head) / LOGITS_PER_CHUNK[x.device.type])
-    return math.ceil(len(x) / n_chunks)
-
-
-def score_chunk(x, head, targets):
-    """Summed loss of x (n, C) against targets (n,), and how many of these are likeliest: (2,)."""
-    logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
-    loss = -logp.gather(-1, targets[:, None]).sum()
-    return torch.stack([loss, (logp.argmax(-1) == targets).sum().type_as(loss)])
-
-
-def loss_chunk(x, head, targets):
-    """Summed loss () of x (n, C) against targets (n,), and its gradient for the logits (n, V)."""
-    logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
-    target_logp = logp.gather(-1, targets[:, None])
-    grad = logp.exp_().type_as(x)  # softmax - onehot
-    return -target_logp.sum(), grad.scatter_(-1, targets[:, None], target_logp.expm1().type_as(x))
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean loss () of x (N, C), head (V, C), targets (N,), without all logits at once.
-
-    The gradients are computed with the loss, chunk by chunk, as in Liger-Kernel (arXiv 2410.10989).
-    """
-
-    @staticmethod
-    def forward(ctx, x, head, targets, loss_chunk):
-        weight = head.type_as(x)
-        total = x.new_zeros((), dtype=torch.float32)
-        training = ctx.needs_input_grad[0]
-        grad_x = torch.empty_like(x) if training else x
-        grad_head = torch.zeros_like(head) if training else None
-        rows = rows_per_chunk(x, head)
-        for xs, ts, grad_xs in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
-            loss, grad_logits = loss_chunk(xs, weight, ts)
-            total += loss
-            if training:
-                grad_xs.copy_(matmul_nt(grad_logits, weight.mT))
-                grad_head.add_(matmul_nt(grad_logits.mT, xs.mT))
-        ctx.save_for_backward(grad_x, grad_head)
-        return total / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_head = ctx.saved_tensors
-        grad = grad / len(grad_x)
-        return grad_x.mul_(grad), grad_head.mul_(grad), None, None
-
-
 def import_weights(model, path):
     """Fills model from a safetensors file, or a folder that has one. Raises ConfigError."""
     import safetensors.torch
@@ -1304,41 +1418,27 @@ def last_logits(model, tokens_BT, cache, counts=None):
     return matmul_nt(last, head.type_as(x)).float()
 
 
-class Replay:
-    """One token more for each sequence of a cache, as a CUDA graph.
+def replayed_step(model, cache):
+    """A function from tokens (B,), a list, to what next_logits has for them, by a CUDA graph.
 
     Kernel by kernel the device would wait for the host most of the time.
     """
+    tokens = torch.zeros(len(cache.filled), 1, dtype=torch.int64, device=cache.filled.device)
 
-    def __init__(self, model, cache):
-        self.cache = cache
-        self.tokens = torch.zeros(
-            len(cache.filled), 1, dtype=torch.int64, device=cache.filled.device
-        )
-        longest, before = cache.longest, [tensor.clone() for tensor in cache.tensors()]
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        cache.static = True
-        for recording in (False, True):  # first once as it is, which loads what is loaded once
-            cache.clear()
-            stream.wait_stream(torch.cuda.current_stream())
-            context = torch.cuda.stream(stream)
-            if recording:  # only this thread: the loader's may pin memory meanwhile
-                context = torch.cuda.graph(
-                    self.graph, stream=stream, capture_error_mode="thread_local"
-                )
-            with context:
-                self.logits = last_logits(model, self.tokens, cache)
-            torch.cuda.current_stream().wait_stream(stream)
-        cache.static, cache.longest = False, longest
-        for tensor, was in zip(cache.tensors(), before):
-            tensor.copy_(was)
+    def record():
+        cache.longest = 0
+        return last_logits(model, tokens, cache)
 
-    def __call__(self, tokens):
-        """Logits (B, V) after tokens (B,), a list."""
-        self.tokens.copy_(torch.tensor(tokens)[:, None])
-        self.graph.replay()
-        self.cache.longest += 1
-        return self.logits
+    longest, cache.static = cache.longest, True
+    replay = Replay(record, cache.tensors())
+    cache.longest, cache.static = longest, False
+
+    def step(new):
+        tokens.copy_(torch.tensor(new)[:, None])
+        cache.longest += 1
+        return replay()
+
+    return step
 
 
 def draw(logits, chance, temperature, top_k, top_p):
@@ -1378,7 +1478,7 @@ def generate(
     logits = next_logits(model, prompts, cache)[rows]
     cache = cache.select(rows)
     is_dense = not any(isinstance(block.ffn, MoE) for block in model.blocks)
-    replay = Replay(model, cache) if model.embed.is_cuda and is_dense else None
+    replay = replayed_step(model, cache) if model.embed.is_cuda and is_dense else None
     tokens = []
     for step in range(steps):
         if step and cache.longest == context:
@@ -1827,10 +1927,11 @@ def load_shard(path):
 class ShardLoader:
     """Samples of T + 1 tokens, each from i * T of a shard, in a glob's order, epoch after epoch.
 
-    With `limit`, only samples within the first so many tokens. Raises DataError.
+    With `limit`, only samples within the first so many tokens. With `streams`, so many sequences of
+    samples, which a batch of as many rows has side by side. Raises DataError.
     """
 
-    def __init__(self, pattern, cfg, shuffle=False, limit=0):
+    def __init__(self, pattern, cfg, shuffle=False, limit=0, streams=1):
         self.files = sorted(glob.glob(pattern))
         if not self.files:
             tokens = cfg.num_iterations * cfg.batch_size * cfg.sequence_length
@@ -1848,7 +1949,8 @@ class ShardLoader:
         self.cumulative = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
         if limit:
             self.cumulative = np.minimum(self.cumulative, limit // self.length)
-        self.samples = int(self.cumulative[-1])
+        self.streams = streams
+        self.samples = int(self.cumulative[-1]) // streams * streams
         self.tokens = sum(len(shard) for shard in self.shards)
         self.permutation = (-1, None)  # an epoch and the order of its samples
 
@@ -1870,9 +1972,19 @@ class ShardLoader:
         if self.shuffle:
             for epoch in np.unique(epochs):
                 index[epochs == epoch] = self.epoch_order(int(epoch))[index[epochs == epoch]]
+        step, row = np.divmod(index, self.streams)
+        index = row * (self.samples // self.streams) + step
         which = np.searchsorted(self.cumulative, index, side="right")
         first_of_shard = np.concatenate(([0], self.cumulative))
         return which, index - first_of_shard[which]
+
+    def begins(self, first, count):
+        """Which samples, (count,), do not go on where the one before in their stream ended."""
+        shard, index = self.place(first, count)
+        if first < self.streams:
+            return np.ones(count, dtype=bool)
+        last_shard, last_index = self.place(first - self.streams, count)
+        return (shard != last_shard) | (index != last_index + 1)
 
     def epoch_order(self, epoch):
         """The samples in the order of an epoch, (samples,); that of the last call is kept."""
@@ -2034,7 +2146,8 @@ def preflight(cfg, ranks):
             f"torchrun with --nproc_per_node={devices}, or set DEVICE=cpu"
         )
     check_tokenizers(cfg.input_bin, cfg.input_val_bin)
-    train = ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens)
+    streams = cfg.batch_size if cfg.carry_state else 1
+    train = ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens, streams)
     val = ShardLoader(cfg.input_val_bin, cfg)
     samples = cfg.num_iterations * cfg.batch_size
     per_epoch = math.ceil(samples / cfg.max_epochs) if cfg.max_epochs else 1
@@ -2048,6 +2161,11 @@ def preflight(cfg, ranks):
     if in_both:
         file = min(in_both)
         raise DataError(f"{file} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
+    if cfg.reset_at_eot and dataset_index(cfg.input_bin).get("eot_id") is None:
+        raise DataError(
+            f"RESET_AT_EOT=1 needs eot_id in index.json of {dataset_folder(cfg.input_bin)}, which "
+            "prepare_data.py writes where there are several documents; set RESET_AT_EOT=0"
+        )
     if cfg.init_from:
         with torch.device("meta"):
             import_weights(GPT(cfg), cfg.init_from)
@@ -2085,6 +2203,7 @@ class State:
     loss_scale: LossScale
     step: int = 0  # updates made
     bad: list = dataclasses.field(default_factory=list)  # (1 + ranks,) a step, see train_step
+    carried: Cache | None = None  # of this rank's rows, with CARRY_STATE=1
 
     @classmethod
     def build(cls, cfg, ranks):
@@ -2092,7 +2211,10 @@ class State:
         torch.manual_seed(cfg.seed)
         device, dtype = ranks.device(cfg), DTYPES[cfg.dtype]
         model = GPT(cfg, dtype).to(device)
-        return cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device))
+        state = cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device))
+        if cfg.carry_state:
+            state.carried = model.new_cache(cfg.batch_size // ranks.world_size, math.inf)
+        return state
 
     def tensors(self):
         """What a checkpoint holds: {key: (tensor, kind)}, kinds as in harness.checkpoints."""
@@ -2104,6 +2226,9 @@ class State:
             tensors |= optimizer.tensors(names)
         for name, tensor in self.loss_scale.tensors().items():
             tensors[f"loss_scale.{name}"] = (tensor, "copy")
+        for visit, of_visit in enumerate(self.carried.visits if self.carried else []):
+            for name, tensor in of_visit.items():
+                tensors[f"carried.{visit}.{name}"] = (tensor.view(-1), "slice")
         return tensors
 
 
@@ -2124,7 +2249,8 @@ def compile_model(model, cfg, device):
     model.score_chunk = torch.compile(score_chunk, dynamic=False)
     shape = cfg.device_batch_size, cfg.sequence_length
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-    model(tokens, tokens)[0].backward()
+    cache = model.new_cache(len(tokens), math.inf) if cfg.carry_state else None
+    model(tokens, tokens, cache)[0].backward()
     model.zero_grad()
     model.eval().score(tokens, tokens)
     model.train()
@@ -2152,8 +2278,9 @@ def accumulate_gradients(state, cfg, inputs, targets):
     weight = micro / (len(inputs) * world)  # of a micro-batch in the batch
     coef = aux_coef(state.step, cfg)
     loss_sum = routing_sum = 0.0
-    for x, y in zip(inputs.split(micro), targets.split(micro)):
-        loss, routing = state.model(x, y)
+    for i, (x, y) in enumerate(zip(inputs.split(micro), targets.split(micro))):
+        rows = slice(i * micro, (i + 1) * micro)
+        loss, routing = state.model(x, y, state.carried and state.carried.select(rows))
         # The load that the probabilities are held against is that of the step before, of all ranks.
         aux = aux_loss(routing[:, STATE], routing[:, IMPORTANCE]).sum() / max(1, len(routing))
         (loss + coef * aux).backward(state.loss_scale.value * weight)
@@ -2198,6 +2325,8 @@ def train_step(state, cfg, inputs, targets):
     for optimizer in state.optimizers:
         optimizer.step(state.step, grad_scale, skip)
     state.model.zero_grad()
+    if state.carried:
+        state.carried.forget(skip.view(1) > 0)
     for router_state, visits in state.model.router_states():
         new = sum(routing[visit, NEXT_STATE] for visit in visits) / len(visits)
         router_state.copy_(torch.where(skip > 0, router_state, new))
@@ -2421,6 +2550,10 @@ def train(cfg, run, train_loader, val_loader):
                 break
 
             inputs, targets, waited = next(batches)
+            if state.carried:
+                rows = step * cfg.batch_size + run.ranks.rank * per_rank, per_rank
+                begins = torch.from_numpy(train_loader.begins(*rows))
+                state.carried.forget(begins.to(inputs.device))
             stats = train_step(state, cfg, inputs, targets)
     return state
 

@@ -33,6 +33,7 @@ from harness.provenance import device_name, git_state, machine_text, utc_now
 from harness.ranks import Ranks, from_rank0, setup
 from harness.records import Records
 from harness.settings import ROOT
+from ops.products import matmul_nt
 import train_gpt
 from train_gpt import Config, State
 
@@ -186,7 +187,7 @@ def bench_peak(cfg: Config, device: torch.device) -> Figures:
 
         def multiply(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
             for _ in range(repeats):
-                train_gpt.matmul_nt(a, b)
+                matmul_nt(a, b)
 
         seconds = timed(multiply, PRODUCTS, device)
         figures[f"product_{m}x{k}x{n}"] = figure("TFLOP/s", 2e-12 * m * k * n * repeats / seconds)

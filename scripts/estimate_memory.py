@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from harness.ranks import Ranks
+from ops.cross_entropy import LOGITS_PER_CHUNK
 import train_gpt
 from price_runs import Gpu, kind_of
 from train_gpt import Config
@@ -64,7 +65,7 @@ def layout(cfg: Config) -> dict[str, int]:
         "matrices": stacks.total(),
         "stack": max(stacks.values()),
         "cast": cast // cfg.top_k,
-        "width": max(ffn.proj.weight.size(-1) for ffn in ffns),
+        "width": max((ffn.proj.weight.size(-1) for ffn in ffns), default=0),
     }
 
 
@@ -117,7 +118,7 @@ def memory(cfg: Config, gpus: int = 1) -> float:
     sizes = layout(shape(cfg))
     tokens = cfg.device_batch_size * cfg.sequence_length
     # 2 + 4 + 4 + 2 B: raw, float32, log, gradient
-    logits = 12 * min(tokens * cfg.vocab_size, train_gpt.LOGITS_PER_CHUNK["cuda"])
+    logits = 12 * min(tokens * cfg.vocab_size, LOGITS_PER_CHUNK["cuda"])
     cast_head = 2 * cfg.vocab_size * cfg.n_embd
     passes = saved_bytes(cfg) + logits + cast_head
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_gpt import GPT, matmul_nt, rows_per_chunk
+from ops.cross_entropy import rows_per_chunk
+from ops.products import matmul_nt
+from train_gpt import GPT
 
 Item = TypeVar("Item")
 

@@ -6,6 +6,7 @@ from conftest import tiny
 
 import check_moe
 from harness.ranks import Ranks
+from ops import products
 import train_gpt
 from train_gpt import CausalSelfAttention, Linear, MoE, make_plan
 
@@ -68,12 +69,12 @@ def collapsed(monkeypatch):
 
 
 def an_expert_is_not_trained(monkeypatch):
-    outer = train_gpt.grouped_outer
+    outer = products.grouped_outer
 
     def without_one(y, x, offsets):
         return outer(y, x, offsets).index_fill(0, torch.tensor([5]), 0.0)
 
-    monkeypatch.setattr(train_gpt, "grouped_outer", without_one)
+    monkeypatch.setattr(products, "grouped_outer", without_one)
 
 
 def no_number(monkeypatch):

@@ -8,15 +8,14 @@ import torch.nn.functional as F
 from conftest import VARIANTS, context, tiny
 
 from harness.ranks import Ranks
+from ops.cross_entropy import LOGITS_PER_CHUNK, LinearCrossEntropy, loss_chunk
 import train_gpt
 from train_gpt import (
     GPT,
     Linear,
-    LinearCrossEntropy,
     ReLU2,
     RMSNorm,
     Rotary,
-    loss_chunk,
     make_plan,
 )
 
@@ -64,7 +63,7 @@ def test_scores_in_chunks_are_those_of_all_at_once(monkeypatch):
     y[:, ::2] = model(x).argmax(-1)[:, ::2]  # half of them are right
     whole = model.score(x, y)
     assert whole[1] >= 0.5
-    monkeypatch.setitem(train_gpt.LOGITS_PER_CHUNK, "cpu", 64 * 7)
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 64 * 7)
     assert torch.allclose(model.score(x, y), whole)
     logits = model(x).double().flatten(0, 1)
     right = (logits.argmax(-1) == y.flatten()).double().mean()
@@ -229,7 +228,7 @@ def test_attention_equals_a_naive_loop():
 @pytest.mark.parametrize("vocab, chunk", [(64, 2**23), (64, 64 * 5), (50, 50), (17, 100)])
 def test_linear_cross_entropy_equals_torch(monkeypatch, vocab, chunk):
     """Values and both gradients, whatever the chunks."""
-    monkeypatch.setitem(train_gpt.LOGITS_PER_CHUNK, "cpu", chunk)
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", chunk)
     x, head = torch.randn(23, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
     targets = torch.randint(0, vocab, (23,))
     ours = LinearCrossEntropy.apply(x, head, targets, loss_chunk)

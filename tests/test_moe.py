@@ -12,6 +12,8 @@ from conftest import CLOCKS, launch, points, row, summary, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.ranks import Ranks
+from ops import products
+from ops.products import grouped_matmul, grouped_outer
 import train_gpt
 from train_gpt import (
     BALANCES,
@@ -25,8 +27,6 @@ from train_gpt import (
     aux_coef,
     aux_loss,
     expert_health,
-    grouped_matmul,
-    grouped_outer,
     leave_bias,
     train_step,
 )
@@ -390,7 +390,7 @@ def test_widths_that_a_grouped_kernel_cannot_take_go_by_the_loop(monkeypatch):
     """Its rows must be multiples of 16 bytes; what it takes it gets."""
     taken = []
     monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: taken.append(args))
-    monkeypatch.setattr(train_gpt, "matmul_nt", lambda a, b: torch.zeros(len(a), len(b)))
+    monkeypatch.setattr(products, "matmul_nt", lambda a, b: torch.zeros(len(a), len(b)))
 
     class OnCuda(torch.Tensor):
         is_cuda = True

@@ -7,7 +7,12 @@ import keyword
 import tokenize
 from pathlib import Path
 
-HARNESS = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+# What a program stands on beside its own text: scripts/harness/ and scripts/ops/.
+HARNESS = "".join(
+    path.read_text()
+    for folder in ("harness", "ops")
+    for path in sorted((Path(__file__).parents[1] / folder).glob("*.py"))
+)
 
 
 def code_tokens(source: str) -> list[str]:

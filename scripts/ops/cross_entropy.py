@@ -1,0 +1,65 @@
+"""The loss of hidden states against targets, without all logits at once.
+
+Shapes: N tokens, n of them in a chunk, C channels, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ops.products import matmul_nt
+
+# Logits at a time: a large product on a GPU, the last-level cache on a CPU.
+LOGITS_PER_CHUNK = {"cuda": 2**28, "cpu": 2**23}
+
+
+def rows_per_chunk(x, head):
+    """How many of the rows x (N, C) have their logits over head (V, C) at a time."""
+    n_chunks = math.ceil(len(x) * len(head) / LOGITS_PER_CHUNK[x.device.type])
+    return math.ceil(len(x) / n_chunks)
+
+
+def score_chunk(x, head, targets):
+    """Summed loss of x (n, C) against targets (n,), and how many of these are likeliest: (2,)."""
+    logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
+    loss = -logp.gather(-1, targets[:, None]).sum()
+    return torch.stack([loss, (logp.argmax(-1) == targets).sum().type_as(loss)])
+
+
+def loss_chunk(x, head, targets):
+    """Summed loss () of x (n, C) against targets (n,), and its gradient for the logits (n, V)."""
+    logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
+    target_logp = logp.gather(-1, targets[:, None])
+    grad = logp.exp_().type_as(x)  # softmax - onehot
+    return -target_logp.sum(), grad.scatter_(-1, targets[:, None], target_logp.expm1().type_as(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean loss () of x (N, C), head (V, C), targets (N,), without all logits at once.
+
+    The gradients are computed with the loss, chunk by chunk, as in Liger-Kernel (arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, loss_chunk):
+        weight = head.type_as(x)
+        total = x.new_zeros((), dtype=torch.float32)
+        training = ctx.needs_input_grad[0]
+        grad_x = torch.empty_like(x) if training else x
+        grad_head = torch.zeros_like(head) if training else None
+        rows = rows_per_chunk(x, head)
+        for xs, ts, grad_xs in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
+            loss, grad_logits = loss_chunk(xs, weight, ts)
+            total += loss
+            if training:
+                grad_xs.copy_(matmul_nt(grad_logits, weight.mT))
+                grad_head.add_(matmul_nt(grad_logits.mT, xs.mT))
+        ctx.save_for_backward(grad_x, grad_head)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_head = ctx.saved_tensors
+        grad = grad / len(grad_x)
+        return grad_x.mul_(grad), grad_head.mul_(grad), None, None
