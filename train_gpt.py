@@ -39,15 +39,18 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
-from harness.provenance import check_tokenizers, dataset_folder, dataset_index
+from harness.files import quoted
+from harness.provenance import bytes_per_token, check_tokenizers, dataset_folder, dataset_index
 from harness.provenance import fingerprint, how_to_get
 from harness.run import Run
 from harness.settings import Settings, near_misses, settings_table
 from harness.source import source_hash
 from ops.cross_entropy import LinearCrossEntropy, loss_chunk, rows_per_chunk, score_chunk
 from ops.cuda_graph import Replay
-from ops.products import ONEDNN, GroupedMatmul, MatmulNT, matmul_nt
-from ops.recurrences import LinearScan, chunked_wkv, gated_delta_rule, gru
+from ops.orthogonalize import zeropower_via_newtonschulz5
+from ops.products import GroupedMatmul, linear, matmul_nt
+from ops.recurrences import chunked_wkv, gated_delta_rule, gru, linear_scan, with_past
+from ops.sampling import draw
 
 ########################################
 #                Config                #
@@ -152,24 +155,20 @@ class Config(Settings):
         "N_EXPERTS": "NUM_EXPERTS",
         "D_MODEL": "N_EMBD",
         "MAX_ITERS": "NUM_ITERATIONS",
-        "PER_STEP": "PER_VISIT",  # its name in earlier versions
     }
     LISTS = ("mixer", "ffn", "per_visit", "trackers")
     BOUNDS = {  # inclusive
         "batch_size device_batch_size sequence_length num_iterations log_every top_k": (1, 2**31),
         "n_layer n_head n_embd n_unique num_experts balance_log_interval hang_timeout": (1, 2**31),
         "val_every save_every max_epochs d_ff warmup_iters warmdown_iters": (0, 2**31),
-        "seed max_bad_steps sample_every": (0, 2**31),
+        "seed max_bad_steps sample_every unshared_ends max_train_tokens": (0, 2**40),
         "keep_last": (2, 2**31),
-        "unshared_ends max_train_tokens": (0, 2**40),
         "val_tokens": (1, 2**40),
         "vocab_size": (0, 65536),
-        "lr embed_lr head_lr muon_lr": (1e-12, 1e30),
-        "beta1 beta2 muon_momentum": (0, 0.9999999),
-        "dropout": (0, 0.99),
+        "lr embed_lr head_lr muon_lr peak_tflops": (1e-12, 1e30),
+        "dropout beta1 beta2 muon_momentum": (0, 0.9999999),
         "aux_warmup_frac aux_decay_end_frac min_lr_frac": (0, 1),
         "aux_loss_coef aux_loss_coef_start aux_loss_coef_end grad_clip weight_decay": (0, 1e6),
-        "peak_tflops": (1e-6, 1e6),
     }
     LABELS = "run_id stage variant note dry_run log_dir results_csv resume trackers".split()
     NOT_HASHED = """
@@ -228,10 +227,11 @@ class Config(Settings):
     def advice(self, status):
         if status == "diverged":
             return "lower LR or MUON_LR, or set GRAD_CLIP=1"
-        how = (
-            f"lower DEVICE_BATCH_SIZE={self.device_batch_size}, which leaves the result as it is, "
+        size = self.device_batch_size
+        ways = (
+            f"lower DEVICE_BATCH_SIZE={size}, which leaves the result as it is, or SEQUENCE_LENGTH"
         )
-        return how + "or SEQUENCE_LENGTH, or N_LAYER"
+        return f"{ways}, or N_LAYER"
 
     def has_moe(self):
         return self.holds("FFN=moe")
@@ -447,9 +447,7 @@ class Linear(nn.Module):
 
     def forward(self, x):
         weight = self.weight.flatten(0, -2).type_as(x)
-        one_row = x.size(-2) == 1  # as when a text is written, token by token
-        use_onednn = ONEDNN and x.is_cpu and not one_row
-        y = MatmulNT.apply(x, weight) if use_onednn else F.linear(x, weight)
+        y = linear(x, weight)
         return y if self.bias is None else y + self.bias.type_as(x)
 
 
@@ -521,8 +519,7 @@ class Rotary(nn.Module):
     def forward(self, x, ctx):
         shape = (*ctx.positions.shape, *[1] * (x.ndim - 3), x.size(-1))
         cos, sin = self.cos_sin[:, ctx.positions].view(2, *shape)
-        x1, x2 = x.chunk(2, dim=-1)
-        return torch.addcmul(x * cos, torch.cat((x2, x1), dim=-1), sin).type_as(x)
+        return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
 
 
 class LearnedPosition(nn.Module):
@@ -669,6 +666,9 @@ class CausalSelfAttention(nn.Module):
 class Recurrent(nn.Module):
     """A mixer that remembers a sequence in states, whose size does not grow with it."""
 
+    def new_cache(self, batch, length, like):
+        return {"hidden": zero_state(like, batch, like.size(-1))}
+
     def memory(self, x, ctx):
         """The cache that x goes on with, or an empty one."""
         return self.new_cache(len(x), 0, x) if ctx.cache is None else ctx.cache
@@ -684,27 +684,6 @@ def unless_padding(x, ctx, value=0.0):
     return x if ctx.valid is None else x.masked_fill(~ctx.valid.unsqueeze(-1), value)
 
 
-def with_past(x, past, ctx):
-    """[x (B, T, C) of n tokens before, ..., of one before, x]; past (B, n, C) was before it.
-
-    What is of another segment is zero. Leaves the last n tokens in past.
-    """
-    n, T = past.size(1), x.size(1)
-    x = torch.cat([past, x], dim=1)
-    last = torch.full_like(x[:, 0, :1], T, dtype=torch.int64)  # (B, 1)
-    if ctx.valid is not None:
-        last = ctx.valid.sum(1, keepdim=True)
-    row = torch.arange(len(x), device=x.device).unsqueeze(1)
-    past.copy_(x[row, last + torch.arange(n, device=x.device)].detach())
-
-    taps = [x[:, i : i + T] for i in range(n + 1)]
-    if ctx.segment is not None:
-        segments = F.pad(ctx.segment, (n, 0))
-        for i, tap in enumerate(taps):
-            taps[i] = tap * (segments[:, i : i + T] == ctx.segment).unsqueeze(-1)
-    return taps
-
-
 class GRU(Recurrent):
     """Gated recurrent unit (arXiv 1406.1078), whose gates read a normed hidden state.
 
@@ -718,15 +697,12 @@ class GRU(Recurrent):
         self.optim = {"recurrent": cfg.recurrent_optimizer}
         self.flops_per_token = 6 * 3 * C * C  # of the recurrent matrices
         self.gates = Linear(cfg, C, C, parts=3, bias=True)  # reset, update, candidate
-        with torch.no_grad():
-            self.gates.bias[C : 2 * C] = 1.0
+        nn.init.ones_(self.gates.bias[C : 2 * C])
         self.recurrent = nn.Parameter(torch.empty(3, C, C))
-        for matrix in [] if self.recurrent.is_meta else self.recurrent:
-            nn.init.orthogonal_(matrix)
+        if not self.recurrent.is_meta:
+            for matrix in self.recurrent:
+                nn.init.orthogonal_(matrix)
         self.proj = Linear(cfg, C, C, to_residual=True)
-
-    def new_cache(self, batch, length, like):
-        return {"hidden": zero_state(like, batch, like.size(-1))}
 
     def forward(self, x, ctx):
         hidden = self.memory(x, ctx)["hidden"]
@@ -743,22 +719,14 @@ class MinGRU(Recurrent):
         super().__init__()
         C = cfg.n_embd
         self.gates = Linear(cfg, C, C, parts=2, bias=True)  # update, candidate
-        with torch.no_grad():
-            self.gates.bias[:C] = -1.0
+        nn.init.constant_(self.gates.bias[:C], -1)
         self.proj = Linear(cfg, C, C, to_residual=True)
-
-    def new_cache(self, batch, length, like):
-        return {"hidden": zero_state(like, batch, like.size(-1))}
 
     def forward(self, x, ctx):
         hidden = self.memory(x, ctx)["hidden"]
         update, candidate = self.gates(x).type_as(hidden).chunk(2, dim=-1)
         update = unless_padding(update.sigmoid(), ctx)
-        keep = 1 - update
-        if ctx.segment is not None:
-            before = F.pad(ctx.segment[:, :-1], (1, 0))
-            keep = keep * (ctx.segment == before).unsqueeze(-1)
-        h = LinearScan.apply(keep, update * candidate, hidden.clone())
+        h = linear_scan(1 - update, update * candidate, hidden.clone(), ctx.segment)
         hidden.copy_(h[:, -1].detach())
         return self.proj(h.type_as(x))
 
@@ -800,7 +768,7 @@ class RWKV(Recurrent):
 
     def forward(self, x, ctx):
         memory = self.memory(x, ctx)
-        before, x = with_past(x, memory["past"], ctx)
+        before, x = with_past(x, memory["past"], ctx.valid, ctx.segment)
         r, k, v, w = (torch.lerp(x, before, mix) for mix in self.mix.type_as(x))
         k = unless_padding(self.key(k), ctx)
         w = self.decay + self.decay_out(self.decay_in(w).tanh()).type_as(memory["state"])
@@ -860,7 +828,7 @@ class GatedDeltaNet(Recurrent):
 
     def forward(self, x, ctx):
         memory = self.memory(x, ctx)
-        taps = with_past(self.qkv(x), memory["past"], ctx)
+        taps = with_past(self.qkv(x), memory["past"], ctx.valid, ctx.segment)
         qkv = F.silu(sum(tap * weight for tap, weight in zip(taps, self.conv.type_as(x))))
         q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)
         q, k = (F.normalize(t.type_as(memory["state"]), dim=-1) for t in (q, k))
@@ -1070,7 +1038,7 @@ class NoFFN(nn.Identity):
     """Adds nothing to what the mixer has made."""
 
     def forward(self, x):
-        return torch.zeros_like(x), []
+        return 0 * x, []  # of the norm before it, which gets a gradient so
 
 
 FFNS = {"none": NoFFN, **EXPERTS, "moe": MoE}
@@ -1247,8 +1215,8 @@ class GPT(nn.Module):
         self.dtype = dtype
         # In the state, so that who reads a checkpoint needs no data.
         eot_id = dataset_index(cfg.input_bin).get("eot_id")
-        eot = torch.tensor(-1 if eot_id is None else eot_id) if cfg.reset_at_eot else None
-        self.register_buffer("eot", eot)
+        eot = torch.tensor(-1 if eot_id is None else eot_id)
+        self.register_buffer("eot", eot if cfg.reset_at_eot else None)
         self.loss_chunk, self.score_chunk = loss_chunk, score_chunk
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.head = None  # the embedding
@@ -1441,23 +1409,6 @@ def replayed_step(model, cache):
     return step
 
 
-def draw(logits, chance, temperature, top_k, top_p):
-    """Tokens (B,) from logits (B, V) by chance (B,), uniform in [0, 1).
-
-    The TOP_K likeliest, of these the fewest whose probability reaches TOP_P; 0 and 1 leave all.
-    Temperature 0 takes the likeliest.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    k = min(top_k or logits.size(-1), logits.size(-1))
-    logits, tokens = logits.topk(k)  # the likeliest first
-    p = ((logits - logits[:, :1]).double() / temperature).softmax(-1)
-    before = p.cumsum(-1) - p
-    upto = (p * (before < max(top_p, 1e-12))).cumsum(-1)  # never none
-    choice = torch.searchsorted(upto, chance[:, None] * upto[:, -1:], right=True)
-    return tokens.gather(-1, choice.clamp(max=k - 1)).squeeze(-1)
-
-
 @torch.no_grad()
 def generate(
     model, prompts, steps, samples=1, seed=0, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None
@@ -1559,24 +1510,6 @@ MUON_SCALES = {  # factor on the orthogonalised update of a matrix
     "original": original_scale,
     "match_rms_adamw": match_rms_adamw_scale,
 }
-
-
-def zeropower_via_newtonschulz5(G, dtype=torch.bfloat16, steps=5, eps=1e-7):
-    """Matrices (..., m, n) made nearly orthogonal: singular values of 0.7 to 1.2.
-
-    The quintic has the steepest slope at zero: kellerjordan.github.io/posts/muon. In bfloat16 it is
-    torch.optim.Muon's to the last bit.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = G.size(-2) > G.size(-1)
-    X = G.to(dtype).reshape(-1, *G.shape[-2:])
-    X = X.mT if tall else X
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # spectral norm at most 1
-    for _ in range(steps):
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
-    return (X.mT if tall else X).reshape(G.shape)
 
 
 class UpdateRule:
@@ -2184,16 +2117,6 @@ def data_identity(cfg, train, val):
     }
 
 
-def bytes_per_token(cfg, val):
-    """Mean over the tokens that are validated; None where index.json does not know all of them."""
-    of_token = dataset_index(cfg.input_val_bin).get("token_bytes") or []
-    targets = val.read(0, cfg.val_tokens // cfg.sequence_length)[:, 1:]
-    if targets.max() >= len(of_token):
-        return None
-    mean = np.array(of_token, dtype=float)[targets].mean().item()  # nan with one that is null
-    return mean if mean > 0 else None
-
-
 @dataclasses.dataclass
 class State:
     """What a step changes."""
@@ -2211,10 +2134,10 @@ class State:
         torch.manual_seed(cfg.seed)
         device, dtype = ranks.device(cfg), DTYPES[cfg.dtype]
         model = GPT(cfg, dtype).to(device)
-        state = cls(model, build_optimizers(model, cfg, ranks), LossScale(dtype, device))
-        if cfg.carry_state:
-            state.carried = model.new_cache(cfg.batch_size // ranks.world_size, math.inf)
-        return state
+        rows = cfg.batch_size // ranks.world_size
+        carried = model.new_cache(rows, math.inf) if cfg.carry_state else None
+        optimizers = build_optimizers(model, cfg, ranks)
+        return cls(model, optimizers, LossScale(dtype, device), carried=carried)
 
     def tensors(self):
         """What a checkpoint holds: {key: (tensor, kind)}, kinds as in harness.checkpoints."""
@@ -2456,12 +2379,7 @@ def print_sample(run, state, cfg, loader):
             made = [token for (token,) in made]
         for name, tokens in (("prompt", prompt), ("sample", made)):
             text = tokenizer.decode(tokens, skip_special_tokens=False)
-            # What a terminal would act on, as Python would write it.
-            lines = [
-                "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-                for line in text.splitlines()
-            ]
-            run.print("\n| ".join([f"step:{state.step}/{cfg.num_iterations} {name}:", *lines]))
+            run.print(f"step:{state.step}/{cfg.num_iterations} {name}:{quoted(text)}")
     except Exception as error:  # it is worth no run
         reason = " ".join(str(error).split())
         run.print(
@@ -2584,7 +2502,8 @@ def main(argv, env):
         plan |= {"data_fingerprint": "", "val_fingerprint": ""}
         if run.ranks.rank == 0:  # before the other ranks wait for it
             plan |= data_identity(cfg, train_loader, val_loader)
-            plan["val_bytes_per_token"] = bytes_per_token(cfg, val_loader)
+            targets = val_loader.read(0, cfg.val_tokens // cfg.sequence_length)[:, 1:]
+            plan["val_bytes_per_token"] = bytes_per_token(cfg.input_val_bin, targets)
         columns = ["val_accuracy", *health_columns(cfg)]
         run.open(cfg, asked.changes_text(), plan, warnings, columns)
         state = train(cfg, run, train_loader, val_loader)

@@ -31,6 +31,7 @@ PYTHON = sorted(
 )
 TRAINER = [ROOT / "train_gpt.py"]
 HARNESS = sorted((ROOT / "scripts" / "harness").glob("*.py"))
+OPS = sorted((ROOT / "scripts" / "ops").glob("*.py"))
 LAYOUT = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
 
 
@@ -85,7 +86,12 @@ def f(a, *, b=1):  # no word
 
 
 @pytest.mark.parametrize(
-    "place, files, limit", [("train_gpt.py", TRAINER, 18_000), ("scripts/harness", HARNESS, 12_500)]
+    "place, files, limit",
+    [
+        ("train_gpt.py", TRAINER, 18_000),
+        ("scripts/harness", HARNESS, 12_500),
+        ("scripts/ops", OPS, 5_500),
+    ],
 )
 def test_tokens_have_a_limit(place, files, limit):
     """What does not fit must push something weaker out."""
@@ -141,9 +147,11 @@ def imports_of(path):
 
 
 def test_imports_point_one_way():
-    """Scripts to train_gpt to harness, which knows neither; nothing imports a package `scripts`."""
+    """Scripts to train_gpt to ops to harness; nothing imports a package `scripts`."""
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} | {"cached_fineweb10B"}
     for path in HARNESS:
+        assert "ops" not in imports_of(path), path
+    for path in HARNESS + OPS:
         assert not imports_of(path) & {*scripts, "train_gpt", "scripts"}, path
     assert not imports_of(ROOT / "train_gpt.py") & {*scripts, "scripts"}
     for path in PYTHON:
@@ -194,9 +202,10 @@ def test_a_foreign_package_of_the_same_name_does_no_harm(tmp_path):
 
 
 def test_the_trainer_can_be_copied(tmp_path, settings):
-    """With scripts/harness/ beside it, in an empty folder, it trains; the default needs no file."""
+    """With harness and ops beside it, in an empty folder, it trains; the default needs no file."""
     copy = tmp_path / "elsewhere"
-    shutil.copytree(ROOT / "scripts" / "harness", copy / "scripts" / "harness")
+    for package in ("harness", "ops"):
+        shutil.copytree(ROOT / "scripts" / package, copy / "scripts" / package)
     shutil.copy(ROOT / "train_gpt.py", copy)
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train_gpt.py"]

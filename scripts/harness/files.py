@@ -83,3 +83,12 @@ class RunFiles:
                 return False
         except Timeout:
             return True
+
+
+def quoted(text: str) -> str:
+    """The lines of a text, each behind a bar, what a terminal would act on as Python writes it."""
+    lines = [
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        for line in text.splitlines()
+    ]
+    return "".join(f"\n| {line}" for line in lines)

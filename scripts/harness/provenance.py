@@ -104,6 +104,15 @@ def check_tokenizers(train: str, val: str) -> None:
         )
 
 
+def bytes_per_token(pattern: str, tokens: np.ndarray) -> float | None:
+    """Mean size of tokens of a glob's data; None where its index.json does not know them all."""
+    of_token = dataset_index(pattern).get("token_bytes") or []
+    if tokens.max() >= len(of_token):
+        return None
+    mean = np.array(of_token, dtype=float)[tokens].mean().item()  # nan with one that is null
+    return mean if mean > 0 else None
+
+
 def fingerprint(files: Iterable[str | Path], log_dir: Path) -> str:
     """SHA-256 over names and contents of files, hex; cached in log_dir by path, size and time."""
     cache, known, hashes = log_dir / ".shard_hashes.json", {}, []

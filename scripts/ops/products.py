@@ -13,10 +13,17 @@ CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()
 ONEDNN = "AuthenticAMD" in CPUINFO and CPU_CAPABILITY == "AVX512"
 
 
+def suits_onednn(a, b):
+    """Whether oneDNN is the faster for a (..., k) times b (n, k) transposed."""
+    eager = not torch.compiler.is_compiling()  # which lowers oneDNN's only for constant b
+    rows = a.numel() // max(1, a.size(-1))
+    is_large = rows > 1 and rows * b.numel() >= 2**22  # multiply-adds: a call takes 30 us
+    return ONEDNN and eager and a.is_cpu and a.dtype == torch.float32 and is_large
+
+
 def matmul_nt(a, b):
     """a (..., k) times b (n, k) transposed: (..., n), by the faster of two CPU libraries."""
-    eager = not torch.compiler.is_compiling()  # which lowers oneDNN's only for constant b
-    if ONEDNN and eager and a.is_cpu and a.dtype == torch.float32 and a.numel():
+    if suits_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.mT
 
@@ -35,6 +42,11 @@ class MatmulNT(torch.autograd.Function):
         grad = grad.contiguous()
         grad_weight = matmul_nt(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)
         return matmul_nt(grad, weight.mT), grad_weight
+
+
+def linear(x, weight):
+    """x (..., k) times weight (n, k) transposed: (..., n), with gradients."""
+    return MatmulNT.apply(x, weight) if suits_onednn(x, weight) else F.linear(x, weight)
 
 
 def can_group_on_cuda(*tensors):

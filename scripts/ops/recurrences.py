@@ -45,12 +45,46 @@ class Segments:
         )  # (B, 1, N+1, N+1, 1)
 
 
+def with_past(x, past, valid=None, segment=None):
+    """[x (B, T, C) of n tokens before, ..., of one before, x]; past (B, n, C) was before it.
+
+    What is of another segment is zero. Leaves in past the last n tokens, of their segment alone,
+    without those at the end where valid (B, T) is false.
+    """
+    n, T = past.size(1), x.size(1)
+    x = torch.cat([past, x], dim=1)
+    taps = [x[:, i : i + T] for i in range(n + 1)]
+    count = torch.full((1, 1), T, device=x.device) if valid is None else valid.sum(1, keepdim=True)
+    index = count + torch.arange(n, device=x.device)
+    last = x.take_along_dim(index.unsqueeze(-1), dim=1)
+    if segment is not None:
+        segments = F.pad(segment, (n, 0))
+        for i, tap in enumerate(taps):
+            taps[i] = tap * (segments[:, i : i + T] == segment).unsqueeze(-1)
+        of_last = segments.take_along_dim(index, dim=1)
+        last = last * (of_last == of_last[:, -1:]).unsqueeze(-1)
+    past.copy_(last.detach())
+    return taps
+
+
+def goes_on(segment):
+    """(B, T, 1): whether a token is of the same segment as the one before it."""
+    return (segment == F.pad(segment[:, :-1], (1, 0))).unsqueeze(-1)
+
+
+def linear_scan(a, b, state, segment=None):
+    """h_t = a_t h_(t-1) + b_t of a, b (B, T, C), from a state (B, C): h (B, T, C)."""
+    if segment is not None:
+        a = a * goes_on(segment)
+    return LinearScan.apply(a, b, state)
+
+
 class LinearScan(torch.autograd.Function):
-    """h_t = a_t h_(t-1) + b_t of a, b (B, T, C) from a state (B, C): h (B, T, C)."""
+    """linear_scan without segments, whose gradient is a scan from the end."""
 
     @staticmethod
     def forward(ctx, a, b, state):
-        h = linear_scan(a, b, state)
+        h = chunked_scan(a, b, state)
         ctx.save_for_backward(a, h, state)
         return h
 
@@ -58,13 +92,13 @@ class LinearScan(torch.autograd.Function):
     def backward(ctx, grad):
         a, h, state = ctx.saved_tensors
         later = F.pad(a[:, 1:], (0, 0, 0, 1))
-        grad_b = linear_scan(later.flip(1), grad.flip(1), torch.zeros_like(state)).flip(1)
+        grad_b = chunked_scan(later.flip(1), grad.flip(1), torch.zeros_like(state)).flip(1)
         before = torch.cat([state.unsqueeze(1), h[:, :-1]], dim=1)
         return grad_b * before, grad_b, grad_b[:, 0] * a[:, 0]
 
 
-def linear_scan(a, b, state):
-    """As LinearScan: step by step in all chunks at once, then from chunk to chunk."""
+def chunked_scan(a, b, state):
+    """linear_scan, step by step in all chunks at once, then from chunk to chunk."""
     length = a.size(1)
     size = math.ceil(length**0.5)
     a, b = (F.pad(x, (0, 0, 0, -length % size)) for x in (a, b))
@@ -274,7 +308,7 @@ def gru(gates, weight, state, eps=0.0, segment=None):
     wide = torch.promote_types(gates.dtype, torch.float32)
     keep = None
     if segment is not None:
-        keep = (segment == F.pad(segment[:, :-1], (1, 0))).to(wide).t().unsqueeze(-1).contiguous()
+        keep = goes_on(segment).to(wide).transpose(0, 1).contiguous()
     gates = gates.to(wide).transpose(0, 1).contiguous()
     h = gru_forward(gates, weight.to(wide), state.to(wide), keep, eps)[0]
     return h[1:].transpose(0, 1)
