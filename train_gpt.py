@@ -108,7 +108,6 @@ class Config(Settings):
     aux_decay_end_frac: float = 0.3  # fraction of the steps
     balance_log_interval: int = 20  # steps between lines on the experts' load
     router_optimizer: str = "adamw"  # of the routers' matrices
-    recurrent_optimizer: str = "adamw"  # of the matrices by which a gru reads its hidden state
     reset_at_eot: bool = False  # an end-of-text token empties the states of recurrent mixers
     carry_state: bool = False  # each step goes on with the states and the text of the step before
     recurrence: str = "stacked"  # indexed: the same, one block over banks; shared: blocks revisited
@@ -197,7 +196,6 @@ class Config(Settings):
         "AUX_LOSS_COEF_START!=none": "aux_warmup_frac aux_decay_end_frac",
         "MIXER=attention": "attngate gatepos gateact qk_norm",
         "ATTNGATE!=none": "gatepos gateact",
-        "MIXER=gru|gru_rwkv": "recurrent_optimizer",
         "OPTIMIZER=muon": "muon_lr muon_scale muon_momentum",
         "LR_SCHEDULE=trapezoid": "warmdown_iters",
         "LR_SCHEDULE=cosine": "min_lr_frac",
@@ -257,7 +255,6 @@ def axes():
         "per_visit": PER_VISIT,
         "optimizer": OPTIMIZERS,
         "router_optimizer": OPTIMIZERS,
-        "recurrent_optimizer": OPTIMIZERS,
         "muon_scale": MUON_SCALES,
         "lr_schedule": SCHEDULES,
         "device": ("auto", "cpu", "cuda"),
@@ -296,9 +293,11 @@ def check_run(cfg):
         "deterministic",
         "COMPILE=0 or auto: 1 times its kernels",
     )
-    for name in ("router_optimizer", "recurrent_optimizer"):
-        optimizer = getattr(cfg, name)
-        cfg.require(optimizer in ("adamw", cfg.optimizer), name, f"OPTIMIZER={optimizer} as well")
+    cfg.require(
+        cfg.router_optimizer in ("adamw", cfg.optimizer),
+        "router_optimizer",
+        f"OPTIMIZER={cfg.router_optimizer} as well",
+    )
 
 
 def check_model(cfg):
@@ -691,10 +690,11 @@ class GRU(Recurrent):
     starts open for what was there, at sigmoid(1).
     """
 
+    sequential = True  # over time, which no count of FLOPs shows
+
     def __init__(self, cfg):
         super().__init__()
         C = cfg.n_embd
-        self.optim = {"recurrent": cfg.recurrent_optimizer}
         self.flops_per_token = 6 * 3 * C * C  # of the recurrent matrices
         self.gates = Linear(cfg, C, C, parts=3, bias=True)  # reset, update, candidate
         nn.init.ones_(self.gates.bias[C : 2 * C])
@@ -783,6 +783,8 @@ class RWKV(Recurrent):
 
 class GRURWKV(Recurrent):
     """A GRU and RWKV's linear attention side by side, each with its projection."""
+
+    sequential = True
 
     def __init__(self, cfg):
         super().__init__()
@@ -1202,6 +1204,12 @@ class Cache:
             tensor.masked_fill_(which.view(-1, *[1] * (tensor.ndim - 1)), 0)
 
 
+def end_token(cfg):
+    """The id () that ends the texts of the training data, -1 where they say none."""
+    eot_id = dataset_index(cfg.input_bin).get("eot_id")
+    return torch.tensor(-1 if eot_id is None else eot_id)
+
+
 class GPT(nn.Module):
     """Decoder-only transformer, activations in `dtype`.
 
@@ -1214,9 +1222,7 @@ class GPT(nn.Module):
         super().__init__()
         self.dtype = dtype
         # In the state, so that who reads a checkpoint needs no data.
-        eot_id = dataset_index(cfg.input_bin).get("eot_id")
-        eot = torch.tensor(-1 if eot_id is None else eot_id)
-        self.register_buffer("eot", eot if cfg.reset_at_eot else None)
+        self.register_buffer("eot", end_token(cfg) if cfg.reset_at_eot else None)
         self.loss_chunk, self.score_chunk = loss_chunk, score_chunk
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.head = None  # the embedding
@@ -1358,8 +1364,8 @@ def import_weights(model, path):
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
     try:
         weights = safetensors.torch.load_file(file)
-        # Routers start anew; in files of earlier versions their state is called balance.
-        states = ("ffn.router_state", "ffn.balance")
+        # These start anew; in files of earlier versions a router_state is called balance.
+        states = ("ffn.router_state", "ffn.balance", "eot")
         weights = {name: t for name, t in weights.items() if not name.endswith(states)}
         weights |= {name: t for name, t in model.state_dict().items() if name.endswith(states)}
         model.load_state_dict(weights, assign=model.embed.is_meta)  # there it is only a check
@@ -2094,7 +2100,7 @@ def preflight(cfg, ranks):
     if in_both:
         file = min(in_both)
         raise DataError(f"{file} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
-    if cfg.reset_at_eot and dataset_index(cfg.input_bin).get("eot_id") is None:
+    if cfg.reset_at_eot and end_token(cfg) < 0:
         raise DataError(
             f"RESET_AT_EOT=1 needs eot_id in index.json of {dataset_folder(cfg.input_bin)}, which "
             "prepare_data.py writes where there are several documents; set RESET_AT_EOT=0"

@@ -69,6 +69,36 @@ def layout(cfg: Config) -> dict[str, int]:
     }
 
 
+@functools.cache
+def recurrent_bytes(cfg: Config) -> list[float]:
+    """Bytes a token that each recurrent mixer keeps for the backward pass: what
+    saved_tensors_hooks counts for 512 tokens more than for 256, without computing anything."""
+    found = []
+    for layer in range(cfg.n_layer):
+        with torch.device("meta"):
+            mixer = train_gpt.MIXERS[train_gpt.tiled(cfg.mixer, layer)](cfg)
+        if isinstance(mixer, train_gpt.Recurrent):
+            short, long = (kept_by(mixer, length, cfg.n_embd) for length in (256, 512))
+            found.append((long - short) / 256)
+    return found
+
+
+def kept_by(mixer: torch.nn.Module, length: int, channels: int) -> int:
+    """Bytes that a mixer on the meta device keeps of a sequence, and of its weights."""
+    storages = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage  # held, so that no other gets its address
+        return tensor
+
+    x = torch.empty(1, length, channels, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    positions = torch.arange(length, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mixer(x, train_gpt.Context(positions))
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def saved_bytes(cfg: Config) -> int:
     """Bytes that a forward pass keeps for the backward pass, all bfloat16: by what
     saved_tensors_hooks counts of the eager trainer on a CPU; compiled blocks should need less.
@@ -76,15 +106,15 @@ def saved_bytes(cfg: Config) -> int:
     A visit of a block keeps, a token, 12 C (inputs of linear layers and, in float32, of norms; q,
     k, v, the output of attention) and both sides of the FFN's activation: in the way of arXiv
     2205.05198, which has 17 C in all. And the cast weights, 3 C a token and the gradient of the
-    head.
+    head. A recurrent mixer keeps what it says in place of the attention's part.
     """
     C = cfg.n_embd
     sizes = layout(shape(cfg))
     is_moe = kind_of(cfg.ffn) == "moe"
 
     channels = 12  # of C, a visit and token
-    if cfg.qk_norm:
-        channels += 4
+    attention = 8 if cfg.qk_norm else 4  # of them: q, k, v, their norms, the output
+    channels += attention - 4
     if cfg.norm == "rms_gain":
         channels += 2
     if cfg.dropout > 0:
@@ -101,7 +131,9 @@ def saved_bytes(cfg: Config) -> int:
     if cfg.pos == "rotary":
         rotary = 8 * cfg.sequence_length * C // cfg.n_head
     weights = 2 * sizes["cast"] + 4 * cfg.vocab_size * C
-    return 2 * tokens * (cfg.n_layer * visit + 3 * C) + cfg.n_layer * rotary + weights
+    recurrent = recurrent_bytes(shape(cfg))
+    saved = 2 * (cfg.n_layer * visit + 3 * C - len(recurrent) * attention * C) + sum(recurrent)
+    return int(tokens * saved) + (cfg.n_layer - len(recurrent)) * rotary + weights
 
 
 def kept_bytes(cfg: Config, gpus: int = 1) -> float:

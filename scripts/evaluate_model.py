@@ -339,15 +339,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def fit_windows(args: argparse.Namespace, sequence_length: int) -> None:
-    """Works out --context, --stride and --batch-size. Raises ConfigError."""
+def fit_windows(args: argparse.Namespace, sequence_length: int, limit: float) -> None:
+    """Works out --context, --stride and --batch-size; the model sees `limit` tokens, inf where it
+    has states alone. Raises ConfigError."""
     args.context = args.context or sequence_length
     args.stride = args.stride or args.context
     args.batch_size = args.batch_size or max(1, TOKENS_PER_BATCH // args.context)
-    if args.context > sequence_length:
+    if args.context > limit:
         raise ConfigError(
-            f"--context {args.context}: the model was trained on SEQUENCE_LENGTH="
-            f"{sequence_length} tokens and knows no position beyond; give at most that"
+            f"--context {args.context}: the model was trained on SEQUENCE_LENGTH={limit} tokens "
+            "and knows no position beyond; give at most that"
         )
     if args.stride > args.context:
         raise ConfigError(
@@ -361,7 +362,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     trained = load_trained(args.checkpoint, args.log_dir, args.device)
     if args.tokenizer or args.text or args.tasks:
         trained = with_tokenizer(trained, args.tokenizer)
-    fit_windows(args, trained.cfg.sequence_length)
+    fit_windows(args, trained.cfg.sequence_length, trained.model.context)
     head = {
         "checkpoint": str(trained.folder),
         "device": f"{trained.cfg.device}, {trained.cfg.dtype}",

@@ -139,7 +139,6 @@ REFUSED = [
     ({"CARRY_STATE": 1, "MIXER": "gru", "POS": "learned"}, "needs POS=rotary"),
     ({"CARRY_STATE": 1, "MIXER": "gru", "SHUFFLE": 1}, "needs SHUFFLE=0"),
     ({"RESET_AT_EOT": 1}, "RESET_AT_EOT=True needs a recurrent MIXER"),
-    ({"MIXER": "gru", "RECURRENT_OPTIMIZER": "muon", "OPTIMIZER": "adamw"}, "needs OPTIMIZER=muon"),
     ({"MIXER": "lstm"}, "choose one of attention, gru, rwkv, gru_rwkv, mingru, gated_deltanet"),
 ]
 

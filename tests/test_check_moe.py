@@ -8,7 +8,7 @@ import check_moe
 from harness.ranks import Ranks
 from ops import products
 import train_gpt
-from train_gpt import CausalSelfAttention, Linear, MoE, make_plan
+from train_gpt import CausalSelfAttention, Linear, MoE, axes, make_plan
 
 TINY = {
     "DEVICE": "cpu",
@@ -153,6 +153,8 @@ def test_a_defect_is_named(capsys, monkeypatch, defect, names):
             "norm": "rms_gain",
             "per_visit": "norm,router,scale",
         },
+        {"ffn": "moe,none", "mixer": "attention,gru"},
+        *({axis: choice} for axis in ("mixer", "attngate") for choice in axes()[axis]),
     ],
     ids=str,
 )
@@ -166,10 +168,6 @@ def test_the_arithmetic_is_that_of_the_model(kind):
     "change, sentence",
     [
         ({"FFN": "relu2"}, "config: FFN=relu2: has no mixture of experts to check; set FFN=moe"),
-        (
-            {"ATTNGATE": "const"},
-            "config: ATTNGATE=const MIXER=attention: this script counts plain attention only",
-        ),
         ({"TOP_K": "9"}, "config: TOP_K=9 needs at most NUM_EXPERTS=8"),
     ],
 )

@@ -28,14 +28,14 @@ def meaningless(a, x, b, y):
     chosen = {a: x, b: y}
     dense = "moe" not in chosen.get("ffn", "moe").split(",")
     own = chosen.get("per_visit", "none").split(",")
-    apart = [chosen.get(f"{kind}_optimizer", "adamw") for kind in ("router", "recurrent")]
+    router_optimizer = chosen.get("router_optimizer", "adamw")
     return any(
         (
             dense and chosen.get("balance", "aux") != "aux",
             dense and "router" in own,
             own != ["none"] and chosen.get("recurrence", "shared") != "shared",
             "norm" in own and chosen.get("norm") == "rms",
-            not {*apart} <= {"adamw", chosen.get("optimizer", "muon")},
+            router_optimizer not in ("adamw", chosen.get("optimizer", router_optimizer)),
         )
     )
 

@@ -44,12 +44,11 @@ class Settings:
         return {}
 
     def holds(self, need: str) -> bool:
-        """Whether FIELD=value is so, or FIELD!=value; of a list, or value|value, one is enough."""
+        """Whether FIELD=value is so, or FIELD!=value; of a list one value is enough."""
         name, _, wanted = need.partition("=")
         value = getattr(self, name.rstrip("!").lower())
         text = {None: "none"}.get(value, str(int(value) if isinstance(value, bool) else value))
-        found = not {*text.split(",")}.isdisjoint(wanted.split("|"))
-        return found != name.endswith("!")
+        return (wanted in text.split(",")) != name.endswith("!")
 
     def idle(self) -> dict[str, str]:
         """The fields that have no effect, and what they would need for one."""
