@@ -189,12 +189,12 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, segment=None):
     rows = torch.linalg.solve_triangular(writes + identity, rows, upper=False, unitriangular=True)
     values, keys = rows.split((v.size(-1), k.size(-1)), dim=-1)
     scores = q @ k.mT * between
-    q_start, k_end = q * from_start, (k * to_end).mT
     state, outputs = state.to(wide), []
-    for n in range(total.size(2)):
-        written = values[:, :, n] - keys[:, :, n] @ state
-        outputs.append(q_start[:, :, n] @ state + scores[:, :, n] @ written)
-        state = kept[:, :, n] * state + k_end[:, :, n] @ written
+    parts = (q * from_start, (k * to_end).mT, scores, values, keys, kept)
+    for q_n, k_n, scores_n, values_n, keys_n, kept_n in zip(*(x.unbind(2) for x in parts)):
+        written = values_n - keys_n @ state
+        outputs.append(q_n @ state + scores_n @ written)
+        state = kept_n * state + k_n @ written
     return from_chunks(torch.stack(outputs, dim=2), length).to(dtype), state
 
 
