@@ -41,6 +41,11 @@ def overridden(stage: Stage, changes: list[str], name: str, write: bool = True) 
     if not trained:
         variants = {label: settings | given for label, settings in stage.variants.items()}
         return replace(stage, variants=variants)
+    if stage.seconds:
+        raise ConfigError(
+            f"--set {trained[0]}: {stage.name} has step times of its settings; make a stage of the "
+            "one that it extends, by --set and --as, with --seconds"
+        )
     if not name:
         raise ConfigError(
             f"--set {trained[0]} makes another stage of {stage.name}; give it a name by --as"

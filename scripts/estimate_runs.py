@@ -43,7 +43,7 @@ def measured_rates(
 def estimate(
     run: PlannedRun, rows: Mapping[str, dict[str, str]], gpu: str
 ) -> tuple[float | None, float | None]:
-    """(seconds, dollars) of a run, by the speed of finished ones on this device, or by the
+    """(seconds, dollars) of a run, by its plan, the speed of finished ones on this device, or the
     planner's table; None for what is not known."""
     if not run.flops:  # of a program that does not say
         return None, None
@@ -53,8 +53,8 @@ def estimate(
 
     if not gpu or gpu == gpu_here:
         rates = measured_rates(run, rows, device_name)
-        if rates:
-            seconds = run.flops / statistics.median(rates[-20:])
+        if run.seconds or rates:
+            seconds = run.seconds or run.flops / statistics.median(rates[-20:])
             if not gpu_here:
                 return seconds, None
             return seconds, seconds / 3600 * world_size * GPUS[gpu_here].price

@@ -39,8 +39,8 @@ class Facts:
     test: str  # `paired`, `Welch` or ""
     same_validation: bool
     dead: bool  # it ends with experts that nobody chooses
-    timed: bool  # all runs on one kind of GPU
-    flops: float  # over the reference's
+    timed: bool  # all runs on one kind of GPU, and time is not what is equal
+    flops: float  # a token, over the reference's; NaN at equal time, of which it says nothing
     params: float  # over the reference's
 
     @property
@@ -222,6 +222,8 @@ def gather(stage: Stage, rows: pd.DataFrame, curves: Curves) -> dict[str, Facts]
         theirs = measure(others, curves, *evals_of[reference], steps, worst)
         differences, test = compare_figures(ours, theirs)
         machines = {*runs.device_name, *others.device_name}
+        on_one_gpu = len(machines) == 1 and not min(machines).startswith("cpu")
+        flops = first_of(runs, "flops_per_token") / first_of(others, "flops_per_token")
         known[label] = Facts(
             variant=label,
             reference=reference,
@@ -239,8 +241,9 @@ def gather(stage: Stage, rows: pd.DataFrame, curves: Curves) -> dict[str, Facts]
             test=test,
             same_validation=same_validation,
             dead=any(layers(curves[run_id], "dead").tail(1).sum() for run_id in runs.run_id),
-            timed=len(machines) == 1 and not min(machines).startswith("cpu"),
-            flops=first_of(runs, "flops_per_token") / first_of(others, "flops_per_token"),
+            # at equal time what is faster or cheaper has had more steps for it
+            timed=on_one_gpu and not stage.seconds,
+            flops=np.nan if stage.seconds else flops,
             params=first_of(runs, "params_total") / first_of(others, "params_total"),
         )
     return known

@@ -42,6 +42,7 @@ FORMATS = {
     "difference": "+.4f",
     "p": ".3f",
     "p_holm": ".3f",
+    "tokens": ",.0f",
     "tokens_per_sec": ",.0f",
     "moe_entropy": ".3f",
     "moe_max_vio": ".2f",
@@ -91,6 +92,7 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
     if len({*stage.references.values()}) > 1:
         line["against"] = None if stage.is_reference(variant) else stage.references[variant]
     line |= dict.fromkeys(TEST) | difference_of(stage, variant, runs)
+    line |= {"tokens": own.tokens.mean()} if stage.seconds else {}
     line |= {name: own[name].mean() for name in MEANS if name in own}
     if len(own):
         line |= {name: own[name].iloc[0] for name in SIZES}
@@ -152,6 +154,12 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
         said.append(
             "Sequence lengths differ: with a longer one there is more to predict from, so the "
             "losses are not the same measurement."
+        )
+    if stage.seconds:
+        said.append(
+            f"Each variant has the steps that {stage.seconds:g} s of training take by its step "
+            "time, measured in turns beforehand; train_time is what the runs took, whatever else "
+            "the machine did."
         )
     if runs.tokens.nunique() > 1:
         said.append(

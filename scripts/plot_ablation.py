@@ -27,7 +27,7 @@ from scipy.special import stdtrit
 from gate_stats import FEWEST
 from make_tables import difference_of
 from plot_runs import ACCURACY, GREY, SPEED, Looks, dress, frame, has, name_of, save, styles
-from split_results import RESULTS, comparable, read_curves, read_results
+from split_results import RESULTS, comparable, planned_seconds, read_curves, read_results
 from stages import Stage, load_stage
 
 # stages with these axes ask what should fill the memory
@@ -61,7 +61,24 @@ def load(stage_name: str) -> tuple[Stage, pd.DataFrame, pd.DataFrame]:
             f"python scripts/run_stage.py {stage_name} makes them"
         )
     curves = read_curves(stage_name)
-    return stage, with_differences(stage, rows), curves[curves["run_id"].isin(rows["run_id"])]
+    curves = curves[curves["run_id"].isin(rows["run_id"])]
+    if stage.seconds:
+        curves = with_planned_seconds(stage, rows, curves)
+    return stage, with_differences(stage, rows), curves
+
+
+def with_planned_seconds(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """The curves with what of its time a run has used, by plan."""
+    steps = rows.set_index("run_id")["num_iterations"]
+    return pd.concat(
+        own.assign(planned_seconds=planned_seconds(own, steps[run_id], stage.seconds))
+        for run_id, own in curves.groupby("run_id", sort=False)
+    )
+
+
+def progress(curves: pd.DataFrame) -> str:
+    """The column that curves are drawn against."""
+    return "planned_seconds" if "planned_seconds" in curves else "tokens"
 
 
 def with_differences(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
@@ -218,21 +235,23 @@ def draw_over(ax: Axes, stage: Stage, groups: Groups, looks: Looks, x: str, y: s
 def draw_curves(
     ax: Axes, groups: Groups, looks: Looks, points: pd.DataFrame, y: str, title: str
 ) -> None:
-    """For each of {label: rows} the mean over seeds of column y of its curves against tokens, its
-    interval a band."""
+    """For each of {label: rows} the mean over seeds of column y of its curves against tokens, at
+    equal time against that, its interval a band."""
+    x = progress(points)
     for label, rows in groups.items():
         own = points[points["run_id"].isin(rows["run_id"])].dropna(subset=y)
-        means, halves = interval(own.groupby("tokens")[y])
+        means, halves = interval(own.groupby(x)[y])
         mark = "o" if len(means) == 1 else ""  # of one point there is no line
         (line,) = ax.plot(means.index, means, marker=mark, **looks[label])
         band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
         ax.fill_between(means.index, means - halves, means + halves, **band)
-    dress(ax, "tokens", y, title, log=y != ACCURACY)
+    dress(ax, x, y, title, log=y != ACCURACY)
 
 
 def draw_halves(axes: list[Axes], groups: Groups, looks: Looks, curves: pd.DataFrame) -> None:
     """Validation curves, in one panel whole, in the other from the middle of the run on."""
-    late = curves[curves["tokens"] >= curves["tokens"].max() / 2]
+    done = curves[progress(curves)]
+    late = curves[done >= done.max() / 2]
     draw_curves(axes[0], groups, looks, curves, "val_loss", "validation loss")
     draw_curves(axes[1], groups, looks, late, "val_loss", "validation loss, second half")
 

@@ -47,6 +47,7 @@ AXES = {  # column: what its axis says, and the unit
     "step": ("step", ""),
     "tokens": ("tokens trained on", "millions"),
     "train_time": ("train time", "s"),
+    "planned_seconds": ("train time by plan", "s"),
     "loss": ("loss", "nats per token"),
     "train_loss": ("training loss", "nats per token"),
     "val_loss": ("validation loss", "nats per token"),

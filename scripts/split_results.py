@@ -15,6 +15,7 @@ import io
 import shlex
 import sys
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,13 @@ def read_curves(stage_name: str) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"{path} is not there; python scripts/run_stage.py {stage_name} makes it")
     return pd.read_csv(path, dtype={"run_id": str, "variant": str})
+
+
+def planned_seconds(curve: pd.DataFrame, num_iterations: float, seconds: float) -> list[float]:
+    """How much of its seconds of training a run has used at each point of its curve, by its share
+    of the steps: the same float for the same share, however many steps there are."""
+    a_step = Fraction(seconds) / int(num_iterations)
+    return [float(a_step * int(step)) for step in curve.step]
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

@@ -6,8 +6,8 @@
 Prints the verdicts and writes them with all their numbers to experiments/tables/<stage>_gate.csv,
 and the differences at every step that a variant and its reference have both validated to
 <stage>_steps.csv. Verdicts are given at the last of these; where the batches of a stage differ in
-tokens, after the same tokens. What p has to reach is in gate_stats.py, what is known of a variant
-in gate_facts.py.
+tokens, after the same tokens, and at equal time after the same share of it, in planned seconds.
+What p has to reach is in gate_stats.py, what is known of a variant in gate_facts.py.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
@@ -24,7 +24,7 @@ import pandas as pd
 from gate_facts import FAILED, Curves, Facts, curves_of, first_of, gain_of_two, gather
 from gate_facts import step_table, stop_verdict, validations
 from gate_stats import FEWEST, HOLD, PROMOTE, SEED, levels_at, rule_states
-from split_results import comparable, read_results, validation_of, write_table
+from split_results import comparable, planned_seconds, read_results, validation_of, write_table
 from stages import Stage, load_stage
 
 RULES = {  # what the [gate] of a stage may say, with its default
@@ -179,7 +179,9 @@ def limit_text(fact: Facts, name: str, limit: float, level: Mapping[str, float])
 
 def advantage_text(fact: Facts, level: Mapping[str, float]) -> str:
     """What a variant with the same loss may have that its reference has not."""
-    parts = [f"FLOPs {fact.flops:.2f} of the reference's"]
+    parts = []
+    if not np.isnan(fact.flops):
+        parts.append(f"FLOPs {fact.flops:.2f} of the reference's")
     if fact.timed:
         p = fact.differences["seconds"].p_below
         parts.append(f"time {figure_text(fact, 'seconds')}{p_text(p, level['seconds'])}")
@@ -415,6 +417,45 @@ def judge_runs(stage: Stage, rows: pd.DataFrame, curves: Curves) -> pd.DataFrame
     return table.loc[order].reset_index(drop=True)
 
 
+def matched_by(stage: Stage, rows: pd.DataFrame) -> str:
+    """What is the same where the runs of a stage are compared: step, tokens or planned_seconds."""
+    if stage.seconds:
+        return "planned_seconds"
+    # of batches that differ one would have seen more than another at the same step
+    return "tokens" if comparable(rows, stage).tokens_per_step.nunique() > 1 else "step"
+
+
+def along(unit: str, curves: Curves, stage: Stage, rows: pd.DataFrame) -> Curves:
+    """The curves with this unit in place of their steps."""
+    if unit == "tokens":
+        return {run_id: curve.assign(step=curve.tokens) for run_id, curve in curves.items()}
+    if unit == "step":
+        return curves
+    steps = rows.set_index("run_id").num_iterations
+    return {
+        run_id: curve.assign(step=planned_seconds(curve, steps[run_id], stage.seconds))
+        for run_id, curve in curves.items()
+    }
+
+
+def in_unit(
+    unit: str, steps: pd.DataFrame, table: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both tables, with the unit named that their steps are in."""
+    if unit == "step":
+        return steps, table
+    rate, place = {
+        "tokens": ("seconds_per_token", "after tokens"),
+        "planned_seconds": ("time_over_plan", "after planned seconds"),
+    }[unit]
+    reasons = table.reason.str.replace("at step", place)
+    table = table.assign(reason=reasons)
+    return (
+        steps.rename(columns={"step": unit}),
+        table.rename(columns={"step": unit, "seconds_per_step": rate}),
+    )
+
+
 def write_gate(stage_name: str, logs: str | Path = "logs") -> pd.DataFrame:
     """Judges a stage by the files here and writes experiments/tables/<stage>_gate.csv, variants,
     then runs, and _steps.csv; returns the former. Raises ValueError."""
@@ -427,18 +468,12 @@ def write_gate(stage_name: str, logs: str | Path = "logs") -> pd.DataFrame:
             f"python scripts/run_stage.py {stage_name}"
         )
     curves = curves_of(stage_name, rows, Path(logs))
-    # of batches that differ one would have seen more than another at the same step
-    by_tokens = comparable(rows, stage).tokens_per_step.nunique() > 1
-    if by_tokens:
-        curves = {run_id: curve.assign(step=curve.tokens) for run_id, curve in curves.items()}
+    unit = matched_by(stage, rows)
+    curves = along(unit, curves, stage, rows)
     known = gather(stage, rows, curves)
     steps = step_table(known)
     table = pd.concat([judge(stage, known), judge_runs(stage, rows, curves)], ignore_index=True)
-    if by_tokens:
-        steps = steps.rename(columns={"step": "tokens"})
-        table = table.rename(columns={"step": "tokens", "seconds_per_step": "seconds_per_token"})
-        table["reason"] = table.reason.str.replace("at step", "after tokens")
-
+    steps, table = in_unit(unit, steps, table)
     first = ["kind", "variant", "seed", "run_id", "status", "verdict", "rule", "reason", "seed_for"]
     table = table.reindex(columns=first + [name for name in table if name not in first])
     write_table(table, Path(f"experiments/tables/{stage_name}_gate.csv"))

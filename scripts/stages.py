@@ -21,16 +21,20 @@ A stage is a question put to variants and seeds. Its file, experiments/stages/<n
     program = "scripts/mine.py"     # for train_gpt.py; names in small letters are its options:
                                     # group_size = 4 is --group-size 4, fast = true is --fast
     next = [{name = "gates_5k", NUM_ITERATIONS = 5000}]   # stages after it, of what it promotes
+    equal_time.seconds = 60         # of training, for which each variant has as many steps as
+    schedules.none = {NUM_ITERATIONS = 212}  # it says here, by label, over all other settings
 
 A step of `next` may say `most = 2`, how many of the promoted go on, the best first, and
 `around = {"20 experts" = {NUM_EXPERTS = 20}}`, variants of the best that go on beside them; where
-nothing is promoted, the reference counts as the best.
+nothing is promoted, the reference counts as the best. `equal_time` and `schedules` are written by
+run_stage.py --seconds; variants are then compared at equal shares of the time.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import itertools
 import json
+import math
 import re
 import sys
 import tomllib
@@ -54,6 +58,8 @@ KEYS = {
     "axes": list,
     "gate": dict,
     "next": list,
+    "equal_time": dict,
+    "schedules": dict,
 }
 # what a stage says of these adds to what it extends; the rest is replaced
 MERGED = ("base", "gate")
@@ -78,6 +84,7 @@ class Stage:
     gate: dict
     next: tuple[dict, ...]
     program: str = TRAINER
+    seconds: float = 0.0  # of training that each variant's steps are to take; 0: as the file says
 
     def is_reference(self, label: str) -> bool:
         return self.references[label] == label
@@ -272,6 +279,37 @@ def references_of(
     return references
 
 
+def seconds_of(tables: dict, path: Path) -> float:
+    """The seconds of training of a stage at equal time; 0 for any other. Raises ValueError."""
+    if "equal_time" not in tables:
+        return 0.0
+    seconds = tables["equal_time"].get("seconds")
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not 0 < seconds < math.inf:
+        raise ValueError(f"{path}: equal_time.seconds = {seconds!r} must be a number above 0")
+    return float(seconds)
+
+
+def scheduled(
+    variants: dict[str, dict[str, str]], tables: dict, path: Path
+) -> dict[str, dict[str, str]]:
+    """The variants with their own schedules over all other settings. Raises ValueError."""
+    schedules = tables.get("schedules", {})
+    is_timed = "equal_time" in tables
+    if (is_timed or schedules) and (not is_timed or schedules.keys() != variants.keys()):
+        raise ValueError(
+            f"{path}: schedules goes with equal_time, and has to name each variant, "
+            f"{', '.join(map(repr, variants))}; run_stage.py --seconds writes both"
+        )
+    changed = {}
+    for label, settings in variants.items():
+        own = schedules.get(label, {})
+        if not isinstance(own, dict):
+            raise ValueError(f"{path}: schedules.{label} = {own!r} must be of type dict")
+        changed[label] = settings | {name: text_of(value) for name, value in own.items()}
+    return changed
+
+
 def load_stage(name: str) -> Stage:
     """Reads experiments/stages/<name>.toml. Raises ValueError with what is wrong in the file and
     what it may say."""
@@ -284,7 +322,8 @@ def stage_of(name: str, tables: dict) -> Stage:
     check_tables(tables, path)
     variants = variants_of(tables)
     program = tables.get("program", TRAINER)
-    check_variants(variants, program, path)
+    with_schedules = scheduled(variants, tables, path)
+    check_variants(with_schedules, program, path)
 
     settings_named = [*tables["variants"].values(), tables.get("grid", {})]
     named = list(dict.fromkeys(setting for own in settings_named for setting in own))
@@ -300,11 +339,12 @@ def stage_of(name: str, tables: dict) -> Stage:
         references=references_of(variants, named, tables, path),
         seeds=seeds,
         max_seeds=max(tables.get("max_seeds", 8), len(seeds)),
-        variants=variants,
+        variants=with_schedules,
         axes=axes,
         gate=tables["gate"],
         next=tuple(tables.get("next", ())),
         program=program,
+        seconds=seconds_of(tables, path),
     )
 
 

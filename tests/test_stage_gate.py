@@ -1,6 +1,7 @@
 """scripts/stage_gate.py, gate_facts.py: both sides of every limit, matched steps, pairs of seeds,
 and what a verdict says. How often chance promotes is in test_gate_stats.py."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -705,3 +706,24 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, capsys, args, text, sent
     assert (
         sentence in error and error.startswith("stage_gate.py: error: ") and error.count("\n") == 1
     )
+
+
+def test_at_equal_time_nothing_is_faster_or_cheaper():
+    """What has fewer FLOPs a token or shorter steps has had more of them for the same time."""
+    rows, curves = study(none=around(2.0, 4), a=around(2.0, 4, seconds=0.5))
+    rows.loc[rows.variant == "a", "flops_per_token"] = 5.0
+    reason = verdicts(rows, curves).reason["a"]
+    assert "same_loss holds" in reason and "FLOPs 0.50" in reason
+    timed = replace(stage(("none", "a")), seconds=60.0)
+    table = judge(timed, rows, curves).set_index("variant")
+    assert table.verdict["a"] == "hold" and "FLOPs" not in table.reason["a"]
+
+
+def test_at_equal_time_curves_are_matched_by_their_shares_of_it():
+    rows, curves = study(none=[curve([3.0, 2.0])], a=[curve([3.0, 2.5], [61, 122])])
+    rows["num_iterations"] = [200, 122]
+    timed = replace(stage(("none", "a")), seconds=60.0)
+    assert gate.matched_by(timed, rows) == "planned_seconds"
+    moved = gate.along("planned_seconds", curves, timed, rows)
+    fact = gate_facts.gather(timed, rows, moved)["a"]
+    assert fact.steps == [30.0, 60.0] and fact.differences["loss"].mean == 0.5

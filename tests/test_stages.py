@@ -172,6 +172,61 @@ def test_what_is_wrong_in_a_file_is_said_in_one_sentence(folder, capsys, change,
     assert error.startswith("stages.py: error: ") and sentence in error and error.count("\n") == 1
 
 
+SCHEDULES = """
+extends = "toy"
+[equal_time]
+seconds = 1.5
+[schedules]
+"none LR=0.1" = {NUM_ITERATIONS = 10}
+"none LR=0.00396" = {NUM_ITERATIONS = 11}
+"a gate LR=0.1" = {NUM_ITERATIONS = 7, N_LAYER = 3}
+"a gate LR=0.00396" = {NUM_ITERATIONS = 8}
+"""
+
+
+def test_schedules_change_runs_of_a_stage_and_nothing_else_of_it(folder):
+    """Not what is compared with what, and no column of its table."""
+    against = FILE.replace('reference = "none LR=0.1"', 'against = {ATTNGATE = "none"}')
+    against = against.replace("[variants.none]", '[variants.none]\nATTNGATE = "none"')
+    Path("experiments/stages/toy.toml").write_text(against)
+    Path("experiments/stages/timed.toml").write_text(SCHEDULES)
+    toy, timed = load_stage("toy"), load_stage("timed")
+    assert (timed.seconds, toy.seconds) == (1.5, 0)
+    assert (timed.references, timed.axes) == (toy.references, toy.axes)
+    changed = {"NUM_ITERATIONS": "7", "N_LAYER": "3"}
+    assert timed.variants["a gate LR=0.1"] == toy.variants["a gate LR=0.1"] | changed
+
+
+@pytest.mark.parametrize(
+    "old, new, sentence",
+    [
+        ("seconds = 1.5", "seconds = 0", "equal_time.seconds = 0 must be a number above 0"),
+        ("seconds = 1.5", "", "equal_time.seconds = None must be a number above 0"),
+        ("seconds = 1.5", "seconds = nan", "equal_time.seconds = nan must be a number above 0"),
+        ("seconds = 1.5", "seconds = true", "equal_time.seconds = True must be a number above 0"),
+        ("[equal_time]\nseconds = 1.5", "", "schedules goes with equal_time, and has to name ea"),
+        ('"none LR=0.1" =', '"none" =', "schedules goes with equal_time, and has to name each va"),
+        ("{NUM_ITERATIONS = 10}", "10", "schedules.none LR=0.1 = 10 must be of type dict"),
+        ("N_LAYER = 3", "SEED = 3", "SEED is nothing a variant can set"),
+    ],
+    ids=str,
+)
+def test_schedules_that_cannot_be_are_told(folder, old, new, sentence):
+    assert old in SCHEDULES
+    Path("experiments/stages/timed.toml").write_text(SCHEDULES.replace(old, new))
+    with pytest.raises(ValueError) as told:
+        load_stage("timed")
+    assert sentence in str(told.value)
+
+
+def test_shares_of_a_budget_are_equal_whatever_the_steps():
+    """Bit for bit, at any number of validations."""
+    for steps, budget in ((7 * 30, 60.0), (7 * 131, 0.7)):
+        curves = [pd.DataFrame({"step": np.arange(1, 8) * n}) for n in (steps // 7, 13, 977)]
+        found = [split_results.planned_seconds(one, one.step.max(), budget) for one in curves]
+        assert found[0] == found[1] == found[2] and found[0][-1] == budget
+
+
 def test_an_unknown_stage_is_told_the_known_ones(folder, capsys):
     assert stages.main(["tou"]) == 2
     assert "STAGE tou: choose one of toy" in capsys.readouterr().err
