@@ -7,6 +7,7 @@ then its tables.
     python scripts/run_stage.py stage1_cpu --jobs 2  # two runs at a time
     python scripts/run_stage.py moe_aux --gate       # and act on verdicts: stop, seeds, next stage
     python scripts/run_stage.py smoke --seeds 101,102,103  # once more, beside the seeds it has
+    python scripts/run_stage.py stage1_cpu --seconds 60  # at equal time: each its steps of 60 s
     python scripts/run_stage.py stage1 --nproc 8 --slurm partition=gpu time=120
 
 A run has a result when results.csv holds one of the same settings, seed, trainer source and data.
@@ -14,6 +15,9 @@ Before the first run it prints in what variants differ once everything is resolv
 the shell exports reach no run; --set NAME=VALUE gives one to all, and if it changes what is trained
 this makes a new stage, which --as names. Started again after any end, kill -9 too, it goes on: runs
 that are still live are waited for, those that were cut short go on from their last checkpoint.
+--seconds times the steps of all variants in turns, alone on the machine, and writes once the stage
+<stage>_<S>s, in which each variant has as many steps as take S seconds of training; its runs count
+steps, and no clock decides anything in them.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
@@ -31,6 +35,7 @@ import make_tables
 import plot_ablation
 import split_results
 import stage_gate
+import time_stage
 from derive_stage import build_next, overridden
 from estimate_runs import dry_run
 from launch_runs import Pool, devices
@@ -144,6 +149,14 @@ def work_through(stage: Stage, args: argparse.Namespace) -> int:
     return 0
 
 
+def write_overridden(stage: Stage, args: argparse.Namespace) -> None:
+    """Writes the file of the stage that --set makes, once it is sure that it can be run. Raises
+    ConfigError, DataError."""
+    mode = "run" if args.slurm is None else "slurm"
+    plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, mode)
+    overridden(load_stage(args.stage), args.set, args.name)
+
+
 def seed_list(text: str) -> tuple[int, ...]:
     """The numbers of --seeds 101,102. Raises ConfigError."""
     words = text.split(",")
@@ -176,19 +189,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="a setting for every run; once for each",
     )
-    add(
-        "--as",
-        dest="name",
-        default="",
-        metavar="STAGE",
-        help="the stage that --set makes of it",
-    )
+    add("--as", dest="name", default="", metavar="STAGE", help="the stage that --set makes of it")
     add(
         "--seeds",
         default="",
         metavar="N,N",
         help="other seeds than the stage's, beside those that have a result",
     )
+    time_stage.add_options(parser)
     add("--dry-run", action="store_true", help="print the commands; needs no data and no GPU")
     add(
         "--gpu",
@@ -224,15 +232,25 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--jobs {args.jobs} --nproc {args.nproc}: both must be at least 1")
         stage = overridden(load_stage(args.stage), args.set, args.name, write=False)
         fresh_seeds = seed_list(args.seeds) if args.seeds else ()
-        if fresh_seeds:
-            stage = replace(stage, seeds=fresh_seeds)
         stage_gate.rules_of(stage)
+        time_stage.check_arguments(stage, args)
         exported = [name for name in SETTINGS if os.environ.get(name)]
         if exported:
             print(
                 f"not passed on to the runs: {', '.join(exported)}; what --set gives is",
                 file=sys.stderr,
             )
+
+        if args.name and not args.dry_run and not args.no_run:
+            write_overridden(stage, args)
+        if args.seconds:
+            stage = time_stage.at_equal_time(stage, args)
+            if stage is None:
+                return 0
+        elif stage.seconds and not args.no_run:
+            time_stage.warn(stage, args.nproc)
+        if fresh_seeds:
+            stage = replace(stage, seeds=fresh_seeds)
 
         if args.dry_run:
             seeds = dict.fromkeys(stage.variants, stage.seeds)
@@ -243,10 +261,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.no_run:
             finish(stage, fresh_seeds)
             return 0
-        if args.name:  # once it is sure that it can be run, its file
-            mode = "run" if args.slurm is None else "slurm"
-            plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, mode)
-            overridden(load_stage(args.stage), args.set, args.name)
         if args.slurm is not None:
             return submit(stage, args)
         return work_through(stage, args)

@@ -22,7 +22,9 @@ import derive_stage
 import launch_runs
 import plan_stage
 import run_stage
+import stages
 import submit_slurm
+import time_stage
 from harness.contract import ConfigError
 from harness.provenance import device_name
 from harness.records import update_results
@@ -65,7 +67,7 @@ def write_stage(base, variants, name="toy", **more):
         ]
     for key, value in tables.items():
         lines += (
-            [f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())]
+            [f"[{key}]", *(f"{k} = {stages.toml_value(v)}" for k, v in value.items())]
             if isinstance(value, dict)
             else []
         )
@@ -577,7 +579,7 @@ def test_a_dry_run_needs_no_data(project, capsys):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["tou"], "STAGE tou: choose one of equal, held, idle, long, never, rule,"),
+        (["tou"], "STAGE tou: choose one of absent, equal, held, idle, long, never, "),
         (["toy", "--jobs", "0"], "both must be at least 1"),
         (["toy", "--set", "lr=1"], "--set lr=1: must be NAME=VALUE"),
         (["toy", "--set", "LR=x"], "LR='x': must be a number"),
@@ -610,6 +612,18 @@ def test_a_dry_run_needs_no_data(project, capsys):
         (["toy", "--set", "LOG_EVERY=3", "--as", "x"], "--set changes nothing that is trained"),
         (["toy", "--set", "BATCH_SIZE=3", "--as", "x"], "x, plain: BATCH_SIZE=3"),
         (["toy", "--no-run"], "experiments/results.csv is not there"),
+        *(
+            (["toy", "--seconds", text], f"argument --seconds: {text!r} must be a number above 0")
+            for text in ("0", "-1", "nan", "inf", "x")
+        ),
+        (["toy", "--measure-again"], "--measure-again goes with --seconds"),
+        (["toy", "--seconds", "9", "--slurm", "time=9"], "--seconds measures on this machine"),
+        (["toy", "--seconds", "9", "--no-run"], "toy_9s.toml is not there; the same command witho"),
+        (["timed", "--seconds", "9"], "--seconds: timed is a stage at equal time; its variants ha"),
+        (["timed", "--set", "LR=1", "--as", "x"], "--set LR: timed has step times of its settings"),
+        (["toy", "--seconds", "7"], "experiments/stages/toy_7s.toml is there and is not of toy at"),
+        (["absent", "--seconds", "9"], "absent, plain: VOCAB_SIZE=0 needs index.json"),
+        (["other", "--seconds", "9"], "--seconds: other runs mine.py, whose steps cannot be timed"),
         (["never"], "variants plain and gated of never are never validated after the same tokens"),
         (
             ["held", "--set", "NUM_ITERATIONS=20", "--as", "short"],
@@ -636,7 +650,10 @@ def test_a_dry_run_needs_no_data(project, capsys):
     ],
     ids=str,
 )
-def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments, sentence):
+def test_bad_input_is_one_sentence_and_starts_nothing(
+    project, monkeypatch, capsys, arguments, sentence
+):
+    monkeypatch.setattr(sys, "argv", ["run_stage.py"])  # which argparse names
     write_stage(project | {"NUM_ITERATIONS": 1000, "MAX_EPOCHS": 1}, {"plain": {}}, "long")
     write_stage(project, {"plain": {}, "gated": {}}, "same")
     write_stage(project, {"plain": {}, "gated": {"ATTNGATES": "headwise"}}, "typo")
@@ -652,6 +669,11 @@ def test_bad_input_is_one_sentence_and_starts_nothing(project, capsys, arguments
     write_stage(project, {"plain": {}, "gated": gated | fewer}, "texts")
     often = {"plain": {"VAL_EVERY": 4}, "gated": gated | {"NUM_ITERATIONS": 6, "VAL_EVERY": 3}}
     write_stage(project, often, "never")
+    timed = {"seconds": 1}, {"plain": {"NUM_ITERATIONS": 4}}
+    write_stage(project, {"plain": {}}, "timed", equal_time=timed[0], schedules=timed[1])
+    write_stage(project, {"plain": {}}, "toy_7s")
+    write_stage(project | {"INPUT_BIN": "gone/x_*.bin", "VOCAB_SIZE": 0}, {"plain": {}}, "absent")
+    write_stage(project, {"plain": {"goal": 1}}, "other", program="mine.py")
     before = sorted(Path("experiments").rglob("*"))
     try:
         code = run_stage.main(arguments)
@@ -881,3 +903,189 @@ def test_the_readmes_dry_run_of_the_published_stage(monkeypatch, capsys):
     hours = 1500 * 524288 * 854654976 / (8 * 989e12 * 0.45) / 3600  # of the reference, by hand
     assert lines[0].endswith(f"FLOPs, {round(60 * hours)} min, ${hours * 8 * 3.5:.2f}")
     assert total.startswith("# 10 of 10 runs to do")
+
+
+# Equal time
+
+
+@pytest.fixture
+def clock(project, monkeypatch):
+    """Step times of the stage `toy`, ms by label and round, and the order in which they are asked
+    for. One round is slow for all, and one figure is far off."""
+    warm = {"WARMUP_ITERS": 2, "MAX_EPOCHS": 0}
+    write_stage(project | warm, {"plain": {}, "gated": {"ATTNGATE": "headwise"}})
+    known = {"plain": [5.0, 9.0, 5.0, 4.9, 5.1], "gated": [8.0, 14.0, 8.1, 7.9, 500.0]}
+    asked = []
+
+    def step_time(stage, label, device, world_size):
+        asked.append(label)
+        return known[label][asked.count(label) - 1]
+
+    monkeypatch.setattr(time_stage, "step_time", step_time)
+    return known, asked
+
+
+def no_run(monkeypatch):
+    """Has run_stage.py plan all and run nothing; returns the plans, a list a start."""
+    plans = []
+    monkeypatch.setattr(launch_runs.Pool, "work", lambda self, runs: plans.append(runs) or [])
+    monkeypatch.setattr(run_stage, "finish", lambda *_: None)
+    return plans
+
+
+TIMED = Path("experiments/stages/toy_1s.toml")
+
+
+def test_each_variant_has_the_steps_that_its_time_buys_measured_in_turns_once(
+    clock, monkeypatch, capsys
+):
+    plans, (known, asked) = no_run(monkeypatch), clock
+    assert run_stage.main(["toy", "--seconds", "1"]) == 0
+    assert asked == "plain gated gated plain plain gated gated plain plain gated".split()
+    stage = load_stage("toy_1s")
+    assert stage.seconds == 1 and stage.references == load_stage("toy").references
+    assert stage.axes == ("attngate",) and not stage.next
+    tables = stages.read("toy_1s")
+    assert tables["equal_time"]["step_ms"] == known, "all that was measured is kept"
+    # 1000 ms / 5 and / 8.1, both in two validations as before, warm-up and decay in proportion
+    cfgs = {run.settings["VARIANT"]: run.cfg for run in plans[0]}
+    for label, steps in {"plain": 200, "gated": 122}.items():
+        cfg = cfgs[label]
+        assert (cfg.num_iterations, cfg.val_every) == (steps, steps // 2)
+        assert (cfg.warmup_iters, cfg.warmdown_iters) == (steps // 4, steps // 2)
+    assert {run.settings["STAGE"] for run in plans[0]} == {"toy_1s"}
+    assert "plain: 5 ms a step (4.9 to 9), 200 steps" in capsys.readouterr().out
+    assert {run.seconds for run in plans[0]} == {1.0}
+
+    before = TIMED.read_bytes()
+    assert run_stage.main(["toy", "--seconds", "1.0"]) == 0
+    assert run_stage.main(["toy", "--seconds", "1", "--seeds", "7", "--jobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "--jobs 2: runs share the machine and take longer" in out and "warning" not in out
+    assert run_stage.main(["toy_1s"]) == 0
+    assert [run.run_id for run in plans[1]] == [run.run_id for run in plans[0]]
+    assert [run.run_id for run in plans[3]] == [run.run_id for run in plans[0]]
+    assert [(r.settings["SEED"], r.cfg) for r in plans[2]] == [("7", cfgs[v]) for v in known]
+    assert len(asked) == 10 and TIMED.read_bytes() == before, "measured once"
+
+    asked.clear()
+    known["gated"] = [10.0] * 5
+    known["plain"] = [5.0, 4.4, 4.5, 5.0, 5.0]
+    assert run_stage.main(["toy", "--seconds", "1", "--measure-again"]) == 0
+    assert "warning: the median of 'plain' is more than 1.1 times" in capsys.readouterr().out
+    assert len(asked) == 10 and load_stage("toy_1s").variants["gated"]["NUM_ITERATIONS"] == "100"
+
+
+def test_a_dry_run_at_equal_time_measures_and_writes_nothing(clock, monkeypatch, capsys):
+    before = sorted(Path("experiments").rglob("*"))
+    assert run_stage.main(["toy", "--seconds", "1", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "# would time the steps of 2 variants in turns, 5 rounds" in out
+    assert "# then write experiments/stages/toy_1s.toml and run 2 variants x 2 seeds" in out
+    assert sorted(Path("experiments").rglob("*")) == before and not clock[1]
+    no_run(monkeypatch)
+    assert run_stage.main(["toy", "--seconds", "1"]) == 0
+    before = TIMED.read_bytes()
+    assert run_stage.main(["toy", "--seconds", "1", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "NUM_ITERATIONS=122" in out and "would time" not in out
+    assert out.splitlines()[-1].startswith("# 4 of 4 runs to do, 4 s of training")
+    assert run_stage.main(["toy", "--seconds", "1", "--dry-run", "--measure-again"]) == 0
+    assert "# would time" in capsys.readouterr().out
+    assert TIMED.read_bytes() == before and len(clock[1]) == 10
+
+
+def test_step_times_of_something_else_are_not_used_silently(clock, project, monkeypatch, capsys):
+    no_run(monkeypatch)
+    again = ["toy", "--seconds", "1"]
+    assert run_stage.main(again) == 0
+    before = TIMED.read_bytes()
+
+    def told(name):
+        for dry in ([], ["--dry-run"]):
+            assert run_stage.main([*again, *dry]) == 2
+            error = capsys.readouterr().err
+            assert f"toy_1s.toml has step times for {name} " in error and error.count("\n") == 1
+            assert "--measure-again" in error and "python scripts/run_stage.py toy_1s" in error
+        assert run_stage.main(["toy_1s"]) == 0, "who asks for its steps gets them, and is told"
+        assert f"toy_1s.toml has step times for {name} " in capsys.readouterr().err
+        assert TIMED.read_bytes() == before and len(clock[1]) == 10
+
+    with monkeypatch.context() as changed:
+        changed.setenv("OMP_NUM_THREADS", "7")
+        told("omp_num_threads")
+    with monkeypatch.context() as changed:
+        changed.setattr(time_stage, "device_here", lambda cfg: "another")
+        told("device")
+    with monkeypatch.context() as changed:
+        changed.setattr(plan_stage, "source_hash", lambda text: "another")
+        told("source_sha")
+    write_stage(project | {"N_EMBD": 64}, {"plain": {}, "gated": {"ATTNGATE": "headwise"}})
+    plan_stage.checked.cache_clear()
+    told("settings_sha")
+
+
+def test_times_that_cannot_be_had_leave_nothing_behind(clock, project, monkeypatch, capsys):
+    """A step longer than the budget, a model that cannot be timed, Ctrl-C, a run that is live."""
+    before = sorted(Path("experiments").rglob("*"))
+
+    def refused(seconds="1"):
+        assert run_stage.main(["toy", "--seconds", seconds]) == 2
+        assert sorted(Path("experiments").rglob("*")) == before
+        error = capsys.readouterr().err.splitlines()[-1]
+        return error.removeprefix("run_stage.py: error: ")
+
+    sentence = "--seconds 0.006: a step of toy's 'gated' takes 8.1 ms; give at least 0.0081"
+    assert refused("0.006").startswith(sentence)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time_stage, "step_time", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage.main(["toy", "--seconds", "1"])
+    assert sorted(Path("experiments").rglob("*")) == before
+    run = plan((1,))[0]
+    run.files.folder.mkdir(parents=True)
+    update_results("experiments/results.csv", [finished(run, status="running")])
+    before[:] = sorted(Path("experiments").rglob("*"))
+    with FileLock(run.files.lock):
+        assert f"alone on the machine, and {run.run_id} is live" in refused()
+    with FileLock(Path("logs/step_times.lock")):
+        assert "another run_stage.py times steps here" in refused()
+
+
+def test_the_steps_are_timed_by_the_bench_in_a_process_of_its_own(project, monkeypatch):
+    """Of the stage's settings and no others; what it refuses is one sentence."""
+    monkeypatch.setattr(time_stage, "STEPS", 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("N_EMBD", "35")  # which is refused where it arrives
+    assert time_stage.step_time(load_stage("toy"), "gated", "cpu", 1) > 0
+    write_stage(project | {"N_EMBD": 33}, {"plain": {}})
+    with pytest.raises(ConfigError, match="^toy, plain: its steps cannot be timed: config: N_EMBD"):
+        time_stage.step_time(load_stage("toy"), "plain", "cpu", 1)
+    assert not Path("logs").exists() and not Path("experiments/results.csv").exists()
+
+
+def test_tables_figure_and_gate_compare_at_equal_shares_of_the_time(clock, project):
+    """100 and 62 steps, which share no validated number of tokens but the shares of the time."""
+    write_stage(project, {"plain": {}, "gated": {"ATTNGATE": "headwise"}}, seeds=[1])
+    clock[0]["plain"] = [10.0] * 5
+    clock[0]["gated"] = [16.0] * 5
+    assert run_stage.main(["toy", "--seconds", "1", "--jobs", "2"]) == 0
+    assert {(row["stage"], row["num_iterations"], row["status"]) for row in rows()} == {
+        ("toy_1s", "100", "ok"),
+        ("toy_1s", "62", "ok"),
+    }
+    steps = pd.read_csv("experiments/tables/toy_1s_steps.csv")
+    assert steps.planned_seconds.tolist() == [0.5, 1.0]
+    gate = pd.read_csv("experiments/tables/toy_1s_gate.csv").set_index(["kind", "variant"])
+    table = pd.read_csv("experiments/tables/toy_1s.csv").set_index("variant")
+    assert table.tokens.tolist() == [100 * 12 * 16, 62 * 12 * 16] and (table.train_time > 0).all()
+    assert gate.difference["variant", "gated"] == pytest.approx(table.difference["gated"])
+    assert gate.planned_seconds.tolist() == [1.0] * 4 and "time_over_plan" in gate
+    text = Path("experiments/tables/toy_1s.md").read_text()
+    assert "| tokens | train_time |" in text and "19,200" in text
+    assert "Each variant has the steps that 1 s of training take by its step time" in text
+    assert Path("experiments/figures/toy_1s.png").stat().st_size
+    assert run_stage.main(["toy", "--seconds", "1", "--no-run"]) == 0
