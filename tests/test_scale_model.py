@@ -3,6 +3,7 @@ that it takes."""
 
 import csv
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -395,3 +396,22 @@ def test_a_device_batch_fits_and_twice_as_much_does_not():
         ].cfg.device_batch_size
         == 64
     )
+
+
+def test_a_loop_over_time_is_told(capsys):
+    """By what the mixer says of itself; memory is by what it keeps."""
+    assert scale_model.main(["--preset", "rnn_50m"]) == 0
+    out = capsys.readouterr().out
+    assert "MIXER=gru_rwkv goes through a sequence token by token" in out
+    assert scale_model.main(["--preset", "gpt2_small"]) == 0
+    assert "token by token" not in capsys.readouterr().out
+
+
+def test_recurrent_mixers_keep_more_than_attention_and_less_over_shorter_sequences():
+    cfg = Config(n_layer=2, device_batch_size=4)
+    kept = {name: saved_bytes(replace(cfg, mixer=name)) for name in train_gpt.MIXERS}
+    assert kept["attention"] < kept["rwkv"] < kept["gru_rwkv"]
+    both = saved_bytes(replace(cfg, mixer="attention,rwkv"))
+    assert both == pytest.approx((kept["attention"] + kept["rwkv"]) / 2, rel=0.01)
+    half = saved_bytes(replace(cfg, mixer="rwkv", sequence_length=512, device_batch_size=8))
+    assert half == pytest.approx(kept["rwkv"], rel=0.01)
