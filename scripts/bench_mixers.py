@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python scripts/bench_mixers.py                       # all of it, some minutes
     python scripts/bench_mixers.py --only recurrences,generation,text
     python scripts/bench_mixers.py --only generation --tokens 100000       # as far as that
+    python scripts/bench_mixers.py --only generation --stage mixers_cpu --csv generation.csv
 
 recurrences: chunks against a loop over time, gru against torch.nn.GRU, forward and backward.
 generation: what a token costs, and memory, after more and more tokens of one sequence.
@@ -13,10 +14,12 @@ A ratio above 1 means that ours is faster. Figures are medians, with smallest an
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
+import csv
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,9 +27,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.contract import ConfigError
 from harness.ranks import Ranks
 from ops.recurrences import chunked_wkv, gated_delta_rule, gru
 import train_gpt
+from stages import load_stage
 from train_gpt import GPT, MIXERS, Config, State, aux_loss, next_logits
 
 SECTIONS = ("recurrences", "generation", "text")
@@ -124,17 +129,31 @@ def resident() -> float:
     return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
+def configs(stage: str) -> dict[str, Config]:
+    """{label: what is timed in generation}: the variants of a stage, or every mixer where it is
+    blank; windows have 1,024 tokens. Raises ValueError."""
+    if stage:
+        variants = load_stage(stage).variants
+        settings = {name: dict(of, VOCAB_SIZE="257") for name, of in variants.items()}
+        found = {name: Config.from_env(of) for name, of in settings.items()}
+    else:
+        sizes = dict(vocab_size=257, n_layer=4, n_head=4, n_embd=128)
+        found = {name: Config(mixer=name, **sizes) for name in MIXERS}
+    return {name: replace(cfg, sequence_length=1024) for name, cfg in found.items()}
+
+
 @torch.no_grad()
-def bench_generation(tokens: int) -> None:
-    """Prints what a token costs after MARKS of one sequence, and the memory that is held."""
-    for name in MIXERS:
-        cfg = Config(
-            mixer=name, vocab_size=257, n_layer=4, n_head=4, n_embd=128, sequence_length=1024
-        )
+def bench_generation(cfgs: Mapping[str, Config], tokens: int) -> list[dict[str, str]]:
+    """Prints what a token costs after MARKS of one sequence, and the memory that is held; returns
+    the rows, blank where the window is shorter."""
+    rows = []
+    for name, cfg in cfgs.items():
         model = GPT(cfg).eval().requires_grad_(False)
         limit = int(min(model.context, tokens))
         cache, length = model.new_cache(1, model.context), 0
         size = sum(t.numel() * t.element_size() for t in cache.tensors()) / 1024
+        row = {"variant": name, "state_kib": f"{size:.1f}"}
+        row |= {f"ms_after_{mark}": "" for mark in MARKS}
         cells = []
         for mark in [mark for mark in MARKS if mark <= limit]:
             while length < mark:
@@ -145,12 +164,13 @@ def bench_generation(tokens: int) -> None:
             for _ in range(20):  # a window of attention has room for as many
                 began = time.perf_counter()
                 next_logits(model, [[1]], cache)
-                costs.append(time.perf_counter() - began)
+                costs.append(1000 * time.perf_counter() - 1000 * began)
                 length += 1
-            cells.append(
-                f"{mark:,}: {1000 * statistics.median(costs):.2f} ms, {resident():.0f} MiB"
-            )
-        print(f"{name:16} state {size:,.0f} KiB a sequence; after {'; '.join(cells)}", flush=True)
+            row[f"ms_after_{mark}"] = f"{statistics.median(costs):.2f}"
+            cells.append(f"{mark:,}: {statistics.median(costs):.2f} ms, {resident():.0f} MiB")
+        print(f"{name:26} state {size:,.1f} KiB a sequence; after {'; '.join(cells)}", flush=True)
+        rows.append(row)
+    return rows
 
 
 def plain_experts(ffn: nn.Module, x: Tensor) -> Tensor:
@@ -265,15 +285,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=int, default=10_000, help="longest sequence of generation (%(default)s)"
     )
+    parser.add_argument("--stage", default="", help="generation: its variants, not every mixer")
+    parser.add_argument("--csv", help="generation: a file for its figures")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.tokens < MARKS[0]:
         parser.error(f"--rounds must be at least 1 and --tokens at least {MARKS[0]}")
+    try:
+        cfgs = configs(args.stage)
+    except (ConfigError, ValueError) as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "recurrences" in args.only:
         bench_recurrences(args.rounds)
     if "generation" in args.only:
-        bench_generation(args.tokens)
+        rows = bench_generation(cfgs, args.tokens)
+        if args.csv:
+            with open(args.csv, "w", newline="") as file:
+                table = csv.DictWriter(file, rows[0], lineterminator="\n")
+                table.writeheader()
+                table.writerows(rows)
     if "text" in args.only:
         bench_text(args.rounds)
     return 0
