@@ -329,3 +329,14 @@ def test_a_text_has_no_end(name):
 def test_a_model_with_attention_keeps_its_window():
     assert GPT(tiny(mixer="attention,gru")).context == 16
     assert GPT(tiny(mixer="gru", pos="learned")).context == 16
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_block_is_one_graph(name):
+    """With states from step to step, too."""
+    torch._dynamo.reset()
+    model = trained_a_little(tiny(mixer=name))
+    x = torch.randn(B, 16, 32)
+    for cache in (None, model.new_cache(B, math.inf).visits[0]):
+        explained = torch._dynamo.explain(model.blocks[0])(x, context(16, cache=cache))
+        assert explained.graph_break_count == 0, explained.break_reasons
