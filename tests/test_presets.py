@@ -1,4 +1,4 @@
-"""Presets of experts and recurrent depth: exact sizes, and a small sibling of the same kind."""
+"""Presets of experts, recurrent depth and recurrent networks: exact sizes, small siblings."""
 
 import dataclasses
 
@@ -20,6 +20,9 @@ COUNTS = {  # preset: (parameters, those that a token uses)
     "recurrent_shared_moe_auxsched_smoke": (677_376, 281_856),
     "dense_300m_indexed_smoke": (842_624, 842_624),
     "moe_muon_exp5_smoke": (1_132_608, 346_176),
+    # without embedding and head, which have a row for each character of the text
+    "rnn_char": (36_640, 24_352),
+    "rnn_medium": (1_142_912, 995_456),
 }
 
 SIBLINGS = {  # preset: (its small sibling, what else is different)
@@ -54,6 +57,23 @@ def test_midsize_by_hand():
         4 * C * C + 4 * C + 2 * 2 * C + E * C + E * (2 * C * F + F + C)
     )  # attention, norms, router, experts
     assert 2 * V * C + T * C + block + 2 * C == COUNTS["recurrent_shared_moe_midsize"][0]
+
+
+@pytest.mark.parametrize(
+    "preset, C, layers, top_k, F, rank",
+    [("rnn_char", 32, 1, 1, 64, 4), ("rnn_medium", 128, 3, 2, 128, 8)],
+)
+def test_recurrent_presets_by_hand(preset, C, layers, top_k, F, rank):
+    """F hidden units of each expert, `rank` of the part of the decay that depends on the token."""
+    V, E = 28, 3
+    gru = 3 * C * C + 3 * C + 3 * C * C + C * C  # gates and biases, recurrent, projection
+    rwkv = 4 * C + C + C + 2 * rank * C + 3 * C * C + 2 * C + C * C
+    expert = 3 * C * F
+    block = gru + rwkv + E * C + (E + 1) * expert + 2 * C  # router, one expert for all, norms
+    total = layers * block + C
+    assert COUNTS[preset] == (total, total - layers * (E - top_k) * expert)
+    plan = make_plan(Config.from_env({"PRESET": preset, "VOCAB_SIZE": str(V)}), Ranks())
+    assert plan["params_total"] == total + 2 * V * C, "the head has a matrix of its own"
 
 
 @pytest.mark.parametrize("preset", SIBLINGS)

@@ -1,0 +1,584 @@
+"""A recurrent network that learns a text by heart, and writes.
+
+    python scripts/rnn_demo.py "the quick brown fox jumps over the lazy dog. "
+    python scripts/rnn_demo.py --file poem.txt --epochs 200 --hidden-size 64 --save-every 50
+    python scripts/rnn_demo.py --load RUN_ID --epochs 1000
+    PRESET=rnn_medium python scripts/rnn_demo.py --epochs 100
+
+Without a text it takes one of its own. An epoch is one pass over the text, which is cut into
+BATCH_SIZE streams that are read side by side; a text that does not fill them goes on from its
+beginning. The loss is of this very text, the mean over an epoch. The trainer is train_gpt.py under
+PRESET=rnn_char; other settings are variables: NORM=rms DEVICE=cpu python scripts/rnn_demo.py.
+Exit codes: 0 it has written, 2 a wrong option or text, 130 interrupted, others as of train_gpt.py.
+"""
+
+import require_packages  # noqa: F401  first: it says what to run where one is missing
+import argparse
+import contextlib
+import csv
+import glob
+import hashlib
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+
+import tokenization
+from encode_shards import dump, write_file, write_shard
+from harness.checkpoints import step_folders
+from harness.contract import ConfigError, DataError
+from harness.files import RunFiles
+from harness.provenance import new_run_id
+from harness.settings import ROOT
+from load_model import find_folder, load_trained, read_settings
+from prepare_data import about
+from sample import number, stream
+from tokenization import Tokenizer
+from train_gpt import Config, ShardLoader, load_shard
+
+TEXT = (
+    "A river does not hurry, and yet it reaches the sea. It keeps what it needs of yesterday in "
+    "the shape of its bed, and lets the rest go by. A small network does the same with letters: "
+    "it reads one, changes its state a little, and guesses the next. After a hundred readings "
+    "it knows this text by heart. "
+)
+PRESET = "rnn_char"
+DATA = Path("data/rnn_demo")
+RULE = "-" * 70
+SPEED_STEPS = 10  # that are enough to say how long all will take
+MOST_POINTS = 20_000  # of a curve: where there are fewer steps, every one of them is logged
+COURSE = {"NUM_ITERATIONS", "MAX_EPOCHS", "LOG_EVERY", "SAVE_EVERY", "KEEP_LAST"}  # see course
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OPTIONS = {  # option: (setting, kind, what it is)
+    "hidden-size": ("N_EMBD", int, "channels of the embedding and the states"),
+    "layers": ("N_LAYER", int, "recurrent layers"),
+    "heads": ("N_HEAD", int, "heads of RWKV's linear attention"),
+    "top-k": ("TOP_K", int, "experts that a token is sent to, beside the one for all"),
+    "lr": ("LR", float, "learning rate of AdamW"),
+    "weight-decay": ("WEIGHT_DECAY", float, "of AdamW"),
+    "seq-length": ("SEQUENCE_LENGTH", int, "tokens that gradients flow back through"),
+    "seed": ("SEED", int, "of the initialisation and of what is drawn"),
+}
+OURS = {  # settings that are made here: what says them
+    "INPUT_BIN": "TEXT or --file says it",
+    "INPUT_VAL_BIN": "TEXT or --file says it",
+    "MAX_TRAIN_TOKENS": "TEXT or --file says it",
+    "VAL_TOKENS": "TEXT or --file says it",
+    "VOCAB_SIZE": "--tokenizer says it",
+    "NUM_ITERATIONS": "--epochs says it",
+    "MAX_EPOCHS": "--epochs says it",
+    "LOG_EVERY": "--log-every says it",
+    "RESUME": "--load says it",
+    "DRY_RUN": "this trains",
+}
+
+
+class Plan(NamedTuple):
+    """A training run before it starts."""
+
+    env: dict[str, str]  # of the trainer
+    run: RunFiles
+    epochs: int
+    steps: int  # of an epoch
+    shown: int  # the step up to which an earlier start has told what happened
+
+    @property
+    def last_step(self) -> int:
+        return self.epochs * self.steps
+
+
+########################################
+#                 Text                 #
+########################################
+
+
+def read_text(args: argparse.Namespace) -> str | bytes:
+    """TEXT, or what is in --file, or the text of this file. Raises DataError."""
+    if not args.file:
+        return TEXT if args.text is None else args.text
+    try:
+        return args.file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"--file {args.file}: expected a text, found none that can be read "
+            f"({error.strerror}): name another"
+        ) from None
+
+
+def encode(args: argparse.Namespace) -> tuple[Tokenizer, np.ndarray]:
+    """The tokenizer and the tokens (n,) of the text. Raises DataError."""
+    text = read_text(args)
+    if args.tokenizer == "chars":
+        text = tokenization.text_of(text)
+        found = f"only {text[0]!r}" if text else "none"
+        if len(set(text)) < 2:
+            raise DataError(
+                f"the text: expected two different characters or more, found {found}: there is "
+                "nothing to learn, give another"
+            )
+        tokenizer = tokenization.from_chars(text, has_eot=False)
+    else:
+        tokenizer = tokenization.named(args.tokenizer)
+    tokens = tokenizer.encode(text)
+    if not len(tokens):
+        raise DataError("the text: expected one token or more, found none: give another")
+    return tokenizer, tokens
+
+
+def write_data(place: Path, tokenizer: Tokenizer, tokens: np.ndarray) -> dict[str, str]:
+    """Shards for training and validation, both of all tokens, in a folder of this text's own;
+    returns the settings that name them."""
+    vocabulary = tokenizer.to_json().encode()
+    name = hashlib.sha256(vocabulary + tokens.tobytes()).hexdigest()[:12]
+    folder = place / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_shard(folder / f"{name}_train_000001.bin", tokens)
+    write_shard(folder / f"{name}_val_000000.bin", tokens)
+    write_file(folder / "tokenizer.json", vocabulary)
+    index = {"source": "scripts/rnn_demo.py", "tokenizer": tokenizer.kind} | about(tokenizer)
+    write_file(folder / "index.json", dump(index))
+    stem = glob.escape(str(folder / name))
+    return {"INPUT_BIN": f"{stem}_train_*.bin", "INPUT_VAL_BIN": f"{stem}_val_*.bin"}
+
+
+########################################
+#               Settings               #
+########################################
+
+
+def asked_settings(args: argparse.Namespace) -> dict[str, str]:
+    """The settings that the options stand for."""
+    settings = {}
+    for option, (name, _, _) in OPTIONS.items():
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None:
+            settings[name] = str(value)
+    if args.batch_size:
+        settings |= dict.fromkeys(("BATCH_SIZE", "DEVICE_BATCH_SIZE"), str(args.batch_size))
+    if args.experts:
+        settings |= {"FFN": "moe", "SHARED_EXPERT": "1", "NUM_EXPERTS": str(args.experts - 1)}
+    if args.fast_mode:
+        settings["FFN"] = "none"
+    if args.no_rwkv:
+        settings["MIXER"] = "gru"
+    if args.log_dir:
+        settings["LOG_DIR"] = args.log_dir
+    return settings
+
+
+def course(args: argparse.Namespace, steps: int) -> dict[str, str]:
+    """The settings of how long is trained, logged and saved, with so many steps an epoch."""
+    points = [size for size in range(1, steps + 1) if steps % size == 0]
+    few = [size for size in points if args.epochs * steps / size <= MOST_POINTS]
+    settings = {
+        "NUM_ITERATIONS": args.epochs * steps,
+        "MAX_EPOCHS": 0,
+        "LOG_EVERY": min(few, default=steps),
+    }
+    if args.save_every is not None:
+        settings["SAVE_EVERY"] = args.save_every * steps
+        settings["KEEP_LAST"] = args.epochs // max(1, args.save_every) + 2  # all of them
+    return {name: str(value) for name, value in settings.items()}
+
+
+def check_environment() -> None:
+    """Raises ConfigError for a variable that has to be an option here."""
+    for name, reason in OURS.items():
+        value = os.environ.get(name)
+        if value and value != "0":
+            raise ConfigError(f"{name}={value}: expected it not to be set, for {reason}: unset it")
+
+
+def new_plan(args: argparse.Namespace, place: Path | None) -> Plan:
+    """A run on the text, whose data are written; what it leaves lies in a folder `place`, or where
+    a run's things lie. Raises ConfigError, DataError."""
+    env = {**os.environ, "PRESET": os.environ.get("PRESET") or PRESET} | asked_settings(args)
+    env["RUN_ID"] = args.run_id or env.get("RUN_ID") or new_run_id("rnn_demo")
+    env.setdefault("SAVE_EVERY", "0")
+    if place:
+        env |= {"LOG_DIR": str(place / "logs"), "RESULTS_CSV": str(place / "results.csv")}
+    cfg = Config.from_env(env)
+    run = RunFiles(cfg.log_dir, cfg.run_id)
+    if run.log.exists():
+        raise ConfigError(
+            f"--run-id {cfg.run_id}: {run.log} exists; --load {cfg.run_id} goes on with it, or "
+            "choose another"
+        )
+    tokenizer, tokens = encode(args)
+    batch = cfg.batch_size * cfg.sequence_length
+    steps = math.ceil(len(tokens) / batch)
+    env |= course(args, steps) | {"VOCAB_SIZE": "0"}
+    env["VAL_TOKENS"] = str(min(steps * cfg.batch_size, 100) * cfg.sequence_length)
+    Config.from_env(env)
+    filled = np.resize(tokens, steps * batch + 1)
+    env |= write_data(place / "data" if place else DATA, tokenizer, filled)
+
+    unit = {"chars": "characters", "bytes": "bytes"}.get(tokenizer.kind, "tokens")
+    times = steps * batch / len(tokens)
+    repeated = f", repeated {times:.1f} times to fill {cfg.batch_size} streams" if times > 1 else ""
+    print(
+        f"{len(tokens):,} {unit}, a vocabulary of {tokenizer.vocab_size:,}{repeated}; steps an "
+        f"epoch: {steps:,}. The loss is of this text itself.",
+        flush=True,
+    )
+    return Plan(env, run, args.epochs, steps, shown=0)
+
+
+def as_environment(cfg: Config) -> dict[str, str]:
+    """The variables that give this Config, whatever the preset says."""
+    env = {}
+    for name, value in vars(cfg).items():
+        if value is None:
+            env[name.upper()] = "auto" if name in Config.AUTO else "none"
+        elif value != "":
+            env[name.upper()] = str(int(value) if isinstance(value, bool) else value)
+    return env
+
+
+def loaded_plan(args: argparse.Namespace) -> Plan:
+    """A run that goes on with the weights, the optimizer's state and the text of --load.
+
+    A run goes on under its own id, one of its checkpoints as a run of its own. Raises ConfigError,
+    DataError.
+    """
+    folder = find_folder(args.load, args.log_dir or os.environ.get("LOG_DIR") or Config.log_dir)
+    env = as_environment(read_settings(folder, "auto"))
+    if re.fullmatch(r"step_\d+", Path(args.load).name):
+        begins = int(folder.name.removeprefix("step_"))
+        run = RunFiles(folder.parent.parent, args.run_id or new_run_id("rnn_demo"))
+        shown, resume = begins, str(folder)
+    else:
+        own = folder.parent if folder.name.startswith("step_") else folder
+        begins = max(step_folders(own), default=0)
+        run = RunFiles(own.parent, own.name)
+        shown, resume = min(begins, run.last_step()), "auto"
+    given = {name: value for name, value in os.environ.items() if value or name not in env}
+    env = env | given | asked_settings(args)
+    env |= {"LOG_DIR": str(run.folder.parent), "RUN_ID": run.run_id, "RESUME": resume}
+    cfg = Config.from_env(env)
+    steps = ShardLoader(cfg.input_bin, cfg).samples // cfg.batch_size
+    if args.epochs * steps <= begins:
+        raise ConfigError(
+            f"--epochs {args.epochs}: expected more than the {begins / steps:g} that {args.load} "
+            "has made: give the epochs that it is to have then"
+        )
+    env |= course(args, steps)
+    return Plan(env, run, args.epochs, steps, shown)
+
+
+########################################
+#               Training               #
+########################################
+
+
+class Trainer:
+    """train_gpt.py in a process of its own, which is asked to end when this one is."""
+
+    def __init__(self, env: dict[str, str]):
+        self.env = env
+        self.process = None
+        self.interrupted = False
+        self.errors = tempfile.TemporaryFile()
+
+    def __enter__(self) -> Self:
+        self.handlers = {n: signal.signal(n, self.ask_to_end) for n in SIGNALS}
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "train_gpt.py"],
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            errors="replace",
+        )
+        if self.interrupted:
+            self.process.terminate()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+        self.process.stdout.close()
+        for number_, handler in self.handlers.items():
+            signal.signal(number_, handler)
+
+    def ask_to_end(self, *_: object) -> None:
+        self.interrupted = True
+        if self.process:
+            self.process.terminate()
+
+    def reason(self) -> str:
+        """The last line of what it has said on its standard error."""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), "it has not said why")
+
+
+class Curve:
+    """The points of a run's curve, as they come."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.offset = 0
+        self.header = None
+
+    def new(self, step: int) -> Iterator[dict[str, float]]:
+        """Those that are new, {column: value}, up to that of `step`, which is about to come."""
+        for _ in range(200):
+            points = list(self.read())
+            yield from points
+            if points and points[-1]["step"] >= step:
+                return
+            time.sleep(0.001)
+
+    def read(self) -> Iterator[dict[str, float]]:
+        """The whole lines after those that were read."""
+        with open(self.path, "rb") as curve:
+            curve.seek(self.offset)
+            text = curve.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self.offset += len(text)
+        for cells in csv.reader(text.decode().splitlines()):
+            if self.header:
+                point = zip(self.header, cells)
+                yield {name: float(value) for name, value in point if value}
+            else:
+                self.header = cells
+
+
+def show_warning(line: str) -> None:
+    """What the trainer warns of, but for what is meant: settings of the preset that an option makes
+    idle, and a run that goes on for longer."""
+    name = line.split()[1]
+    is_idle = " has no effect without " in line and not os.environ.get(name)
+    changed = re.findall(r"([A-Z_]+) \S+ -> ", line)
+    is_longer = changed and set(changed) <= COURSE
+    if not is_idle and not is_longer:
+        print(f"rnn_demo.py: {line.strip()}", file=sys.stderr, flush=True)
+
+
+class Report:
+    """What is printed of a run while it trains: a line every so many epochs."""
+
+    def __init__(self, plan: Plan, log_every: int):
+        self.plan, self.log_every = plan, log_every
+        self.losses, self.norms = [], []  # of this epoch
+        self.seconds = 0.0  # of training
+        self.best = math.inf  # loss of an epoch
+        self.first = None  # (step, seconds) of the first point of this start; False once used
+
+    def add(self, point: dict[str, float]) -> None:
+        """Takes a point of the curve, be it of an earlier start."""
+        step, self.seconds = int(point["step"]), point["train_time"]
+        if "train_loss" in point:
+            self.losses.append(point["train_loss"])
+            self.norms.append(point["grad_norm"])
+        if step > self.plan.shown and self.first is not False:
+            self.estimate(step)
+        if step % self.plan.steps == 0 and self.losses:
+            self.end_epoch(step)
+
+    def estimate(self, step: int) -> None:
+        """Says how long it will take, once that is known, where it is more than a minute."""
+        if self.first is None:
+            self.first = step, self.seconds
+        first, began = self.first
+        if step < first + SPEED_STEPS:
+            return
+        left = (self.seconds - began) / (step - first) * (self.plan.last_step - step)
+        self.first = False
+        if left > 60:
+            text = f"{left / 60:.0f} minutes" if left < 7200 else f"{left / 3600:.1f} hours"
+            print(f"This will take about {text}; Ctrl-C ends it in good order.", flush=True)
+
+    def end_epoch(self, step: int) -> None:
+        """Prints the line of an epoch that is over, where it is due."""
+        plan, epoch = self.plan, step // self.plan.steps
+        loss, norm = np.mean(self.losses), np.mean(self.norms)
+        self.losses, self.norms = [], []
+        self.best = min(self.best, loss)
+        is_due = epoch % self.log_every == 0 or epoch == plan.epochs
+        if step > plan.shown and is_due:
+            times = f"Time: {self.seconds:.1f}s"
+            print(f"Epoch {epoch:4d} | Loss: {loss:.6f} | ∇: {norm:.4f} | {times}", flush=True)
+
+
+def train(plan: Plan, args: argparse.Namespace) -> tuple[int, Report]:
+    """Trains, and says so when that does not come to its end: (exit code, the Report)."""
+    report, curve = Report(plan, args.log_every), Curve(plan.run.curve)
+    with Trainer(plan.env) as trainer:
+        for line in trainer.process.stdout:
+            if line.startswith("warning: "):
+                show_warning(line)
+            logged = re.match(r"step:(\d+)/\d+ train_loss:", line)
+            if logged:
+                for point in curve.new(int(logged[1])):
+                    report.add(point)
+        code = trainer.process.wait()
+
+    run = plan.run
+    status = run.summary()["status"] if run.json.exists() else ""
+    if code == 0 and status == "ok" and run.last_step() == plan.last_step:
+        return 0, report
+    if code and not trainer.interrupted:
+        print(f"rnn_demo.py: error: {trainer.reason()}", file=sys.stderr)
+        return code, report
+    step = max(step_folders(run.folder), default=0)
+    what = "nothing is kept"
+    if step and not args.no_save:
+        what = f"step {step:,} of {plan.last_step:,} is kept; {command(plan, plan.epochs)} goes on"
+    print(f"interrupted: {what}", file=sys.stderr)
+    return (130 if trainer.interrupted else 0), report
+
+
+def command(plan: Plan, epochs: int) -> str:
+    """What goes on with a run, up to so many epochs."""
+    script = os.path.relpath(ROOT / "scripts" / "rnn_demo.sh")
+    words = ["bash", script, "--load", plan.run.run_id, "--epochs", str(epochs)]
+    log_dir = str(plan.run.folder.parent)
+    if log_dir != (os.environ.get("LOG_DIR") or Config.log_dir):
+        words += ["--log-dir", log_dir]
+    return shlex.join(words)
+
+
+########################################
+#               Writing                #
+########################################
+
+
+def write(plan: Plan, args: argparse.Namespace, report: Report) -> None:
+    """Says how training went and what it leaves, then what the model writes."""
+    run = plan.run
+    print(f"Done in {report.seconds:.1f}s | Best loss: {report.best:.6f}\n")
+    if args.no_save:
+        print("Nothing is kept (--no-save).\n")
+    else:
+        weights = run.folder / "model.safetensors"
+        print(f"Saved checkpoint to {weights} ({weights.stat().st_size / 1e6:.2f} MB)")
+        for step, folder in step_folders(run.folder).items() if args.save_every else ():
+            print(f"  after epoch {step / plan.steps:g}: {folder}")
+        print()
+
+    trained = load_trained(str(run.folder))
+    (file, *_) = sorted(glob.glob(trained.cfg.input_bin))
+    prompt = load_shard(file)[:1].tolist()
+    print(f"Temperature: {args.temperature:g}")
+    print(f"Generated ({args.gen_length} tokens):\n{RULE}")
+    print(trained.tokenizer.decode(prompt), end="", flush=True)
+    options = {"temperature": args.temperature, "seed": trained.cfg.seed}
+    for (new,) in stream(trained, [prompt], args.gen_length, **options):
+        print(new, end="", flush=True)
+    print(f"\n{RULE}", flush=True)
+    if not args.no_save:
+        print(f"next: {command(plan, 2 * plan.epochs)}   # trains on", flush=True)
+
+
+########################################
+#            Command line              #
+########################################
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; exits with code 2 and one sentence where it cannot be run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("text", nargs="*", metavar="TEXT", help="text to learn, in quotes")
+    add("--file", type=Path, help="file with the text")
+    add("--tokenizer", default="chars", help="chars, bytes, gpt2 or a tokenizer.json (chars)")
+    add("--epochs", type=number(int, 1, 10**7), default=500, help="passes over the text (500)")
+    add("--log-every", type=number(int, 1), default=25, help="epochs between lines (25)")
+    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="of what it writes (0.8)")
+    add("--gen-length", type=number(int, 1, 10**7), default=100, help="tokens it writes (100)")
+    for option, (setting, kind, what) in OPTIONS.items():
+        least = 0 if option in ("seed", "weight-decay", "lr") else 1
+        add(f"--{option}", type=number(kind, least), help=f"{setting}: {what}")
+    add("--batch-size", type=number(int, 1), help="BATCH_SIZE: streams side by side")
+    add("--experts", type=number(int, 2), help="experts of a layer, the one for all among them")
+    add("--fast-mode", action="store_true", help="FFN=none: no experts")
+    add("--no-rwkv", action="store_true", help="MIXER=gru: without linear attention")
+    add("--save-every", type=number(int, 0), help="epochs between checkpoints; 0: at the end (0)")
+    add("--no-save", action="store_true", help="leave nothing behind, neither model nor log")
+    add("--run-id", help="name of the run")
+    add("--log-dir", help="LOG_DIR: folder of the runs (logs)")
+    add("--load", metavar="RUN", help="go on with a run or one of its checkpoints, up to --epochs")
+    args = parser.parse_args(argv)
+    words = args.text
+    args.text = words[0] if words else None
+    problem = option_problem(args)
+    if len(words) > 1:
+        problem = f"argument TEXT: expected one, in quotes, found {len(words)}: quote it"
+    if problem:
+        parser.error(problem)
+    return args
+
+
+def option_problem(args: argparse.Namespace) -> str | None:
+    """What of the options does not go together, in one sentence."""
+    if args.text is not None and args.file:
+        return "argument --file: expected no TEXT beside it, found both: leave one out"
+    if args.fast_mode and (args.experts or args.top_k):
+        return "argument --fast-mode: expected no --experts or --top-k, for it has none: leave out"
+    if not args.load:
+        return None
+    is_step = re.fullmatch(r"step_\d+", Path(args.load).name)
+    others = {
+        "TEXT": args.text is not None,
+        "--file": args.file,
+        "--tokenizer": args.tokenizer != "chars",
+        "--no-save": args.no_save,
+        "--run-id": args.run_id and not is_step,
+    }
+    found = [name for name, value in others.items() if value]
+    if found:
+        return (
+            f"argument --load: expected no {found[0]}, for a run goes on with its own text under "
+            f"its own name: leave it out (INIT_FROM={args.load} starts a new run with its weights)"
+        )
+    return None
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Trains and writes; returns the exit code. Raises ConfigError, DataError, OSError."""
+    check_environment()
+    with tempfile.TemporaryDirectory() if args.no_save else contextlib.nullcontext() as place:
+        plan = loaded_plan(args) if args.load else new_plan(args, place and Path(place))
+        code, report = train(plan, args)
+        if code == 0 and math.isfinite(report.best):
+            write(plan, args, report)
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code as above."""
+    args = parse_args(argv)
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return demo(args)
+    except BrokenPipeError:  # who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ConfigError, DataError, OSError) as error:
+        print(f"rnn_demo.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
