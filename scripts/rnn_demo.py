@@ -9,6 +9,9 @@ Without a text it takes one of its own. An epoch is one pass over the text, whic
 BATCH_SIZE streams that are read side by side; a text that does not fill them goes on from its
 beginning. The loss is of this very text, the mean over an epoch. The trainer is train_gpt.py under
 PRESET=rnn_char; other settings are variables: NORM=rms DEVICE=cpu python scripts/rnn_demo.py.
+--load goes on with parameters, moments and text of a run, under its own name, or of one of its
+checkpoints, as a new run; INIT_FROM=logs/RUN_ID and --tokenizer logs/RUN_ID take its weights to
+another text. Data are kept in data/rnn_demo, a folder for each text.
 Exit codes: 0 it has written, 2 a wrong option or text, 130 interrupted, others as of train_gpt.py.
 """
 
@@ -224,11 +227,12 @@ def new_plan(args: argparse.Namespace, place: Path | None) -> Plan:
     env |= write_data(place / "data" if place else DATA, tokenizer, filled)
 
     unit = {"chars": "characters", "bytes": "bytes"}.get(tokenizer.kind, "tokens")
-    times = steps * batch / len(tokens)
-    repeated = f", repeated {times:.1f} times to fill {cfg.batch_size} streams" if times > 1 else ""
+    times, repeated = steps * batch / len(tokens), ""
+    if times > 1:
+        repeated = f" It is repeated {times:.3g} times, to fill {cfg.batch_size} streams."
     print(
-        f"{len(tokens):,} {unit}, a vocabulary of {tokenizer.vocab_size:,}{repeated}; steps an "
-        f"epoch: {steps:,}. The loss is of this text itself.",
+        f"The text has {len(tokens):,} {unit} of a vocabulary of {tokenizer.vocab_size:,}."
+        f"{repeated} Steps an epoch: {steps:,}. The loss is of this text itself.",
         flush=True,
     )
     return Plan(env, run, args.epochs, steps, shown=0)
@@ -266,6 +270,11 @@ def loaded_plan(args: argparse.Namespace) -> Plan:
     env = env | given | asked_settings(args)
     env |= {"LOG_DIR": str(run.folder.parent), "RUN_ID": run.run_id, "RESUME": resume}
     cfg = Config.from_env(env)
+    if not glob.glob(cfg.input_bin):
+        raise DataError(
+            f"--load {args.load}: expected its text in {cfg.input_bin}, found none: call this from "
+            "the folder where the run began, or give the text and begin anew"
+        )
     steps = ShardLoader(cfg.input_bin, cfg).samples // cfg.batch_size
     if args.epochs * steps <= begins:
         raise ConfigError(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import rnn_demo
 import tokenization
-from harness.contract import ConfigError
+from harness.contract import ConfigError, DataError
 from harness.settings import ROOT
 from train_gpt import Config, ShardLoader
 
@@ -58,7 +59,7 @@ def test_a_pangram_is_learned_by_heart(capsys):
     assert [epoch for epoch, _ in epochs(out)] == [6, 12, 15]
     done = re.search(r"^Done in \d+\.\d+s \| Best loss: (\d\.\d{6})$", out, re.M)
     assert float(done[1]) == epochs(out)[-1][1] < 0.3
-    assert "1,800 characters, a vocabulary of 28; steps an epoch: 18." in out
+    assert "The text has 1,800 characters of a vocabulary of 28. Steps an epoch: 18." in out
 
     size = Path("logs/fox/model.safetensors").stat().st_size / 1e6
     assert f"\nSaved checkpoint to logs/fox/model.safetensors ({size:.2f} MB)\n" in out
@@ -75,7 +76,7 @@ def test_a_short_text_is_repeated_and_nothing_is_kept(capsys, tmp_path, monkeypa
     argv = ["ab😀 ", "--epochs", "30", "--log-every", "10", "--no-save", "--gen-length", "9"]
     assert rnn_demo.main([*argv, *SMALL]) == 0
     out, err = capsys.readouterr()
-    assert "4 characters, a vocabulary of 4, repeated 25.0 times to fill 4 streams" in out
+    assert "The text has 4 characters of a vocabulary of 4. It is repeated 25 times, to" in out
     assert [epoch for epoch, _ in epochs(out)] == [10, 20, 30]
     assert len(written(out)) == 10 and set(written(out)) <= set("ab😀 ")
     assert "Nothing is kept" in out and "--load" not in out
@@ -276,6 +277,9 @@ def test_a_checkpoint_goes_on_as_a_run_of_its_own(monkeypatch):
     assert [getattr(new, name) for name in kept] == [getattr(cfg, name) for name in kept]
     with pytest.raises(ConfigError, match="--epochs 4: expected more than the 4 that logs/old"):
         plan("--load", str(folder), "--epochs", "4")
+    shutil.rmtree("data")
+    with pytest.raises(DataError, match="expected its text in data/rnn_demo/.*, found none: call"):
+        plan("--load", str(folder), "--epochs", "9")
 
 
 def test_the_shell_script_runs_where_it_is_called(tmp_path):
