@@ -256,7 +256,8 @@ def loaded_plan(args: argparse.Namespace) -> Plan:
     DataError.
     """
     folder = find_folder(args.load, args.log_dir or os.environ.get("LOG_DIR") or Config.log_dir)
-    env = as_environment(read_settings(folder, "auto"))
+    trained = read_settings(folder, "auto")
+    env = as_environment(trained)
     if re.fullmatch(r"step_\d+", Path(args.load).name):
         begins = int(folder.name.removeprefix("step_"))
         run = RunFiles(folder.parent.parent, args.run_id or new_run_id("rnn_demo"))
@@ -269,6 +270,7 @@ def loaded_plan(args: argparse.Namespace) -> Plan:
     given = {name: value for name, value in os.environ.items() if value or name not in env}
     env = env | given | asked_settings(args)
     env |= {"LOG_DIR": str(run.folder.parent), "RUN_ID": run.run_id, "RESUME": resume}
+    env["PRESET"] = trained.preset
     cfg = Config.from_env(env)
     if not glob.glob(cfg.input_bin):
         raise DataError(

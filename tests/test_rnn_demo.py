@@ -270,9 +270,11 @@ def test_a_checkpoint_goes_on_as_a_run_of_its_own(monkeypatch):
     saved = vars(cfg) | {"vocab_size": 28, "device": "cpu", "dtype": "float32"}
     (folder / "run.json").write_text(json.dumps({"config": saved}))
     monkeypatch.setenv("PRESET", "rnn_medium")
+    monkeypatch.setenv("SAVE_EVERY", "7")
     made, new = plan("--load", str(folder), "--run-id", "new", "--epochs", "9")
     assert (made.shown, made.steps, made.last_step) == (4, 1, 9)
     assert (new.resume, new.run_id, new.n_embd, new.seed) == (str(folder), "new", 24, 5)
+    assert (new.preset, new.save_every) == ("rnn_char", 7)
     kept = ("n_layer", "mixer", "lr", "embed_lr", "aux_loss_coef_start", "input_bin", "carry_state")
     assert [getattr(new, name) for name in kept] == [getattr(cfg, name) for name in kept]
     with pytest.raises(ConfigError, match="--epochs 4: expected more than the 4 that logs/old"):
