@@ -207,7 +207,7 @@ def new_plan(args: argparse.Namespace, place: Path | None) -> Plan:
     a run's things lie. Raises ConfigError, DataError."""
     env = {**os.environ, "PRESET": os.environ.get("PRESET") or PRESET} | asked_settings(args)
     env["RUN_ID"] = args.run_id or env.get("RUN_ID") or new_run_id("rnn_demo")
-    env.setdefault("SAVE_EVERY", "0")
+    env["SAVE_EVERY"] = env.get("SAVE_EVERY") or "0"
     if place:
         env |= {"LOG_DIR": str(place / "logs"), "RESULTS_CSV": str(place / "results.csv")}
     cfg = Config.from_env(env)
@@ -302,7 +302,8 @@ class Trainer:
         self.errors = tempfile.TemporaryFile()
 
     def __enter__(self) -> Self:
-        self.handlers = {n: signal.signal(n, self.ask_to_end) for n in SIGNALS}
+        heeded = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has it
+        self.handlers = {n: signal.signal(n, self.ask_to_end) for n in heeded}
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "train_gpt.py"],
             env=self.env,
@@ -316,10 +317,10 @@ class Trainer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.process.stdout.close()  # first, or it might wait for a reader
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait()
-        self.process.stdout.close()
         for number_, handler in self.handlers.items():
             signal.signal(number_, handler)
 
