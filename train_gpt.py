@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
+from harness.checkpoints import import_weights
 from harness.files import quoted
 from harness.provenance import bytes_per_token, check_tokenizers, dataset_folder, dataset_index
 from harness.provenance import fingerprint, how_to_get
@@ -108,8 +109,8 @@ class Config(Settings):
     aux_decay_end_frac: float = 0.3  # fraction of the steps
     balance_log_interval: int = 20  # steps between lines on the experts' load
     router_optimizer: str = "adamw"  # of the routers' matrices
-    reset_at_eot: bool = False  # an end-of-text token empties the states of recurrent mixers
-    carry_state: bool = False  # each step goes on with the states and the text of the step before
+    reset_at_eot: bool = False  # an end-of-text token resets the states of recurrent mixers
+    carry_state: bool = False  # truncated BPTT: a step goes on with text and states of the last one
     recurrence: str = "stacked"  # indexed: the same, one block over banks; shared: blocks revisited
     n_unique: int = 1  # blocks that RECURRENCE=shared visits in turn
     unshared_ends: int = 0  # blocks at either end of them that are visited once
@@ -154,6 +155,7 @@ class Config(Settings):
         "N_EXPERTS": "NUM_EXPERTS",
         "D_MODEL": "N_EMBD",
         "MAX_ITERS": "NUM_ITERATIONS",
+        "PER_STEP": "PER_VISIT",  # its name in earlier versions
     }
     LISTS = ("mixer", "ffn", "per_visit", "trackers")
     BOUNDS = {  # inclusive
@@ -315,8 +317,13 @@ def check_model(cfg):
     cfg.require(any(has_state) or not cfg.reset_at_eot, "reset_at_eot", "a recurrent MIXER")
     if cfg.carry_state:
         cfg.require(all(has_state), "carry_state", "recurrent mixers alone, as MIXER=gru_rwkv")
-        cfg.require(cfg.pos != "learned", "carry_state", "POS=rotary, positions without an end")
+        cfg.require(
+            cfg.pos != "learned", "carry_state", "POS=rotary: learned positions have an end"
+        )
         cfg.require(not cfg.shuffle, "carry_state", "SHUFFLE=0: it follows the text")
+        least = cfg.batch_size * cfg.sequence_length
+        streams = f"at least {least}: a sample for each of BATCH_SIZE={cfg.batch_size} streams"
+        cfg.require(cfg.val_tokens >= least, "val_tokens", streams)
 
 
 def check_moe(cfg):
@@ -418,7 +425,7 @@ def init_weight(cfg, weight, to_residual=False):
     return weight
 
 
-def start(values):
+def parameter_of(values):
     """A Parameter that starts with these values, which were made on the CPU."""
     return nn.Parameter(values.to(torch.get_default_device()))
 
@@ -687,7 +694,7 @@ class GRU(Recurrent):
     """Gated recurrent unit (arXiv 1406.1078), whose gates read a normed hidden state.
 
     The norm's epsilon is large, or the gradient of a state near zero would be. The update gate
-    starts open for what was there, at sigmoid(1).
+    says how much of the old state stays, 73 % at first.
     """
 
     sequential = True  # over time, which no count of FLOPs shows
@@ -713,7 +720,10 @@ class GRU(Recurrent):
 
 
 class MinGRU(Recurrent):
-    """minGRU (arXiv 2410.01201): gates that read the input alone. No GRU, but a parallel scan."""
+    """minGRU (arXiv 2410.01201): gates that read the input alone. No GRU, but a parallel scan.
+
+    Its update gate says how much of the state is new, 27 % at first.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -734,8 +744,8 @@ class MinGRU(Recurrent):
 class RWKV(Recurrent):
     """RWKV's time mixing: RWKV-6 (arXiv 2404.05892) with the bounded decay of RWKV-7 (2503.14456).
 
-    Each channel of receptance, key, value and decay reads a learned mixture of the token and the
-    one before; a low-rank part makes the decay depend on it. Without RWKV-6's gate.
+    Token shift: each channel of receptance, key, value and decay reads a learned mixture of the
+    token and the one before; a low-rank part makes the decay depend on it. Without RWKV-6's gate.
     """
 
     optim = dict.fromkeys(("mix", "bonus", "decay_in.weight", "decay_out.weight"), "adamw")
@@ -751,10 +761,14 @@ class RWKV(Recurrent):
             mix = 1 - channel**powers  # the token's own part is larger in later channels
             decay = 6 * channel**1.5 - 5.5  # memories of 400 to 3 tokens
             bonus = torch.ones(H, C // H)
-        self.mix, self.decay, self.bonus = start(mix), start(decay), start(bonus)
+        self.mix, self.decay, self.bonus = (
+            parameter_of(mix),
+            parameter_of(decay),
+            parameter_of(bonus),
+        )
         rank = max(4, C // 16)
         self.decay_in = Linear(cfg, C, rank, bias=False)
-        self.decay_out = Linear(cfg, rank, C, to_residual=True, bias=False)
+        self.decay_out = Linear(cfg, rank, C, to_residual=True, bias=False)  # small at first
         self.receptance = Linear(cfg, C, C)
         self.key = Linear(cfg, C, C)
         self.value = Linear(cfg, C, C)
@@ -801,7 +815,7 @@ class GRURWKV(Recurrent):
 class GatedDeltaNet(Recurrent):
     """Gated DeltaNet (arXiv 2412.06464): a state that is written over where keys are alike.
 
-    With its convolution over four tokens and its output gate; keys and values have one size.
+    With its short convolution over four tokens and its output gate; keys and values have one size.
     """
 
     optim = {"conv": "adamw", "rates.weight": "adamw"}
@@ -817,7 +831,11 @@ class GatedDeltaNet(Recurrent):
             decay = torch.empty(H).uniform_(1, 16).log()
             step = torch.empty(H).uniform_(math.log(1e-3), math.log(0.1)).exp()
             step = step + (-torch.expm1(-step)).log()  # the inverse of softplus
-        self.conv, self.decay, self.step = start(conv), start(decay), start(step)
+        self.conv, self.decay, self.step = (
+            parameter_of(conv),
+            parameter_of(decay),
+            parameter_of(step),
+        )
         self.rates = Linear(cfg, C, 2 * H, bias=False)  # beta and decay
         self.gate = Linear(cfg, C, C)
         self.gain = nn.Parameter(torch.ones(C // H))
@@ -1040,7 +1058,7 @@ class NoFFN(nn.Identity):
     """Adds nothing to what the mixer has made."""
 
     def forward(self, x):
-        return 0 * x, []  # of the norm before it, which gets a gradient so
+        return 0 * x, []  # not zeros: gains of the norm before would have no gradient
 
 
 FFNS = {"none": NoFFN, **EXPERTS, "moe": MoE}
@@ -1198,7 +1216,7 @@ class Cache:
             tensor.zero_()
         self.longest = 0
 
-    def forget(self, which):
+    def reset(self, which):
         """Empties the sequences of which (B,) is true, or all by which (1,)."""
         for tensor in self.tensors():
             tensor.masked_fill_(which.view(-1, *[1] * (tensor.ndim - 1)), 0)
@@ -1214,8 +1232,8 @@ class GPT(nn.Module):
     """Decoder-only transformer, activations in `dtype`.
 
     Tokens (B, T) -> float32 logits (B, T, V); with targets (B, T): mean loss () and the routing
-    (visits of an MoE, 4, E). The blocks are visited in `order`; a tensor whose name is in `banked`
-    has a slice for each visit of its block.
+    (visits of an MoE, 4, E). With a cache they go on with its sequences. The blocks are visited in
+    `order`; a tensor whose name is in `banked` has a slice for each visit of its block.
     """
 
     def __init__(self, cfg, dtype=torch.float32):
@@ -1295,9 +1313,9 @@ class GPT(nn.Module):
         return loss, torch.stack(routings) if routings else loss.new_zeros(0, 4, 0)
 
     @torch.no_grad()
-    def score(self, tokens_BT, targets_BT):
+    def score(self, tokens_BT, targets_BT, cache=None):
         """Mean loss and accuracy, (2,), of the likeliest token, of tokens against targets."""
-        x, head, _ = self.hidden(tokens_BT)
+        x, head, _ = self.hidden(tokens_BT, cache)
         x, weight, targets = x.flatten(0, 1), head.type_as(x), targets_BT.flatten()
         rows = rows_per_chunk(x, head)
         chunks = zip(x.split(rows), targets.split(rows))
@@ -1321,7 +1339,7 @@ class GPT(nn.Module):
         return states
 
     def flops_per_token(self):
-        """Training FLOPs a token: 6 per weight of a product, head included, and attention."""
+        """Training FLOPs a token: 6 per weight of a product, head included, and what mixers add."""
         flops = 6 * self.embed.numel()
         for index in self.order:
             for part in self.blocks[index].modules():
@@ -1355,26 +1373,6 @@ def make_bank(block, name, slices):
     module, bank = block.get_submodule(module_name), torch.stack(slices)
     is_parameter = leaf in module._parameters
     setattr(module, leaf, nn.Parameter(bank) if is_parameter else bank)
-
-
-def import_weights(model, path):
-    """Fills model from a safetensors file, or a folder that has one. Raises ConfigError."""
-    import safetensors.torch
-
-    file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
-    try:
-        weights = safetensors.torch.load_file(file)
-        # These start anew; in files of earlier versions a router_state is called balance.
-        states = ("ffn.router_state", "ffn.balance", "eot")
-        weights = {name: t for name, t in weights.items() if not name.endswith(states)}
-        weights |= {name: t for name, t in model.state_dict().items() if name.endswith(states)}
-        model.load_state_dict(weights, assign=model.embed.is_meta)  # there it is only a check
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error)[:300].split())
-        raise ConfigError(
-            f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of "
-            f"this shape, or the folder of a finished run, as logs/<run_id>; {reason}"
-        ) from None
 
 
 def next_logits(model, pieces, cache):
@@ -1423,8 +1421,8 @@ def generate(
 
     There are `samples` sequences of each prompt, a list of tokens, and prompts[0]'s come first.
     What is drawn for a sequence depends on `seed` and its index alone, until the longest has
-    SEQUENCE_LENGTH tokens, all that the model, in eval mode, sees: then the newer half of each
-    stays. Tokens are below `vocab_size`.
+    SEQUENCE_LENGTH tokens, all that attention sees: then the newer half of each stays. The model is
+    in eval mode. Tokens are below `vocab_size`.
     """
     context = model.context
     rows = np.arange(len(prompts)).repeat(samples).tolist()
@@ -1938,7 +1936,7 @@ class ShardLoader:
         samples = max(1, samples)
         if self.samples >= samples:
             return ""
-        lower = "SEQUENCE_LENGTH"
+        lower = "SEQUENCE_LENGTH" if self.streams == 1 else "BATCH_SIZE or SEQUENCE_LENGTH"
         if self.samples:
             lower = name if name == "NUM_ITERATIONS" else f"{name} to {self.samples * self.length}"
         ways = f"lower {lower}"
@@ -2087,12 +2085,13 @@ def preflight(cfg, ranks):
     check_tokenizers(cfg.input_bin, cfg.input_val_bin)
     streams = cfg.batch_size if cfg.carry_state else 1
     train = ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens, streams)
-    val = ShardLoader(cfg.input_val_bin, cfg)
+    val = ShardLoader(cfg.input_val_bin, cfg, limit=cfg.val_tokens, streams=streams)
     samples = cfg.num_iterations * cfg.batch_size
     per_epoch = math.ceil(samples / cfg.max_epochs) if cfg.max_epochs else 1
+    val_samples = cfg.val_tokens // cfg.sequence_length
     too_few = [
         train.shortfall("NUM_ITERATIONS", cfg.num_iterations, per_epoch),
-        val.shortfall("VAL_TOKENS", cfg.val_tokens, cfg.val_tokens // cfg.sequence_length),
+        val.shortfall("VAL_TOKENS", cfg.val_tokens, val_samples // streams * streams),
     ]
     if any(too_few):
         raise DataError(". And ".join(filter(None, too_few)))
@@ -2254,8 +2253,8 @@ def train_step(state, cfg, inputs, targets):
     for optimizer in state.optimizers:
         optimizer.step(state.step, grad_scale, skip)
     state.model.zero_grad()
-    if state.carried:
-        state.carried.forget(skip.view(1) > 0)
+    if state.carried:  # what was not finite may be in the states
+        state.carried.reset(skip.view(1) > 0)
     for router_state, visits in state.model.router_states():
         new = sum(routing[visit, NEXT_STATE] for visit in visits) / len(visits)
         router_state.copy_(torch.where(skip > 0, router_state, new))
@@ -2268,19 +2267,28 @@ def train_step(state, cfg, inputs, targets):
     return StepStats(loss, norm, routing)
 
 
+def go_on(cache, loader, first):
+    """Resets those sequences of a cache whose samples, from `first` on, begin anew."""
+    begins = loader.begins(first, len(cache.filled))
+    if begins.any():
+        cache.reset(torch.from_numpy(begins).to(cache.filled.device))
+
+
 @torch.no_grad()
 def evaluate(model, loader, cfg, run, step):
     """Mean loss and accuracy of the first VAL_TOKENS; None where the run is to end.
 
-    Each rank takes its share of the samples.
+    Each rank takes its share of the samples. With CARRY_STATE=1 these are streams, too.
     """
-    samples = cfg.val_tokens // cfg.sequence_length
+    samples = cfg.val_tokens // cfg.sequence_length // loader.streams * loader.streams
     micro, world = cfg.device_batch_size, run.ranks.world_size
     device = run.ranks.device(cfg)
     starts = range(micro * run.ranks.rank, samples, micro * world)
     slices = [(start, min(micro, samples - start)) for start in starts]
     batches_of_every_rank = samples // (micro * world)
     total = torch.zeros(2, dtype=torch.float64, device=device)
+    carried = model.new_cache(loader.streams, math.inf) if cfg.carry_state else None
+    cache = None
     model.eval()
     with contextlib.closing(loader.prefetch(slices, device)) as batches:
         for i, (x, y, _) in enumerate(batches):
@@ -2288,8 +2296,13 @@ def evaluate(model, loader, cfg, run, step):
                 status = run.poll(step)
                 if status:
                     break
+            if carried:
+                first = slices[i][0]
+                row = first % loader.streams
+                cache = carried.select(slice(row, row + micro))
+                go_on(cache, loader, first)
             with uncompiled(cfg.compile == "1" and len(x) < micro):
-                total += model.score(x, y) * len(x)
+                total += model.score(x, y, cache) * len(x)
     model.train()
     dist.all_reduce(total)
     return None if run.status else (total / samples).tolist()
@@ -2475,9 +2488,9 @@ def train(cfg, run, train_loader, val_loader):
 
             inputs, targets, waited = next(batches)
             if state.carried:
-                rows = step * cfg.batch_size + run.ranks.rank * per_rank, per_rank
-                begins = torch.from_numpy(train_loader.begins(*rows))
-                state.carried.forget(begins.to(inputs.device))
+                go_on(
+                    state.carried, train_loader, step * cfg.batch_size + run.ranks.rank * per_rank
+                )
             stats = train_step(state, cfg, inputs, targets)
     return state
 
@@ -2508,7 +2521,7 @@ def main(argv, env):
         plan |= {"data_fingerprint": "", "val_fingerprint": ""}
         if run.ranks.rank == 0:  # before the other ranks wait for it
             plan |= data_identity(cfg, train_loader, val_loader)
-            targets = val_loader.read(0, cfg.val_tokens // cfg.sequence_length)[:, 1:]
+            targets = val_loader.read(0, val_loader.samples)[:, 1:]
             plan["val_bytes_per_token"] = bytes_per_token(cfg.input_val_bin, targets)
         columns = ["val_accuracy", *health_columns(cfg)]
         run.open(cfg, asked.changes_text(), plan, warnings, columns)

@@ -6,14 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, curve, dies_at, folder, launch, tensors, tiny, write_shard
+from conftest import assert_same, curve, dies_at, folder, launch, summary, tensors, tiny
+from conftest import write_shard
+from safetensors.torch import load_file
 from test_model import trained_a_little
 
 from harness.ranks import Ranks
-from train_gpt import MIXERS, Recurrent, ShardLoader, State, train_step
+import train_gpt
+from train_gpt import GPT, MIXERS, Recurrent, ShardLoader, State, load_shard, train_step
 
 STATEFUL = [name for name, kind in MIXERS.items() if issubclass(kind, Recurrent)]
-CARRIED = {"CARRY_STATE": 1, "MIXER": ",".join(STATEFUL), "N_LAYER": len(STATEFUL), "SAVE_EVERY": 4}
+CARRIED = {
+    "CARRY_STATE": 1,
+    "MIXER": ",".join(STATEFUL),
+    "N_LAYER": len(STATEFUL),
+    "SAVE_EVERY": 4,
+    "VAL_TOKENS": 200,
+}
 
 
 def numbered(tmp_path, sizes):
@@ -68,6 +77,50 @@ def test_two_windows_that_carry_states_are_one_window(name):
         assert torch.allclose(a, b, atol=1e-4) and not b.requires_grad
     assert not torch.allclose(model(x[:, 16:], y[:, 16:])[0], losses[1], atol=1e-4)
     losses[1].backward()  # with the states in place that the first window left
+
+
+def test_a_run_reads_the_text_and_carries_its_states(settings, tmp_path, monkeypatch):
+    """On two ranks: every token is the number of its sample, of 94 in three shards, 7 a stream."""
+    for i, (first, last) in enumerate(((0, 40), (40, 70), (70, 94))):
+        tokens = [*np.repeat(np.arange(first, last), 16), 0]
+        write_shard(tmp_path / f"toy_train_{i + 1:06d}.bin", tokens)
+    original = train_gpt.train_step
+
+    def recording(state, cfg, inputs, targets):
+        empty = [not any(t[row].any() for t in state.carried.tensors()) for row in range(6)]
+        with open(tmp_path / f"seen_{torch.distributed.get_rank()}.txt", "a") as file:
+            print(json.dumps([state.step, inputs[:, 0].tolist(), empty]), file=file)
+        return original(state, cfg, inputs, targets)
+
+    monkeypatch.setattr(train_gpt, "train_step", recording)
+    settings |= CARRIED | {"VOCAB_SIZE": 128, "NUM_ITERATIONS": 9, "VAL_EVERY": 0}
+    assert launch(settings, 2)[0] == [0, 0]
+    for rank in range(2):
+        for line in (tmp_path / f"seen_{rank}.txt").read_text().splitlines():
+            step, samples, empty = json.loads(line)
+            rows = range(6 * rank, 6 * rank + 6)
+            assert samples == [7 * row + step % 7 for row in rows]
+            begin = [step % 7 == 0 or sample in (40, 70) for sample in samples]
+            assert empty == begin, (rank, step)
+
+
+@pytest.mark.parametrize("micro", [2, 12])
+def test_validation_carries_states_too(settings, micro):
+    """In twelve streams, whatever the micro-batch is, against one pass over each stream."""
+    settings |= CARRIED | {"DEVICE_BATCH_SIZE": micro, "NUM_ITERATIONS": 2, "VAL_TOKENS": 400}
+    assert launch(settings)[0] == [0]
+    weights = load_file(settings["LOG_DIR"] / "toy" / "model.safetensors")
+    names = ("MIXER", "N_LAYER", "CARRY_STATE", "VAL_TOKENS")
+    cfg = tiny(**{name.lower(): settings[name] for name in names})
+    model = GPT(cfg)
+    model.load_state_dict(weights)
+    tokens = load_shard(str(settings["INPUT_VAL_BIN"]).replace("*", "000000"))
+    assert (len(tokens) - 1) // 16 // 12 * 12 == 24  # of VAL_TOKENS' 25 samples two a stream
+    losses = []
+    for row in range(12):
+        stream = torch.from_numpy(tokens[32 * row : 32 * row + 33].astype(np.int64))[None]
+        losses.append(model(stream[:, :-1], stream[:, 1:])[0].item())
+    assert summary(settings)["final_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_a_resumed_run_carries_the_states_that_it_had(settings, monkeypatch):
@@ -134,6 +187,10 @@ def test_resets_need_to_know_the_token(settings, tmp_path):
 
 
 REFUSED = [
+    (
+        {"CARRY_STATE": 1, "MIXER": "gru", "VAL_TOKENS": 191},
+        "VAL_TOKENS=191 needs at least 192: a sample for each of BATCH_SIZE=12 streams",
+    ),
     ({"CARRY_STATE": 1}, "CARRY_STATE=True needs recurrent mixers alone, as MIXER=gru_rwkv"),
     ({"CARRY_STATE": 1, "MIXER": "gru,attention"}, "needs recurrent mixers alone"),
     ({"CARRY_STATE": 1, "MIXER": "gru", "POS": "learned"}, "needs POS=rotary"),

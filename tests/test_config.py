@@ -62,7 +62,7 @@ ORDINARY = """
 # What a setting needs beside it to mean something.
 COMPANIONS = {
     "reset_at_eot": {"mixer": "rwkv"},
-    "carry_state": {"mixer": "gru,rwkv"},
+    "carry_state": {"mixer": "gru,rwkv", "batch_size": 64},
     "balance": {"ffn": "moe"},
     "n_unique": {"recurrence": "shared"},
     "unshared_ends": {"recurrence": "shared"},

@@ -13,7 +13,8 @@ from harness.contract import ConfigError
 from harness.files import sha256sum
 from harness.records import truncate_to_step, update_results
 from harness.settings import Settings
-from harness.source import code_tokens, source_hash
+from harness import source
+from harness.source import code_tokens, source_hash, text_hash
 
 TEXT = '''"""A program."""
 
@@ -76,7 +77,16 @@ def test_a_comma_that_makes_a_tuple_counts_and_no_other():
 
 def test_every_python_hashes_alike():
     """Written down under Python 3.11, which has an f-string as one token; 3.12 takes it apart."""
-    assert source_hash(TEXT) == "5898df1958c9"
+    assert text_hash(TEXT) == "5898df1958c9"
+
+
+def test_formulas_are_part_of_the_source(monkeypatch):
+    """Of whatever program: scripts/ops/ decides on its results as its own text does."""
+    before = source_hash(TEXT)
+    monkeypatch.setattr(source, "OPS", f"# a comment\n{source.OPS}")
+    assert source_hash(TEXT) == before
+    monkeypatch.setattr(source, "OPS", source.OPS.replace("3.4445", "3.4446"))
+    assert source_hash(TEXT) != before
 
 
 def test_a_run_says_which_source_and_harness_it_had(settings):
@@ -85,7 +95,7 @@ def test_a_run_says_which_source_and_harness_it_had(settings):
     assert row["source_sha"] == source_hash(train_gpt.SOURCE)
     assert len(row["harness_sha"]) == 12 and row["harness_sha"] != row["source_sha"]
     log = (settings["LOG_DIR"] / "toy.txt").read_text()
-    assert train_gpt.SOURCE in log and "class Records:" in log
+    assert train_gpt.SOURCE in log and "class Records:" in log and "def chunked_wkv(" in log
 
 
 @dataclasses.dataclass(frozen=True)

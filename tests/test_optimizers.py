@@ -242,6 +242,10 @@ def three_steps(ranks, **settings):
 def test_ranks_agree(settings):
     """1, 2 and 3 ranks: one batch, one model. Every rank of a group holds the same bits. The
     micro-batches may be others, but with BALANCE=quantile, which takes quantiles within each."""
+    # Products with few rows go by another CPU library, and AdamW's first steps are as large for the
+    # smallest gradients, which are all rounding, as for any other.
+    sensitive = "optimizer" in settings or "tie_embeddings" in settings
+    atol = 3e-4 if sensitive else 2e-5
     settings = {"vocab_size": 4096} | settings  # an embedding large enough to be sliced
     ((alone, stats),) = run_ranks(1, lambda ranks: three_steps(ranks, **settings))
     for world in (2, 3):
@@ -249,8 +253,7 @@ def test_ranks_agree(settings):
         results = run_ranks(world, lambda ranks: three_steps(ranks, **settings))
         for params, other_stats in results:
             assert torch.equal(params, results[0][0])
-            # Of AdamW's first steps the smallest gradients decide as much as any other.
-            assert torch.allclose(params, alone, atol=3e-4), (params - alone).abs().max()
+            assert torch.allclose(params, alone, atol=atol), (params - alone).abs().max()
             assert torch.allclose(other_stats, stats, rtol=1e-4)
 
 

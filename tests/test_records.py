@@ -16,7 +16,7 @@ from harness.failures import record_refusal
 from harness.files import write_whole
 from harness.ranks import Ranks
 from harness.records import Records, update_results
-from harness.source import HARNESS, source_hash
+from harness.source import HARNESS, OPS, source_hash, text_hash
 import train_gpt
 from train_gpt import Config
 
@@ -186,7 +186,7 @@ def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
     assert names(tmp_path) == ["logs/r.csv", "logs/r.json", "logs/r.txt", "results.csv"]
 
     rule, log = "=" * 100, (tmp_path / "logs/r.txt").read_text()
-    sources = f"{rule}\n{train_gpt.SOURCE}\n{rule}\n{HARNESS}\n{rule}\n"
+    sources = f"{rule}\n{train_gpt.SOURCE}\n{rule}\n{HARNESS}{OPS}\n{rule}\n"
     assert log.startswith(f"{sources}Python ") and len(train_gpt.SOURCE) > 10000
     settings, _, lines = log.removeprefix(sources).partition(f"\n{rule}\n")
     assert json.loads(settings.partition("settings: ")[2])["params_total"] == 5
@@ -206,7 +206,7 @@ def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
     summary = strict(tmp_path / "logs/r.json")
     assert summary["run_id"] == "r" and summary["status"] == "ok" and summary["final_loss"] == 1 / 3
     assert summary["source_sha"] == source_hash(train_gpt.SOURCE)
-    assert summary["harness_sha"] == source_hash(HARNESS)
+    assert summary["harness_sha"] == text_hash(HARNESS)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", summary["started"])
     assert set(vars(tiny())) <= summary.keys()
     row = read(tmp_path / "results.csv")["r"]

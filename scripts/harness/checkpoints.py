@@ -339,6 +339,27 @@ def export_weights(weights: Mapping[str, Tensor], cfg: Settings, folder: Path) -
     copy_tokenizer(cfg, folder)
 
 
+def import_weights(model: torch.nn.Module, path: str | Path) -> None:
+    """Fills model from a safetensors file, or a folder that has one. Raises ConfigError."""
+    import safetensors.torch
+
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
+    try:
+        weights = safetensors.torch.load_file(file)
+        # These start anew; in files of earlier versions a router_state is called balance.
+        states = ("ffn.router_state", "ffn.balance", "eot")
+        weights = {name: t for name, t in weights.items() if not name.endswith(states)}
+        weights |= {name: t for name, t in model.state_dict().items() if name.endswith(states)}
+        is_check = next(model.parameters()).is_meta
+        model.load_state_dict(weights, assign=is_check)
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error)[:300].split())
+        raise ConfigError(
+            f"INIT_FROM={path}: expected a safetensors file (no .pt, no checkpoint) of a model of "
+            f"this shape, or the folder of a finished run, as logs/<run_id>; {reason}"
+        ) from None
+
+
 def copy_tokenizer(cfg: Settings, folder: Path) -> None:
     """So that what a model writes can be read when its dataset is gone."""
     tokenizer = dataset_folder(cfg.input_bin) / "tokenizer.json"

@@ -25,7 +25,7 @@ from harness.files import RunFiles, write_whole
 from harness.provenance import git_state, machine_text, utc_now
 from harness.ranks import Ranks
 from harness.settings import ROOT, Settings, redact
-from harness.source import HARNESS, source_hash
+from harness.source import HARNESS, OPS, source_hash, text_hash
 
 
 class Records:
@@ -113,7 +113,7 @@ class Records:
             "git": commit,
             "dirty": dirty,
             "source_sha": source_hash(self.source),
-            "harness_sha": source_hash(HARNESS),
+            "harness_sha": text_hash(HARNESS),
             "host": platform.node(),
             "torch": torch.__version__,
             "resumes": old.get("resumes", -1) + 1,
@@ -125,9 +125,10 @@ class Records:
     def begin_files(self, step: int) -> None:
         """Log and curve without what will be run again, a head of the log, summary and row."""
         log = truncate_to_step(self.files.log, step)
-        if self.source not in log or HARNESS not in log:
+        sources = (self.source, HARNESS + OPS)
+        if any(text not in log for text in sources):
             rule, settings = "=" * 100, json.dumps(self.summary, indent=1)
-            texts = (self.source, HARNESS, f"{machine_text()}\nsettings: {settings}")
+            texts = (*sources, f"{machine_text()}\nsettings: {settings}")
             log += rule + "".join(f"\n{text}\n{rule}" for text in texts) + "\n"
         write_whole(self.files.log, log)
         curve = truncate_to_step(self.files.curve, step)

@@ -7,12 +7,15 @@ import keyword
 import tokenize
 from pathlib import Path
 
-# What a program stands on beside its own text: scripts/harness/ and scripts/ops/.
-HARNESS = "".join(
-    path.read_text()
-    for folder in ("harness", "ops")
-    for path in sorted((Path(__file__).parents[1] / folder).glob("*.py"))
-)
+
+def package_text(name: str) -> str:
+    """The text of all files of a package in scripts/, "" where it is not there."""
+    folder = Path(__file__).parents[1] / name
+    return "".join(path.read_text("utf-8") for path in sorted(folder.glob("*.py")))
+
+
+HARNESS = package_text("harness")
+OPS = package_text("ops")  # formulas, which a program's results depend on as on its own text
 
 
 def code_tokens(source: str) -> list[str]:
@@ -74,7 +77,13 @@ def text_between(lines: list[str], start: tuple[int, int], end: tuple[int, int])
     return "".join(chosen)[start[1] :]
 
 
-@functools.cache
 def source_hash(source: str) -> str:
+    """text_hash of a program and scripts/ops/, which decide together whether two runs are the same
+    experiment."""
+    return text_hash(source + OPS)
+
+
+@functools.cache
+def text_hash(source: str) -> str:
     """Twelve hex digits of a Python text without comments, docstrings and layout."""
     return hashlib.sha256("\0".join(code_tokens(source)).encode()).hexdigest()[:12]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 32  # tokens; on a CPU 16 to 64 differ little, and 32 keeps exponents small
+CHUNK = 32  # tokens; on a CPU 16 to 64 differ little
 
 
 def in_chunks(x):
@@ -40,9 +40,7 @@ class Segments:
         self.same = own.unsqueeze(-1) == own.unsqueeze(-2)  # (B, 1, N, size, size): of two tokens
         self.starts = (own == ends[..., :-1, None]).unsqueeze(-1)  # the token sees the state before
         self.ends = (own == ends[..., 1:, None]).unsqueeze(-1)  # the state after has the token
-        self.chunks = (ends.unsqueeze(-1) == ends.unsqueeze(-2)).unsqueeze(
-            -1
-        )  # (B, 1, N+1, N+1, 1)
+        self.kept = (ends[..., :-1] == ends[..., 1:])[..., None, None]  # both states are of one
 
 
 def with_past(x, past, valid=None, segment=None):
@@ -115,48 +113,46 @@ def chunked_scan(a, b, state):
     return h.flatten(1, 2)[:, :length]
 
 
+def cumulative(log_decay):
+    """Sums (..., size, K) over the tokens until each, with its own: cumsum has no deterministic
+    form on CUDA."""
+    size = log_decay.size(-2)
+    return torch.ones(size, size, dtype=log_decay.dtype, device=log_decay.device).tril() @ log_decay
+
+
 def chunked_wkv(r, k, v, log_decay, bonus, state, segment=None):
     """RWKV's linear attention with a decay for each token and channel (RWKV-6, arXiv 2404.05892).
 
     o_t = r_t (S_(t-1) + diag(bonus) k_t v_t),  S_t = diag(exp(log_decay_t)) S_(t-1) + k_t v_t
 
     r, k, log_decay (B, T, H, K), v (B, T, H, V), bonus (H, K), state (B, H, K, V) -> o (B, T, H, V)
-    and the last state. log_decay must be in (-1, 0): a chunk holds exp(CHUNK / 2) and its inverse.
-    States and exponents are in float32, products in the dtype of v unless that is float16.
+    and the last state, in float32. log_decay must lie in (-1, 0): exp(CHUNK) has to be a number.
+    Products within a chunk are in the dtype of v, unless that is float16, whose range is too small.
     """
-    dtype, length = v.dtype, v.size(1)
-    wide = torch.promote_types(dtype, torch.float32)
-    narrow = wide if dtype == torch.float16 else dtype
+    length = v.size(1)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    narrow = wide if v.dtype == torch.float16 else v.dtype
     r, k, v, log_decay = (in_chunks(x.to(wide)) for x in (r, k, v, log_decay))
-    total = log_decay.cumsum(-2)  # of a chunk's decay, with the token's own
-    before = total - log_decay
-    middle = total[..., total.size(-2) // 2, None, :]
+    total = cumulative(log_decay)  # of a chunk until each token
     last = total[..., -1:, :]
-
-    # Within a chunk: scores from a reference in its middle, so that no exponent is large.
-    scores = (r * (before - middle).exp()).to(narrow) @ (k * (middle - total).exp()).to(narrow).mT
-    scores = scores.tril(-1)
+    from_start = r * (total - log_decay).exp()  # reads the state before the chunk
+    to_end = k * (last - total).exp()  # as the state after the chunk has it
+    kept = last.exp().mT  # of the state before the chunk in that after it
+    scores = (from_start.to(narrow) @ (k * (-total).exp()).to(narrow).mT).tril(-1)
     own = (r * bonus.to(wide)[:, None, None] * k).sum(-1, keepdim=True)
-    from_before = r * before.exp()
-    to_end = k * (last - total).exp()
-    # Between chunks: the state before each is a sum over all chunks before it.
-    decay = F.pad(last.squeeze(-2).cumsum(2), (0, 0, 1, 0))  # (B, H, N + 1, K)
-    weight = decay.unsqueeze(3) - decay.unsqueeze(2)
-    visible = torch.ones_like(weight[0, 0, ..., 0], dtype=torch.bool).tril().unsqueeze(-1)
     if segment is not None:
         masks = Segments(segment)
         scores = scores * masks.same
-        from_before = from_before * masks.starts
-        to_end = to_end * masks.ends
-        visible = visible & masks.chunks
-    weight = weight.masked_fill(~visible, -torch.inf).exp()
-    added = to_end.to(narrow).mT @ v.to(narrow)
-    added = torch.cat([state.to(wide).unsqueeze(2), added.to(wide)], dim=2)
-    states = torch.einsum("bhnmk,bhmkv->bhnkv", weight, added)
+        from_start, to_end = from_start * masks.starts, to_end * masks.ends
+        kept = kept * masks.kept
 
-    y = scores @ v.to(narrow) + from_before.to(narrow) @ states[:, :, :-1].to(narrow)
-    y = y + (own * v).to(narrow)
-    return from_chunks(y, length).to(dtype), states[:, :, -1]
+    added = (to_end.mT.to(narrow) @ v.to(narrow)).to(wide)
+    states = [state.to(wide)]
+    for kept_n, added_n in zip(kept.unbind(2), added.unbind(2)):
+        states.append(kept_n * states[-1] + added_n)
+    before = torch.stack(states[:-1], dim=2)
+    y = scores @ v.to(narrow) + from_start.to(narrow) @ before.to(narrow)
+    return from_chunks(y.to(wide) + own * v, length), states[-1]
 
 
 def gated_delta_rule(q, k, v, log_decay, beta, state, segment=None):
@@ -165,12 +161,12 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, segment=None):
     S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T,  o_t = S_t^T q_t
 
     q, k (B, T, H, K), k of unit length, v (B, T, H, V), log_decay < 0 and beta in [0, 1] (B, T, H),
-    state (B, H, K, V) -> o (B, T, H, V) and the last state. All in float32 but for what leaves.
+    state (B, H, K, V) -> o (B, T, H, V) and the last state. All in float32.
     """
-    dtype, length = v.dtype, v.size(1)
-    wide = torch.promote_types(dtype, torch.float32)
+    length = v.size(1)
+    wide = torch.promote_types(v.dtype, torch.float32)
     q, k, v, beta, log_decay = (in_chunks(x.to(wide)) for x in (q, k, v, beta, log_decay))
-    total, beta = log_decay.cumsum(-1), beta.unsqueeze(-1)
+    total, beta = cumulative(log_decay.unsqueeze(-1)).squeeze(-1), beta.unsqueeze(-1)
     visible = torch.ones_like(total[0, 0, 0, :, None] * total[0, 0, 0], dtype=torch.bool).tril()
     from_start = total.exp().unsqueeze(-1)  # of the state before the chunk, as each token sees it
     to_end = (total[..., -1:] - total).exp().unsqueeze(-1)
@@ -179,7 +175,7 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, segment=None):
         masks = Segments(segment)
         visible = visible & masks.same
         from_start, to_end = from_start * masks.starts, to_end * masks.ends
-        kept = kept * masks.chunks[..., 1:, :-1, :].diagonal(dim1=-3, dim2=-2).mT.unsqueeze(-1)
+        kept = kept * masks.kept
     between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~visible, -torch.inf).exp()
 
     # What each token writes depends on what those before it in the chunk wrote: (I + A) w = ...
@@ -195,7 +191,7 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, segment=None):
         written = values_n - keys_n @ state
         outputs.append(q_n @ state + scores_n @ written)
         state = kept_n * state + k_n @ written
-    return from_chunks(torch.stack(outputs, dim=2), length).to(dtype), state
+    return from_chunks(torch.stack(outputs, dim=2), length), state
 
 
 @torch.library.custom_op("train_gpt::gru_forward", mutates_args=())
