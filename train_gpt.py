@@ -776,7 +776,7 @@ class RWKV(Recurrent):
         self.proj = Linear(cfg, C, C, to_residual=True)
 
     def new_cache(self, batch, length, like):
-        H, D = self.bonus.shape
+        H, D = self.n_head, like.size(-1) // self.n_head
         past = like.new_zeros(batch, 1, H * D)
         return {"past": past, "state": zero_state(like, batch, H, D, D)}
 
@@ -842,9 +842,9 @@ class GatedDeltaNet(Recurrent):
         self.proj = Linear(cfg, C, C, to_residual=True)
 
     def new_cache(self, batch, length, like):
-        D = len(self.gain)
-        past = like.new_zeros(batch, 3, 3 * self.n_head * D)
-        return {"past": past, "state": zero_state(like, batch, self.n_head, D, D)}
+        H, D = self.n_head, like.size(-1) // self.n_head
+        past = like.new_zeros(batch, 3, 3 * H * D)
+        return {"past": past, "state": zero_state(like, batch, H, D, D)}
 
     def forward(self, x, ctx):
         memory = self.memory(x, ctx)
@@ -855,12 +855,12 @@ class GatedDeltaNet(Recurrent):
         beta, step = self.rates(x).type_as(q).chunk(2, dim=-1)
         beta = unless_padding(beta.sigmoid(), ctx)
         log_decay = unless_padding(-self.decay.exp() * F.softplus(step + self.step), ctx)
-        q = q * q.size(-1) ** -0.5
         state = memory["state"].clone()
         y, state = gated_delta_rule(q, k, v, log_decay, beta, state, ctx.segment)
         memory["state"].copy_(state.detach())
-        y = F.rms_norm(y, self.gain.shape, self.gain.type_as(y), eps=1e-6).flatten(2)
-        return self.proj(y * F.silu(self.gate(x)))
+        # Without 1 / sqrt(D) on q, which this norm would take away.
+        y = F.rms_norm(y, self.gain.shape, self.gain, eps=1e-6).flatten(2)
+        return self.proj(y.type_as(x) * F.silu(self.gate(x)))
 
 
 MIXERS = {
@@ -1225,7 +1225,7 @@ class Cache:
 def end_token(cfg):
     """The id () that ends the texts of the training data, -1 where they say none."""
     eot_id = dataset_index(cfg.input_bin).get("eot_id")
-    return torch.tensor(-1 if eot_id is None else eot_id)
+    return torch.tensor(eot_id if isinstance(eot_id, int) else -1)
 
 
 class GPT(nn.Module):
@@ -1255,10 +1255,9 @@ class GPT(nn.Module):
         self.order = visit_order(cfg)
         self.blocks, self.banked = build_blocks(cfg, self.order)
         self.norm = NORMS[cfg.norm](cfg)
-        # Tokens that it can see.
-        has_end = cfg.pos == "learned"
-        has_end |= not all(isinstance(block.mixer, Recurrent) for block in self.blocks)
-        self.context = cfg.sequence_length if has_end else math.inf
+        has_states_alone = all(isinstance(block.mixer, Recurrent) for block in self.blocks)
+        is_endless = has_states_alone and cfg.pos != "learned"
+        self.context = math.inf if is_endless else cfg.sequence_length  # tokens it can see
 
     def visits(self):
         """For each visit its block, and what the visit has for itself: {name: tensor}."""
@@ -1887,7 +1886,13 @@ class ShardLoader:
         if limit:
             self.cumulative = np.minimum(self.cumulative, limit // self.length)
         self.streams = streams
-        self.samples = int(self.cumulative[-1]) // streams * streams
+        samples = int(self.cumulative[-1])
+        self.samples = samples // streams * streams
+        if samples < streams > 1:
+            raise DataError(
+                f"{self.files[0]} and its like have {samples} samples of {self.length} tokens for "
+                f"BATCH_SIZE={streams} streams; lower it or SEQUENCE_LENGTH, or get more"
+            )
         self.tokens = sum(len(shard) for shard in self.shards)
         self.permutation = (-1, None)  # an epoch and the order of its samples
 
@@ -1936,7 +1941,7 @@ class ShardLoader:
         samples = max(1, samples)
         if self.samples >= samples:
             return ""
-        lower = "SEQUENCE_LENGTH" if self.streams == 1 else "BATCH_SIZE or SEQUENCE_LENGTH"
+        lower = "SEQUENCE_LENGTH"
         if self.samples:
             lower = name if name == "NUM_ITERATIONS" else f"{name} to {self.samples * self.length}"
         ways = f"lower {lower}"
@@ -2253,8 +2258,8 @@ def train_step(state, cfg, inputs, targets):
     for optimizer in state.optimizers:
         optimizer.step(state.step, grad_scale, skip)
     state.model.zero_grad()
-    if state.carried:  # what was not finite may be in the states
-        state.carried.reset(skip.view(1) > 0)
+    if state.carried:  # what was not finite is in the states
+        state.carried.reset(~torch.isfinite(loss).view(1))
     for router_state, visits in state.model.router_states():
         new = sum(routing[visit, NEXT_STATE] for visit in visits) / len(visits)
         router_state.copy_(torch.where(skip > 0, router_state, new))
@@ -2297,10 +2302,9 @@ def evaluate(model, loader, cfg, run, step):
                 if status:
                     break
             if carried:
-                first = slices[i][0]
-                row = first % loader.streams
+                row = slices[i][0] % loader.streams
                 cache = carried.select(slice(row, row + micro))
-                go_on(cache, loader, first)
+                go_on(cache, loader, slices[i][0])
             with uncompiled(cfg.compile == "1" and len(x) < micro):
                 total += model.score(x, y, cache) * len(x)
     model.train()

@@ -288,6 +288,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--stage", default="", help="generation: its variants, not every mixer")
     parser.add_argument("--csv", help="generation: a file for its figures")
     args = parser.parse_args(argv)
+    folder = Path(args.csv or ".").parent
+    if args.csv and ("generation" not in args.only or not folder.is_dir()):
+        parser.error(f"--csv {args.csv}: needs the folder {folder}, and generation in --only")
     if args.rounds < 1 or args.tokens < MARKS[0]:
         parser.error(f"--rounds must be at least 1 and --tokens at least {MARKS[0]}")
     try:

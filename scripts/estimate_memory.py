@@ -1,6 +1,7 @@
 """Estimates the memory that a run takes on each GPU, from the counts that the trainer makes."""
 
 import functools
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -138,10 +139,20 @@ def saved_bytes(cfg: Config) -> int:
 
 def kept_bytes(cfg: Config, gpus: int = 1) -> float:
     """Bytes of float32 weights, their gradients, and the ranks' share of the optimizers: 4 B a
-    weight of Muon's, which has one momentum, 8 B of AdamW's."""
+    weight of Muon's, which has one momentum, 8 B of AdamW's; and of the states that are carried."""
     total = count(cfg)["params_total"]
     muon = layout(shape(cfg))["matrices"] if cfg.optimizer == "muon" else 0
-    return 8 * total + (4 * muon + 8 * (total - muon)) / gpus
+    return 8 * total + (4 * muon + 8 * (total - muon) + carried_bytes(cfg)) / gpus
+
+
+@functools.cache
+def carried_bytes(cfg: Config) -> int:
+    """Bytes of the states of all ranks that go from step to step, with CARRY_STATE=1."""
+    if not cfg.carry_state:
+        return 0
+    with torch.device("meta"):
+        cache = train_gpt.GPT(cfg, torch.bfloat16).new_cache(cfg.batch_size, math.inf)
+    return sum(tensor.numel() * tensor.element_size() for tensor in cache.tensors())
 
 
 def memory(cfg: Config, gpus: int = 1) -> float:

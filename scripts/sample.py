@@ -116,7 +116,7 @@ def encode_prompt(trained: Trained, text: str | bytes) -> list[int]:
 
     Raises DataError for characters that the tokenizer lacks, ConfigError where they are too many.
     """
-    tokenizer, context = trained.tokenizer, trained.cfg.sequence_length
+    tokenizer, context = trained.tokenizer, trained.model.context
     tokens = tokenizer.encode(text).tolist()
     if not tokens and tokenizer.eot_id is not None:
         tokens = [tokenizer.eot_id]

@@ -243,12 +243,12 @@ def report(plans: list[Plan], args: argparse.Namespace) -> Iterator[str]:
                 "epochs; up to 4 are about as good as new data (arXiv 2305.16264)"
             )
 
-    for column, plan in zip(columns, plans):
-        mixers = [train_gpt.MIXERS[name] for name in plan.cfg.mixer.split(",")]
+    for names in {plan.cfg.mixer for plan in plans}:
+        mixers = [train_gpt.MIXERS[name] for name in names.split(",")]
         if any(getattr(mixer, "sequential", False) for mixer in mixers):
             yield (
-                f"{column['']}: MIXER={plan.cfg.mixer} goes through a sequence token by token, "
-                "which takes longer than its FLOPs say; time a step with scripts/bench.py"
+                f"MIXER={names} goes through a sequence token by token, which takes longer than "
+                "its FLOPs say; time a step with scripts/bench.py"
             )
 
     def size_then_price(plan: Plan) -> tuple[int, float]:

@@ -69,6 +69,7 @@ VARIANTS += [
     for axis in ("expert", "balance", "recurrence")
     for choice in axes()[axis]
 ]
+VARIANTS += [{"mixer": choice, "recurrence": "indexed"} for choice in axes()["mixer"]]
 VARIANTS += [
     {"ffn": "moe", "norm": "rms_gain", "recurrence": "shared", "n_layer": 4, "per_visit": choice}
     for choice in axes()["per_visit"]

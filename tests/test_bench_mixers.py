@@ -56,6 +56,8 @@ def test_generation_of_every_mixer_and_of_a_stage(capsys, tmp_path):
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--tokens", "99"], "--tokens at least 100"),
         (["--stage", "nowhere"], "nowhere"),
+        (["--csv", "nowhere/x.csv"], "needs the folder nowhere"),
+        (["--csv", "x.csv", "--only", "text"], "generation in --only"),
     ],
 )
 def test_mistakes(capsys, argv, words):

@@ -158,15 +158,24 @@ def test_the_states_of_two_ranks_go_on_on_others(settings, monkeypatch, world):
     assert curve(wrong) != curve(settings)
 
 
+def test_too_little_text_for_the_streams_is_told(settings):
+    codes, out = launch(settings | CARRIED | {"MAX_TRAIN_TOKENS": 100})
+    assert codes == [3]
+    assert "have 6 samples of 16 tokens for BATCH_SIZE=12 streams; lower it or" in out
+
+
 def test_states_that_are_not_finite_are_not_carried(group):
     cfg = tiny(mixer="gru,rwkv", carry_state=True, batch_size=2)
     state = State.build(cfg, Ranks())
     batch = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
     train_step(state, cfg, batch[:, :-1], batch[:, 1:])
     assert all(t.any() for t in state.carried.tensors())
-    hook = state.model.blocks[0].mixer.gates.weight.register_hook(lambda grad: grad * math.nan)
+    hook = state.model.blocks[0].mixer.gates.weight.register_hook(lambda grad: grad * math.inf)
     train_step(state, cfg, batch[:, :-1], batch[:, 1:])
     hook.remove()
+    assert all(t.any() for t in state.carried.tensors())  # which are right: a gradient overflowed
+    state.carried.visits[0]["hidden"][0] = math.nan
+    train_step(state, cfg, batch[:, :-1], batch[:, 1:])
     assert not any(t.any() for t in state.carried.tensors())
     stats = train_step(state, cfg, batch[:, :-1], batch[:, 1:])
     assert stats.loss.isfinite() and stats.grad_norm.isfinite()
@@ -176,6 +185,9 @@ def test_resets_need_to_know_the_token(settings, tmp_path):
     """From index.json, into the checkpoint; a run on data without such a token is refused."""
     settings |= {"RESET_AT_EOT": 1, "MIXER": "gru", "NUM_ITERATIONS": 2}
     codes, out = launch(settings)
+    assert codes == [3] and "RESET_AT_EOT=1 needs eot_id in index.json of " in out
+    (tmp_path / "index.json").write_text(json.dumps({"vocab_size": 64, "eot_id": "x"}))
+    codes, out = launch(settings | {"RUN_ID": "no_number"})
     assert codes == [3] and "RESET_AT_EOT=1 needs eot_id in index.json of " in out
     (tmp_path / "index.json").write_text(json.dumps({"vocab_size": 64, "eot_id": 5}))
     codes, out = launch(settings | {"RUN_ID": "told"})

@@ -345,3 +345,17 @@ def test_characters_that_a_tokenizer_lacks(logs):
     with pytest.raises(DataError, match="'c'"):
         sample.encode_prompt(trained._replace(tokenizer=chars), "abc")
     assert sample.encode_prompt(trained._replace(tokenizer=chars), "") == [0]
+
+
+def test_a_model_with_states_alone_takes_any_prompt(logs, capsys, tmp_path):
+    """And writes past SEQUENCE_LENGTH; a hybrid keeps its window."""
+    env = json.loads((logs / "poem" / "config.json").read_text())
+    names = ("input_bin", "input_val_bin", "vocab_size", "sequence_length", "n_layer", "n_embd")
+    env = {name.upper(): env[name] for name in (*names, "n_head", "batch_size", "val_tokens")}
+    env |= {"LOG_DIR": tmp_path, "RESULTS_CSV": tmp_path / "r.csv", "NUM_ITERATIONS": 2}
+    env |= {"DEVICE_BATCH_SIZE": 2, "MAX_EPOCHS": 0, "WARMDOWN_ITERS": 1, "DEVICE": "cpu"}
+    for mixer, code in (("gru", 0), ("gru,attention", 2)):
+        assert launch(env | {"MIXER": mixer, "RUN_ID": mixer.replace(",", "_")})[0] == [0]
+        run_id = mixer.replace(",", "_")
+        assert run(tmp_path, run_id, "--prompt", "x" * 40, "--max-new-tokens", 30) == code
+    assert "the model sees SEQUENCE_LENGTH=16" in capsys.readouterr().err

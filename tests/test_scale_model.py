@@ -13,7 +13,7 @@ import scale_model
 from harness.contract import ConfigError
 from harness.ranks import Ranks
 import train_gpt
-from estimate_memory import count, kept_bytes, memory, saved_bytes
+from estimate_memory import count, kept_by, kept_bytes, memory, recurrent_bytes, saved_bytes
 from price_runs import GPUS, run_cost
 from scale_model import FILES, PRESETS, flops
 from train_gpt import GPT, Config, State
@@ -402,12 +402,12 @@ def test_a_loop_over_time_is_told(capsys):
     """By what the mixer says of itself; memory is by what it keeps."""
     assert scale_model.main(["--preset", "rnn_50m"]) == 0
     out = capsys.readouterr().out
-    assert "MIXER=gru_rwkv goes through a sequence token by token" in out
+    assert out.count("MIXER=gru_rwkv goes through a sequence token by token") == 1
     assert scale_model.main(["--preset", "gpt2_small"]) == 0
     assert "token by token" not in capsys.readouterr().out
 
 
-def test_recurrent_mixers_keep_more_than_attention_and_less_over_shorter_sequences():
+def test_recurrent_mixers_keep_more_than_attention_and_as_much_a_token_at_any_length():
     cfg = Config(n_layer=2, device_batch_size=4)
     kept = {name: saved_bytes(replace(cfg, mixer=name)) for name in train_gpt.MIXERS}
     assert kept["attention"] < kept["rwkv"] < kept["gru_rwkv"]
@@ -415,3 +415,15 @@ def test_recurrent_mixers_keep_more_than_attention_and_less_over_shorter_sequenc
     assert both == pytest.approx((kept["attention"] + kept["rwkv"]) / 2, rel=0.01)
     half = saved_bytes(replace(cfg, mixer="rwkv", sequence_length=512, device_batch_size=8))
     assert half == pytest.approx(kept["rwkv"], rel=0.01)
+    layer = train_gpt.RWKV(replace(cfg, mixer="rwkv")).to("meta")
+    a_token = recurrent_bytes(replace(cfg, mixer="rwkv"))[0]
+    long = kept_by(layer, 8192, cfg.n_embd) - kept_by(layer, 4096, cfg.n_embd)
+    assert long / 4096 == pytest.approx(a_token, rel=0.01)
+
+
+def test_carried_states_take_memory():
+    cfg = Config(mixer="rwkv", n_layer=2, max_epochs=0)
+    carried = kept_bytes(replace(cfg, carry_state=True)) - kept_bytes(cfg)
+    heads = 512 * 2 * 6 * 128 * 128 * 4  # sequences, layers, heads, their states
+    assert heads < carried < 1.05 * heads
+    assert kept_bytes(replace(cfg, carry_state=True), 8) < kept_bytes(cfg, 8) + carried / 7
