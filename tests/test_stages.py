@@ -296,12 +296,15 @@ def test_variants_of_every_stage_differ_as_it_says_and_are_validated_alike(name)
     told = plan_stage.description(stage, runs)
     assert [line.split(":")[0] for line in told[: len(runs)]] == stage.in_order()
     if name.endswith("_cpu"):
-        assert all(run.validation()[1] >= 262_144 and run.cfg.shuffle for run in runs)
+        least = {"mixers_lr_cpu": 2**16, "mixers_cpu": 2**17, "mixers_cpu_60s": 2**17}
+        tokens = least.get(name, 2**18)  # states are slow to validate
+        assert all(run.validation()[1] >= tokens and run.cfg.shuffle for run in runs)
 
 
 @pytest.mark.parametrize("name", stages.stage_names())
 def test_every_stage_of_the_project_can_be_trained(name):
-    """Settings, batch and schedule are sound; every variant of a stage sees the same tokens."""
+    """Settings, batch and schedule are sound; every variant of a stage sees the same tokens, but at
+    equal time."""
     stage, tokens = load_stage(name), set()
     for settings in stage.variants.values():
         cfg = Config.from_env(
@@ -311,7 +314,7 @@ def test_every_stage_of_the_project_can_be_trained(name):
         tokens.add(make_plan(cfg, Ranks())["tokens_needed"])
         loud = [warning for warning in cautions({}, cfg) if "WARMDOWN" not in warning]
         assert not loud, loud
-    assert len(tokens) == 1
+    assert len(tokens) == 1 or stage.seconds
     assert len({str(settings) for settings in stage.variants.values()}) > 1
 
 
