@@ -503,6 +503,7 @@ def write(plan: Plan, args: argparse.Namespace, report: Report) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; exits with code 2 and one sentence where it cannot be run."""
     parser = argparse.ArgumentParser(
+        prog="rnn_demo.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
