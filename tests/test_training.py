@@ -338,6 +338,8 @@ assert not torch.distributed.is_initialized() and 'torch._dynamo' not in sys.mod
 """
 
 
-def test_import_has_no_effects():
-    result = run(sys.executable, "-c", EFFECTS, PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=str(ROOT))
+def test_import_has_no_effects(tmp_path):
+    """In an empty folder: other tests may write into this one meanwhile."""
+    program = f"import os; os.chdir({str(tmp_path)!r})\n{EFFECTS}"
+    result = run(sys.executable, "-c", program, PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=str(ROOT))
     assert result.returncode == 0 and result.stdout == result.stderr == "", result.stderr
