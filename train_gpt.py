@@ -48,6 +48,7 @@ from harness.settings import Settings, near_misses, settings_table
 from harness.source import source_hash
 from ops.cross_entropy import LinearCrossEntropy, loss_chunk, rows_per_chunk, score_chunk
 from ops.cuda_graph import Replay
+from ops.experts import HEALTH, aux_loss, expert_health
 from ops.orthogonalize import zeropower_via_newtonschulz5
 from ops.products import GroupedMatmul, linear, matmul_nt
 from ops.recurrences import chunked_wkv, gated_delta_rule, gru, linear_scan, with_past
@@ -1062,27 +1063,6 @@ class NoFFN(nn.Identity):
 
 
 FFNS = {"none": NoFFN, **EXPERTS, "moe": MoE}
-# What is logged of a routing.
-HEALTH = ("aux", "entropy", "load_min", "load_max", "dead", "dropped")
-
-
-def aux_loss(load, importance):
-    """E sum f P over the last dimension (..., E): 1 in balance, E / TOP_K where TOP_K have all."""
-    return load.size(-1) * (load * importance).sum(-1)
-
-
-def expert_health(routing):
-    """HEALTH of routings (..., 4, E), each (...,); the entropy is 1 for an even load."""
-    load, importance = routing[..., LOAD, :], routing[..., IMPORTANCE, :]
-    even = math.log(max(2, load.size(-1)))
-    return {
-        "aux": aux_loss(load, importance),
-        "entropy": torch.special.entr(load).sum(-1) / even,
-        "load_min": load.amin(-1),
-        "load_max": load.amax(-1),
-        "dead": (load == 0).sum(-1),
-        "dropped": (1 - load.sum(-1)).round(decimals=5).abs(),  # of all choices
-    }
 
 
 def health_columns(cfg):
@@ -1377,7 +1357,8 @@ def make_bank(block, name, slices):
 def next_logits(model, pieces, cache):
     """Float32 logits (B, V) of what follows the lists of tokens, which are put into the cache."""
     device, counts = model.embed.device, [len(piece) for piece in pieces]
-    padded = [piece + [0] * (max(counts) - len(piece)) for piece in pieces]
+    longest = max(counts)
+    padded = [piece + [0] * (longest - len(piece)) for piece in pieces]
     tokens, counts = torch.tensor(padded, device=device), torch.tensor(counts, device=device)
     return last_logits(model, tokens, cache, counts)
 
@@ -1413,21 +1394,19 @@ def replayed_step(model, cache):
 
 
 @torch.no_grad()
-def generate(
-    model, prompts, steps, samples=1, seed=0, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None
+def continuations(
+    model, prompts, rows, chances, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None
 ):
-    """Yields `steps` times the next token of each sequence, a list of ints.
+    """Yields the next token of each sequence, a list of ints, for each column of chances.
 
-    There are `samples` sequences of each prompt, a list of tokens, and prompts[0]'s come first.
-    What is drawn for a sequence depends on `seed` and its index alone, until the longest has
-    SEQUENCE_LENGTH tokens, all that attention sees: then the newer half of each stays. The model is
-    in eval mode. Tokens are below `vocab_size`.
+    Sequence i goes on with prompts[rows[i]], a list of tokens, by chances[i] in [0, 1), until the
+    longest has SEQUENCE_LENGTH tokens, all that attention sees: then the newer half of each stays.
+    The model is in eval mode. Tokens are below `vocab_size`.
     """
-    context = model.context
-    rows = np.arange(len(prompts)).repeat(samples).tolist()
+    steps = chances.shape[1]
+    context = min(model.context, max(map(len, prompts)) + steps)
     sequences = [list(prompts[row]) for row in rows]
-    chances = [np.random.default_rng((seed, i)).random(steps) for i in range(len(rows))]
-    chances = torch.tensor(np.array(chances), device=model.embed.device)
+    chances = torch.tensor(chances, device=model.embed.device)
     cache = model.new_cache(len(prompts), context)
     logits = next_logits(model, prompts, cache)[rows]
     cache = cache.select(rows)
@@ -1447,6 +1426,18 @@ def generate(
         for sequence, token in zip(sequences, tokens):
             sequence.append(token)
         yield tokens
+
+
+def generate(model, prompts, steps, samples=1, seed=0, **options):
+    """Yields `steps` times the next token of each sequence, a list of ints.
+
+    There are `samples` sequences of each prompt, a list of tokens, and prompts[0]'s come first.
+    What is drawn for a sequence depends on `seed` and its index alone; `options` are those of
+    continuations.
+    """
+    rows = np.arange(len(prompts)).repeat(samples).tolist()
+    chances = [np.random.default_rng((seed, i)).random(steps) for i in range(len(rows))]
+    return continuations(model, prompts, rows, np.array(chances), **options)
 
 
 ########################################
@@ -2236,14 +2227,12 @@ def reduce_stats(loss, squares, routing, model):
     return loss, squares, sums[2 + world :].view_as(routing), sums[2 : 2 + world]
 
 
-def train_step(state, cfg, inputs, targets):
-    """One update from this rank's (n, T) of the batch; returns its StepStats.
+def update(state, cfg, loss, routing):
+    """The update by the gradients that the ranks have; loss () and routing are this rank's parts.
 
-    An update whose loss or gradient is not finite is left out. state.bad gets (1 + ranks,): whether
-    it was, and on which ranks.
+    Returns StepStats and whether it was left out, since loss or gradient is not finite: 1 or 0.
+    state.bad gets (1 + ranks,): whether it was, and on which ranks.
     """
-    seed_dropout(cfg, state.step, dist.get_rank())
-    loss, routing = accumulate_gradients(state, cfg, inputs, targets)
     squares = sum(optimizer.reduce_grads() for optimizer in state.optimizers)
     loss, squares, routing, not_finite = reduce_stats(loss, squares, routing, state.model)
 
@@ -2258,18 +2247,26 @@ def train_step(state, cfg, inputs, targets):
     for optimizer in state.optimizers:
         optimizer.step(state.step, grad_scale, skip)
     state.model.zero_grad()
-    if state.carried:  # what was not finite is in the states
-        state.carried.reset(~torch.isfinite(loss).view(1))
-    for router_state, visits in state.model.router_states():
-        new = sum(routing[visit, NEXT_STATE] for visit in visits) / len(visits)
-        router_state.copy_(torch.where(skip > 0, router_state, new))
 
     # An overflow is how a loss scale finds out how far it can go; at 1 it is none.
     bad = torch.where(scale > 1, (~torch.isfinite(loss)).float(), skip)
     state.bad.append(torch.cat([bad.view(1), not_finite]))
     state.loss_scale.update(skip)
     state.step += 1
-    return StepStats(loss, norm, routing)
+    return StepStats(loss, norm, routing), skip
+
+
+def train_step(state, cfg, inputs, targets):
+    """One update from this rank's (n, T) of the batch; returns its StepStats."""
+    seed_dropout(cfg, state.step, dist.get_rank())
+    loss, routing = accumulate_gradients(state, cfg, inputs, targets)
+    stats, skip = update(state, cfg, loss, routing)
+    if state.carried:  # what was not finite is in the states
+        state.carried.reset(~torch.isfinite(stats.loss).view(1))
+    for router_state, visits in state.model.router_states():
+        new = sum(stats.routing[visit, NEXT_STATE] for visit in visits) / len(visits)
+        router_state.copy_(torch.where(skip > 0, router_state, new))
+    return stats
 
 
 def go_on(cache, loader, first):
@@ -2346,7 +2343,8 @@ def expert_report(state, cfg, routing):
     Line and figures pool the visits of a router; the columns are of each visit.
     """
     pooled = [routing[visits].mean(0) for _, visits in state.model.router_states()]
-    health = expert_health(torch.stack(pooled))
+    pooled = torch.stack(pooled)
+    health = expert_health(pooled[:, LOAD], pooled[:, IMPORTANCE])
     figures = {
         "aux": health["aux"].mean().item(),
         "entropy": health["entropy"].mean().item(),
@@ -2362,7 +2360,7 @@ def expert_report(state, cfg, routing):
     )
     max_vio = figures["load_max"] * cfg.num_experts - 1
     figures |= {"dead": dead, "dropped": dropped, "max_vio": max_vio}
-    of_visits = expert_health(routing)
+    of_visits = expert_health(routing[:, LOAD], routing[:, IMPORTANCE])
     cells = torch.stack([of_visits[name] for name in HEALTH], dim=-1).flatten().tolist()
     columns = dict(zip(health_columns(cfg), [coef, *cells]))
     return line, {f"moe_{name}": value for name, value in figures.items()}, columns

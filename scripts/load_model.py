@@ -16,6 +16,7 @@ import torch
 import tokenization
 from harness.checkpoints import defect, step_folders
 from harness.contract import ConfigError, DataError
+from rl_settings import OWN as OPTIONS  # of train_rl.py, which say nothing of the model
 from train_gpt import DTYPES, GPT, Config, Linear, MoE, resolve
 
 
@@ -73,6 +74,7 @@ def read_settings(folder: Path, device: str) -> Config:
         else:
             values = json.loads((folder / "run.json").read_text())["config"]
         kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+        values = {name: value for name, value in values.items() if name not in OPTIONS}
         unknown = sorted(values.keys() - kinds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
@@ -93,6 +95,17 @@ def read_settings(folder: Path, device: str) -> Config:
             )
     here = {"device": device, "dtype": "auto", "compile": "0", "dry_run": False}
     return resolve(Config(**values | here))
+
+
+def as_environment(cfg: Config) -> dict[str, str]:
+    """The variables that give this Config, whatever the preset says."""
+    env = {}
+    for name, value in vars(cfg).items():
+        if value is None:
+            env[name.upper()] = "auto" if name in Config.AUTO else "none"
+        elif value != "":
+            env[name.upper()] = str(int(value) if isinstance(value, bool) else value)
+    return env
 
 
 def read_weights(model: GPT, folder: Path) -> None:

@@ -43,7 +43,7 @@ from harness.contract import ConfigError, DataError
 from harness.files import RunFiles
 from harness.provenance import new_run_id
 from harness.settings import ROOT
-from load_model import find_folder, load_trained, read_settings
+from load_model import as_environment, find_folder, load_trained, read_settings
 from prepare_data import about
 from sample import number, stream
 from tokenization import Tokenizer
@@ -236,17 +236,6 @@ def new_plan(args: argparse.Namespace, place: Path | None) -> Plan:
         flush=True,
     )
     return Plan(env, run, args.epochs, steps, shown=0)
-
-
-def as_environment(cfg: Config) -> dict[str, str]:
-    """The variables that give this Config, whatever the preset says."""
-    env = {}
-    for name, value in vars(cfg).items():
-        if value is None:
-            env[name.upper()] = "auto" if name in Config.AUTO else "none"
-        elif value != "":
-            env[name.upper()] = str(int(value) if isinstance(value, bool) else value)
-    return env
 
 
 def loaded_plan(args: argparse.Namespace) -> Plan:

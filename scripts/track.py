@@ -36,9 +36,13 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from harness.contract import FIGURES, RUN_ID_PATTERN, RUN_ID_RULE
+from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE
 from harness.files import RunFiles
 
+FIGURES = """
+    tokens train_time tokens_per_sec step_avg peak_mem mfu compile_time data_wait eval_time
+    save_time bad_steps final_loss best_loss bits_per_byte ppl val_accuracy status error resumes
+""".split()  # what a summary measures, beside moe_*; the rest of its keys is given
 # what trackers call columns of the curve
 TAGS = {"train_loss": "train/loss", "val_loss": "val/loss", "val_accuracy": "val/accuracy"}
 MOE = r"aux_coef|(aux|entropy|load_min|load_max|dead|dropped)_\d+"  # columns that tell of experts

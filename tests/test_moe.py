@@ -242,14 +242,16 @@ def test_health_of_loads_that_are_known():
     routing[0, :2] = 1 / 8  # even
     routing[1, :2, :2] = 0.5  # two of eight have all
     routing[2, 0, 0], routing[2, 1] = 1.0, 1 / 8
-    health = expert_health(routing)
+    health = expert_health(routing[..., LOAD, :], routing[..., IMPORTANCE, :])
     assert health["entropy"].tolist() == pytest.approx([1, 1 / 3, 0]) and health[
         "dead"
     ].tolist() == [0, 6, 7]
     assert health["aux"].tolist() == pytest.approx([1, 4, 1])
     assert health["dropped"].tolist() == [0, 0, 0]
     routing[1, 0, 1] = 0.25  # a quarter of the choices reach nobody
-    assert expert_health(routing)["dropped"].tolist() == [0, 0.25, 0]
+    assert expert_health(routing[..., LOAD, :], routing[..., IMPORTANCE, :])[
+        "dropped"
+    ].tolist() == [0, 0.25, 0]
     assert health["load_min"].tolist() == [1 / 8, 0, 0] and health["load_max"].tolist() == [
         1 / 8,
         0.5,

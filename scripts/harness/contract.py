@@ -18,27 +18,6 @@ CURVE = [  # columns of every run's curve; parts of the model may add more
     "tokens_per_sec",
     "data_wait",
 ]
-FIGURES = [  # what a summary and a row measure, beside moe_*; the rest of their keys is given
-    "tokens",
-    "train_time",
-    "tokens_per_sec",
-    "step_avg",
-    "peak_mem",
-    "mfu",
-    "compile_time",
-    "data_wait",
-    "eval_time",
-    "save_time",
-    "bad_steps",
-    "final_loss",
-    "best_loss",
-    "bits_per_byte",
-    "ppl",
-    "val_accuracy",
-    "status",
-    "error",
-    "resumes",
-]
 RENAMED = {"per_step": "per_visit"}  # columns of older rows, and what they are called now
 
 

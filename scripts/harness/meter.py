@@ -120,9 +120,13 @@ class Meter:
                 + self.cfg.advice("diverged")
             )
 
+    def tokens(self, step: int) -> int:
+        """What has been trained on; a program whose steps differ puts its own count here."""
+        return step * self.tokens_per_step
+
     def point(self, step: int) -> dict[str, float]:
         """The columns of the curve that clocks give, of a step that is logged now."""
-        tokens, seconds = step * self.tokens_per_step, self.train_time(step)
+        tokens, seconds = self.tokens(step), self.train_time(step)
         values = {"tokens": tokens, "train_time": seconds, "data_wait": self.seconds["data_wait"]}
         last_tokens, last_seconds = self.last_point
         if tokens > last_tokens:
@@ -132,7 +136,7 @@ class Meter:
 
     def update(self, step: int, val_loss: float | None = None) -> dict[str, Any]:
         """The figures of the summary, brought up to this step."""
-        tokens, seconds = step * self.tokens_per_step, self.train_time(step)
+        tokens, seconds = self.tokens(step), self.train_time(step)
         speed = tokens / seconds if tokens else None
         self.figures |= self.seconds
         self.figures |= {
