@@ -479,10 +479,10 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
     assert "no variant is promoted" in derive_stage.build_next(load_stage("toy"), [])
 
 
-def next_of(project, promoted, step):
+def next_of(project, promoted, step, **more):
     """What `build_next` says, and the stage that it leaves, for three variants and one step."""
     variants = {"plain": {}, "gated": {"ATTNGATE": "headwise"}, "off": {"ATTNGATE": "const"}}
-    write_stage(project, variants)
+    write_stage(project, variants, **more)
     with open("experiments/stages/toy.toml", "a") as file:
         file.write(f"\n[[next]]\nname = 'after'\n{step}\n")
     Path("experiments/stages/after.toml").unlink(missing_ok=True)
@@ -509,6 +509,14 @@ def test_a_step_says_how_many_go_on_and_what_is_tried_around_the_best(project):
     told, after = next_of(project, [], around)
     assert list(after.variants) == ["plain", "plain, two heads"], "the reference is the best"
     assert next_of(project, [], "most = 1") == ("no next stage: no variant is promoted", None)
+
+
+def test_what_follows_a_stage_is_compared_in_the_same(project):
+    step = 'LR = 0.5\naround."two heads" = {N_HEAD = 2}'
+    assert next_of(project, ["gated"], step)[1].measure == "final_loss"
+    assert "measure" not in Path("experiments/stages/after.toml").read_text()
+    _, after = next_of(project, ["gated"], step, measure="pass_at_1")
+    assert after.measure == "pass_at_1" and list(after.variants)[-1] == "gated, two heads"
 
 
 def test_with_several_references_what_has_that_of_the_best_goes_on(project):

@@ -127,6 +127,21 @@ def test_a_stage_that_extends_another_says_only_what_differs(folder):
     assert small.gate == {"better": 0.1, "stop_gain": 0.5}
 
 
+def test_a_stage_says_in_what_its_variants_are_compared(folder):
+    """The final loss without a word; what extends it is compared in the same, or says another."""
+    assert load_stage("toy").measure == "final_loss" and load_stage("toy").compares_losses
+    Path("experiments/stages/rates.toml").write_text('measure = "pass_at_1"\n' + FILE)
+    small = {"extends": "rates", "seeds": [5]}
+    stages.write_stage("small", small)
+    stages.write_stage("whole", {key: stages.read("small")[key] for key in stages.read("rates")})
+    stages.write_stage("other", small | {"measure": "reward_2"})
+    for name, measure in (("small", "pass_at_1"), ("whole", "pass_at_1"), ("other", "reward_2")):
+        stage = load_stage(name)
+        assert stage.measure == measure and not stage.compares_losses
+    assert 'measure = "pass_at_1"' in Path("experiments/stages/whole.toml").read_text()
+    assert 'measure = "pass_at_1" ' in stages.__doc__
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -149,6 +164,10 @@ def test_a_stage_that_extends_another_says_only_what_differs(folder):
         ("next = [{name = 'a', mosst = 3}]", "mosst of next is no key; choose from name, most"),
         ("base.N_HEAD = 1\n[grid]\nLR = []", "grid.LR = [] must have different values"),
         ("base.N_HEAD = 1\n[grid]\nLR = [1, 1]", "grid.LR = [1, 1] must have different values"),
+        ("measure = 1", "measure = 1 must be of type str"),
+        ("measure = ''", "measure = '' must be a column of rows, in small letters, digits and _"),
+        ("measure = 'Pass@1'", "measure = 'Pass@1' must be a column of rows, in small letters"),
+        ("measure = '1st'", "measure = '1st' must be a column of rows, in small letters"),
         ("colour = 1", "colour is no key of a stage; choose from extends, question"),
         ("seeds = []", "has no seeds"),
         ("base.SEED = 3", "SEED is nothing a variant can set"),
