@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from split_results import RESULTS, read_curve, read_curves, read_results
-from stages import load_stage, stage_names
+from stages import MEASURES, load_stage, stage_names
 
 COLORS = [  # Okabe and Ito's
     "#000000",
@@ -51,7 +51,6 @@ AXES = {  # column: what its axis says, and the unit
     "loss": ("loss", "nats per token"),
     "train_loss": ("training loss", "nats per token"),
     "val_loss": ("validation loss", "nats per token"),
-    "final_loss": ("final validation loss", "nats per token"),
     "difference": ("difference of the final loss", "nats per token"),
     "val_accuracy": ("validation accuracy", "fraction of tokens"),
     "tokens_per_sec": ("throughput", "tokens/s"),
@@ -60,6 +59,7 @@ AXES = {  # column: what its axis says, and the unit
     "max_vio": ("load max violation", "0 = even"),
     "load_max": ("largest load of an expert", "share of all choices"),
     "variant": ("variant", ""),
+    **{name: (one.words, one.unit) for name, one in MEASURES.items()},
 }
 LOSSES = ["step", "tokens", "train_time"]
 SPEED = "tokens_per_sec"
@@ -77,11 +77,12 @@ PANELS = [["step", "tokens"], ["train_time", SPEED]]
 EXPERT_PANELS = [["entropy", "balance"], ["aux_coef", "aux_coef"]]
 
 Looks = Mapping[str, dict[str, str]]  # keywords of lines, by label
+Words = Mapping[str, tuple[str, str]]  # what axes say and their units, by column
 
 
-def name_of(column: str) -> str:
+def name_of(column: str, words: Words = AXES) -> str:
     """What a column is called; a setting by its name."""
-    return AXES.get(column, [column.upper()])[0]
+    return words.get(column, [column.upper()])[0]
 
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -116,19 +117,20 @@ def has(curve: pd.DataFrame, name: str) -> bool:
     return name in curve and curve[name].notna().any()
 
 
-def axis_label(column: str) -> str:
+def axis_label(column: str, words: Words = AXES) -> str:
     """What a column is called, with its unit."""
     if column == "variant":
         return ""
-    _, unit = AXES.get(column, ("", ""))
-    return f"{name_of(column)} ({unit})" if unit else name_of(column)
+    _, unit = words.get(column, ("", ""))
+    name = name_of(column, words)
+    return f"{name} ({unit})" if unit else name
 
 
-def dress(ax: Axes, x: str, y: str, title: str, log: bool = False) -> None:
+def dress(ax: Axes, x: str, y: str, title: str, log: bool = False, words: Words = AXES) -> None:
     """Names the panel and its axes with their units; `log` where the values span more than a factor
     of two."""
     for column, axis in ((x, ax.xaxis), (y, ax.yaxis)):
-        text = axis_label(column)
+        text = axis_label(column, words)
         is_short = axis is ax.yaxis or ax.get_gridspec().ncols > 2
         axis.set_label_text(text.replace(" (", "\n(") if is_short and len(text) > 30 else text)
         if column in FORMATS:
