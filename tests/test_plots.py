@@ -309,6 +309,64 @@ def test_balance_of_experts_is_a_mean_over_layers(here):
     assert xy(ax.lines[0])[1] == [0.4, 0.4]
 
 
+def leave_rates(name, rates, **columns):
+    """A curve with a pass rate where it is evaluated, and a reward at every step logged."""
+    Path("curve").write_text(curve_text([5, 4, 3, 2]))
+    curve = read_curve("curve")
+    curve.loc[1::2, "val_loss"] = np.nan
+    curve = curve.assign(pass_at_1=[rates[0], np.nan, rates[1], np.nan], **columns)
+    curve.assign(reward=curve["step"] / 100).to_csv(f"logs/{name}.csv", index=False)
+
+
+def test_rewards_and_pass_rates_are_drawn_and_compared_where_curves_have_them(here, capsys):
+    leave_rates("a", [0.125, 0.25])
+    leave_rates("b", [0.125, 0.5], reward_mean=2.0)
+    Path("logs/copied.csv").write_text(curve_text([5, 3]))
+    runs = {name: plot_runs.load_run(name) for name in ("a", "b", "copied")}
+    fig = plot_runs.runs_figure(runs, "T")
+    assert titles(fig)[4:] == ["Training reward", "Greedy pass@1, held out"]
+    rate, reward = panel(fig, "pass_at_1"), panel(fig, "reward")
+    assert [xy(line) for line in rate.lines] == [
+        [[0, 20], [0.125, 0.25]],
+        [[0, 20], [0.125, 0.5]],
+        [[], []],
+    ]
+    assert rate.lines[0].get_marker() == "o" and rate.get_xlabel() == "step"
+    assert label_of(rate.yaxis) == "greedy pass@1, held out (fraction of prompts)"
+    assert xy(reward.lines[0]) == [[0, 10, 20, 30], [0, 0.1, 0.2, 0.3]]
+    assert "Greedy pass@1, held out" not in titles(plot_runs.runs_figure({"c": runs["copied"]}, ""))
+
+    assert plot_runs.main(["--run", "first=a", "--run", "second=b", "--output", "x.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"{label}: step 30, training loss 4.0000, validation loss 3.0000, training reward 0.3000, "
+        f"greedy pass@1, held out {rate}"
+        for label, rate in (("first", "0.2500"), ("second", "0.5000"))
+    ] + [
+        "at step 20, the last that all have evaluated: first 3.0000, second 3.0000 (+0.0000)",
+        "greedy pass@1, held out, at step 20: first 0.2500, second 0.5000 (+0.2500)",
+    ]
+    del runs["a"], runs["copied"]["val_loss"]
+    assert plot_runs.summary(runs | {"copied": plot_runs.load_run("copied")}).count("pass@1") == 1
+
+
+def test_any_column_of_a_curve_can_be_asked_for(here, capsys):
+    leave_rates("a", [0.125, 0.25], kl=[0.0, 0.1, 0.2, 0.3])
+    Path("logs/plain.csv").write_text(curve_text([5, 3]))
+    runs = {name: plot_runs.load_run(name) for name in ("a", "plain")}
+    fig = plot_runs.runs_figure(runs, "T", ["kl", "pass_at_1", "kl"])
+    assert titles(fig)[4:] == ["Training reward", "Greedy pass@1, held out", "Kl"]
+    assert xy(fig.axes[6].lines[0]) == [[0, 10, 20, 30], [0.0, 0.1, 0.2, 0.3]]
+    assert label_of(fig.axes[6].yaxis) == "kl"
+    assert fig.axes[6].get_subplotspec().colspan.stop == 2  # in a row of its own
+    words = ["--run", "a=a", "--run", "plain=plain", "--output", "x.png", "--y"]
+    assert plot_runs.main([*words, "kl"]) == 0 and Path("x.png").exists()
+    capsys.readouterr()
+    assert plot_runs.main([*words, "kk"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("plot_runs.py: error: --y kk: no run has figures in such a column; ")
+    assert "choose from step, tokens, epoch, " in error and "kl" in error
+
+
 @pytest.mark.parametrize(
     "run", ["logs/lr0.1.csv", "logs/lr0.1", "logs/lr0.1/", "lr0.1", "gates-0.x"]
 )
