@@ -655,6 +655,10 @@ def test_a_dry_run_needs_no_data(project, capsys):
         (["same"], "variants plain and gated of same have the same settings"),
         (["typo"], "ATTNGATES is no setting; did you mean ATTNGATE?"),
         (["rule"], "gate.bettr = 1 is no rule"),
+        *(
+            (["solved", "--gate", *more], "--gate: the stage compares pass_at_1, and the gate's")
+            for more in ([], ["--dry-run"], ["--set", "LR=0.5", "--as", "t"])
+        ),
     ],
     ids=str,
 )
@@ -682,6 +686,7 @@ def test_bad_input_is_one_sentence_and_starts_nothing(
     write_stage(project, {"plain": {}}, "toy_7s")
     write_stage(project | {"INPUT_BIN": "gone/x_*.bin", "VOCAB_SIZE": 0}, {"plain": {}}, "absent")
     write_stage(project, {"plain": {"goal": 1}}, "other", program="mine.py")
+    write_stage(project, {"plain": {}}, "solved", measure="pass_at_1")
     before = sorted(Path("experiments").rglob("*"))
     try:
         code = run_stage.main(arguments)
@@ -714,10 +719,12 @@ def main(argv, env):
         if cfg.dry_run:
             print("\\n".join(f"{{name}}:{{value}}" for name, value in plan.items()))
             return 0
-        run.open(cfg, cfg.changes_text(), plan, [])
+        run.open(cfg, cfg.changes_text(), plan, ["pass_at_1"])
         run.poll(0), run.poll(cfg.num_iterations)
         loss = options["goal"] * (1 + options["twice"]) + cfg.seed / 100
-        run.point({{"train_loss": loss, "val_loss": loss, "grad_norm": 1.0}}, [], {{}}, [])
+        rate = {{"pass_at_1": loss / 8}}
+        losses = {{"train_loss": loss, "val_loss": loss, "grad_norm": 1.0}}
+        run.point(losses | rate, [], rate, [])
         run.close({{}})
     return run.exit_code
 
@@ -757,6 +764,17 @@ def test_a_stage_may_run_another_program_with_options_of_its_own(program, capsys
     assert {row["source_sha"] for row in rows()} == {source_hash(PROGRAM.format(root=str(ROOT)))}
     before = Path("experiments/results.csv").read_bytes()
     assert run_stage.main(["toy"]) == 0 and Path("experiments/results.csv").read_bytes() == before
+    capsys.readouterr()
+
+    path = Path("experiments/stages/toy.toml")
+    path.write_text('measure = "pass_at_1"\n' + path.read_text())
+    assert run_stage.main(["toy", "--no-run"]) == 0
+    out = capsys.readouterr().out
+    assert "Compared is pass_at_1 (greedy pass@1, held out; fraction of prompts)" in out
+    assert "low: not judged, the stage compares pass_at_1, and" in out and "no figure" not in out
+    table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
+    assert table.pass_at_1.tolist() == pytest.approx([3.015 / 8, 2.015 / 8, 6.015 / 8])
+    assert table.difference["low"] == pytest.approx(-1 / 8)
 
 
 def test_what_the_trainer_warns_of_is_said_once_before_a_stage(project, capsys):
