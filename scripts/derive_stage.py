@@ -118,6 +118,8 @@ def next_tables(stage: Stage, promoted: list[str], best_reference: str) -> dict:
     }
     if stage.program != TRAINER:
         tables["program"] = stage.program
+    if not stage.compares_losses:
+        tables["measure"] = stage.measure
     return tables | ({"next": list(stage.next[1:])} if stage.next[1:] else {})
 
 

@@ -49,6 +49,22 @@ PLOTS = """for figure in plot_ablation.figures(stage.name).values():
     display(figure)"""
 
 
+def verdict_cells(stage: Stage) -> list[nbformat.NotebookNode]:
+    """The cells on what the gate says of a stage, where it says anything."""
+    if not stage.compares_losses:
+        text = f"The gate, whose rules are about losses, does not judge it: {stage.measure} counts."
+        return [new_markdown_cell(text)]
+    return [
+        new_markdown_cell(
+            "The gate compares at the last step that both have, and takes the noise of seeds "
+            "and the number of looks into account:"
+        ),
+        new_code_cell(VERDICT),
+        new_markdown_cell("Differences at every step that both have:"),
+        new_code_cell(STEPS),
+    ]
+
+
 def new(stage: Stage) -> nbformat.NotebookNode:
     """The notebook of a stage, not yet run, its answer not yet written."""
     return new_notebook(
@@ -57,13 +73,7 @@ def new(stage: Stage) -> nbformat.NotebookNode:
             new_code_cell(f"{OPENING}\nstage = load_stage({stage.name!r})"),
             new_markdown_cell("## Data"),
             new_code_cell(DATA),
-            new_markdown_cell(
-                "The gate compares at the last step that both have, and takes the noise of seeds "
-                "and the number of looks into account:"
-            ),
-            new_code_cell(VERDICT),
-            new_markdown_cell("Differences at every step that both have:"),
-            new_code_cell(STEPS),
+            *verdict_cells(stage),
             new_markdown_cell("## Plots"),
             new_code_cell(PLOTS),
             new_markdown_cell("## Answer"),

@@ -5,11 +5,12 @@
     python scripts/make_tables.py stage2_cpu --against LR=0.015  # print it with other references
 
 Reads experiments/results_<stage>.csv; writes experiments/tables/<stage>.csv and .md. Compared are
-finished runs of one trainer source, on one dataset and validation set, one a seed; what did not
-finish is counted in a column. Runs with the same seed share data order and initialisation, so
-difference, interval (95 %) and p (two-sided) are those of the paired t-test over the seeds that a
-variant and its reference share; where they share fewer than two, of Welch's. p_holm is p corrected
-for the number of comparisons in the table.
+finished runs of one trainer source, on one dataset and validation set, one a seed, in the column
+that the stage names as its measure (final_loss); what did not finish is counted in a column. Runs
+with the same seed share data order and initialisation, so difference, interval (95 %) and p
+(two-sided) are those of the paired t-test over the seeds that a variant and its reference share;
+where they share fewer than two, of Welch's. p_holm is p corrected for the number of comparisons in
+the table.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
@@ -23,9 +24,9 @@ import pandas as pd
 
 import gate_stats
 from harness.files import write_whole
-from split_results import RESULTS, comparable, read_results, tried, validation_of
+from split_results import RESULTS, comparable, measured, read_results, tried, validation_of
 from split_results import write_table
-from stages import Stage, load_stage, read, stage_names, stage_of
+from stages import FINAL_LOSS, Stage, load_stage, read, stage_names, stage_of
 
 NAMES = {  # as published
     "attngate": "attn_gate",
@@ -38,6 +39,7 @@ TEST = ("difference", "low", "high", "pairs", "p", "p_holm")
 SIZES = ("params_total", "params_active")
 FORMATS = {
     "final_loss": ".4f",
+    "pass_at_1": ".4f",
     "sd": ".4f",
     "difference": "+.4f",
     "p": ".3f",
@@ -65,12 +67,12 @@ def rows_of(stage_name: str) -> pd.DataFrame:
 
 
 def difference_of(stage: Stage, variant: str, runs: pd.DataFrame) -> dict[str, float]:
-    """A variant's final losses minus its reference's, the 95 % interval and p, as far as seeds
+    """What a variant's runs measure minus its reference's, the 95 % interval and p, as far as seeds
     allow; {} where they were validated on other data."""
     own, reference = (runs[runs.variant == label] for label in (variant, stage.references[variant]))
     if stage.is_reference(variant) or len(validation_of(pd.concat([own, reference]))) > 1:
         return {}
-    ours, theirs = (one.set_index("seed").final_loss for one in (own, reference))
+    ours, theirs = (one.set_index("seed")[stage.measure] for one in (own, reference))
     difference, test = gate_stats.compare(ours, theirs)
     pairs = difference.n if test == "paired" else np.nan
     values = (difference.mean, difference.low, difference.high, pairs, difference.p)
@@ -78,8 +80,8 @@ def difference_of(stage: Stage, variant: str, runs: pd.DataFrame) -> dict[str, f
 
 
 def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) -> dict:
-    """A variant's line: its axes, seeds, loss, difference to its reference, speed, sizes, and what
-    did not finish."""
+    """A variant's line: its axes, seeds, loss and measure, difference to its reference, speed,
+    sizes, and what did not finish."""
     own = runs[runs.variant == variant]
     all_of_it = rows[rows.variant == variant]
     described = (own if len(own) else all_of_it).tail(1)
@@ -88,7 +90,8 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
     line |= {
         NAMES.get(axis, axis): value for axis in stage.axes for value in described.get(axis, [])
     }
-    line |= {"seeds": len(own), "final_loss": own.final_loss.mean(), "sd": own.final_loss.std()}
+    line |= {"seeds": len(own), FINAL_LOSS: own[FINAL_LOSS].mean()}
+    line |= {stage.measure: own[stage.measure].mean(), "sd": own[stage.measure].std()}
     if len({*stage.references.values()}) > 1:
         line["against"] = None if stage.is_reference(variant) else stage.references[variant]
     line |= dict.fromkeys(TEST) | difference_of(stage, variant, runs)
@@ -105,7 +108,7 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
 def table(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
     """The table of a stage, a line a variant in the order of its file; columns without a figure are
     left out."""
-    runs, rows = comparable(rows, stage), tried(rows, stage)
+    runs, rows = measured(comparable(rows, stage), stage), tried(rows, stage)
     lines = pd.DataFrame([line_of(stage, variant, rows, runs) for variant in stage.variants])
     lines["p_holm"] = gate_stats.holm(lines.p)
     return lines.replace({"unfinished": {"": None}}).dropna(axis="columns", how="all")
@@ -127,11 +130,38 @@ def cell(name: str, value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def measure_text(stage: Stage) -> str:
+    """What is compared, and which way is better where that is known; "" for final losses."""
+    words, unit, is_higher_better = stage.what_is_measured
+    if stage.compares_losses:
+        return ""
+    if is_higher_better is None:
+        return f"Compared is {stage.measure}."
+    direction = "higher" if is_higher_better else "lower"
+    return f"Compared is {stage.measure} ({words}; {unit}); {direction} is better."
+
+
+def left_out(stage: Stage, rows: pd.DataFrame) -> list[str]:
+    """How many finished runs are not compared, and why, in sentences."""
+    finished = rows[rows.status == "ok"]
+    as_the_file_says = tried(finished, stage)
+    seeds_there = len(as_the_file_says.drop_duplicates(["variant", "seed"]))
+    runs = comparable(rows, stage)
+    counts = {
+        "with other settings than the stage has now": len(finished) - len(as_the_file_says),
+        "of another trainer or other data": seeds_there - len(runs),
+        f"without {stage.measure}": len(runs) - len(measured(runs, stage)),
+    }
+    return [f"Left out: {count} finished runs {what}." for what, count in counts.items() if count]
+
+
 def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     """What a reader of the table must know, in sentences."""
-    runs = comparable(rows, stage)
+    runs = measured(comparable(rows, stage), stage)
     devices = sorted({f"{run.device_name}, torch {run.torch}" for run in runs.itertuples()})
     said = [f"Measured on {' / '.join(devices) or 'nothing yet'}."]
+    if measure_text(stage):
+        said.append(measure_text(stage))
     if "difference" in lines and "p" not in lines:
         said.append("Differences are of single pairs of runs with the same seed: no finding.")
     if "p" in lines:
@@ -162,22 +192,16 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
             "the machine did."
         )
     if runs.tokens.nunique() > 1:
+        ends = (
+            "final losses are" if stage.compares_losses else f"the {stage.measure} of their rows is"
+        )
         said.append(
             f"Trained on different numbers of tokens, {runs.tokens.min():,.0f} to "
-            f"{runs.tokens.max():,.0f}: final losses are compared."
+            f"{runs.tokens.max():,.0f}: {ends} compared."
         )
     if len(validation_of(runs)) > 1:
         said.append("Runs that were validated on different tokens are not compared.")
-    finished = rows[rows.status == "ok"]
-    as_the_file_says = tried(finished, stage)
-    seeds_there = len(as_the_file_says.drop_duplicates(["variant", "seed"]))
-    for count, what in (
-        (len(finished) - len(as_the_file_says), "with other settings than the stage has now"),
-        (seeds_there - len(runs), "of another trainer or other data"),
-    ):
-        if count:
-            said.append(f"Left out: {count} finished runs {what}.")
-    return said
+    return said + left_out(stage, rows)
 
 
 def markdown(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> str:

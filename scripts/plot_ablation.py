@@ -26,8 +26,9 @@ from scipy.special import stdtrit
 
 from gate_stats import FEWEST
 from make_tables import difference_of
-from plot_runs import ACCURACY, GREY, SPEED, Looks, dress, frame, has, name_of, save, styles
-from split_results import RESULTS, comparable, planned_seconds, read_curves, read_results
+from plot_runs import ACCURACY, AXES, GREY, SPEED, Looks, Words, dress, frame, has, name_of, save
+from plot_runs import styles
+from split_results import RESULTS, comparable, measured, planned_seconds, read_curves, read_results
 from stages import Stage, load_stage
 
 # stages with these axes ask what should fill the memory
@@ -52,6 +53,9 @@ def load(stage_name: str) -> tuple[Stage, pd.DataFrame, pd.DataFrame]:
     rows = pd.DataFrame({"variant": []})
     if path.is_file():
         rows = comparable(read_results(path), stage)
+        if len(rows) and measured(rows, stage).empty:
+            raise ValueError(f"{path} has no finished run that has {stage.measure}")
+        rows = measured(rows, stage)
     order = {label: i for i, label in enumerate(stage.variants)}
     rows = rows[rows["variant"].isin(order)]
     rows = rows.sort_values("variant", key=lambda labels: labels.map(order), kind="stable")
@@ -76,20 +80,30 @@ def with_planned_seconds(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame)
     )
 
 
-def progress(curves: pd.DataFrame) -> str:
-    """The column that curves are drawn against."""
-    return "planned_seconds" if "planned_seconds" in curves else "tokens"
+def progress(stage: Stage, curves: pd.DataFrame) -> str:
+    """The column that curves are drawn against. Of what a run samples, tokens differ by seed."""
+    if "planned_seconds" in curves:
+        return "planned_seconds"
+    return "tokens" if stage.compares_losses else "step"
+
+
+def words_of(stage: Stage) -> Words:
+    """What axes say, with the measure of a stage."""
+    if stage.compares_losses:
+        return AXES
+    name, unit = AXES.get(stage.measure, (stage.measure, ""))
+    return AXES | {stage.measure: (name, unit), "difference": (f"difference of {name}", unit)}
 
 
 def with_differences(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
-    """The runs with the final loss of the reference's run with the same seed, and the difference to
+    """The runs with the measure of the reference's run with the same seed, and the difference to
     it; NaN where they are not compared."""
-    losses = rows.set_index(["variant", "seed"])["final_loss"]
+    values = rows.set_index(["variant", "seed"])[stage.measure]
     partners = pd.MultiIndex.from_arrays([rows["variant"].map(stage.references), rows["seed"]])
     compared = [label for label in rows["variant"].unique() if difference_of(stage, label, rows)]
-    theirs = pd.Series(losses.reindex(partners).to_numpy(), rows.index)
+    theirs = pd.Series(values.reindex(partners).to_numpy(), rows.index)
     theirs = theirs.where(rows["variant"].isin(compared))
-    return rows.assign(reference_loss=theirs, difference=rows["final_loss"] - theirs)
+    return rows.assign(of_reference=theirs, difference=rows[stage.measure] - theirs)
 
 
 def grouped(rows: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
@@ -145,10 +159,10 @@ def is_on_cpu(rows: pd.DataFrame) -> bool:
 
 def panels(stage: Stage, rows: pd.DataFrame, columns: Iterable[str]) -> list[str]:
     """Those of the columns that can be shown: differences of what is compared, times of no CPU."""
-    left_out = TIMED if is_on_cpu(rows) else set()
+    left_out = TIMED - {stage.measure} if is_on_cpu(rows) else set()
     if not is_compared(stage, rows):
         left_out = left_out | {"difference"}
-    return [name for name in columns if name not in left_out]
+    return [name for name in dict.fromkeys(columns) if name not in left_out]
 
 
 def offsets(values: Iterable) -> dict:
@@ -181,13 +195,14 @@ def draw_dots(ax: Axes, stage: Stage, groups: Groups, looks: Looks, y: str) -> N
         ax.errorbar(mean, i, xerr=ends, fmt="o", color=color, capsize=4, markersize=7)
         heights = i + 0.6 * own["seed"].map(places)
         ax.plot(own[y], heights, "o", color=color, zorder=3, **SEEDS)
-        if y == "final_loss" and is_joined(rows) and own["reference_loss"].notna().any():
+        if y == stage.measure and is_joined(rows) and own["of_reference"].notna().any():
             up = [*groups].index(stage.references[label]) - i
-            ax.plot([own[y], own["reference_loss"]], [heights, heights + up], **PAIR)
+            ax.plot([own[y], own["of_reference"]], [heights, heights + up], **PAIR)
     texts = [textwrap.fill(label, LABEL) for label in groups]
     ax.set_yticks(range(len(groups)), texts, fontsize=8.5 if "\n" in "".join(texts) else 10)
     ax.set_ylim(len(groups) - 0.4, -0.6)
-    dress(ax, y, "variant", name_of(y))
+    words = words_of(stage)
+    dress(ax, y, "variant", name_of(y, words), words=words)
 
 
 def is_joined(rows: pd.DataFrame) -> bool:
@@ -229,15 +244,16 @@ def draw_over(ax: Axes, stage: Stage, groups: Groups, looks: Looks, x: str, y: s
     rotation = 45 if len(values) > 6 else 0
     ax.set_xticks(values, [f"{value:g}" for value in values], rotation=rotation)
     ax.xaxis.set_minor_locator(NullLocator())
-    dress(ax, x, y, name_of(y))
+    words = words_of(stage)
+    dress(ax, x, y, name_of(y, words), words=words)
 
 
 def draw_curves(
-    ax: Axes, groups: Groups, looks: Looks, points: pd.DataFrame, y: str, title: str
+    ax: Axes, stage: Stage, groups: Groups, looks: Looks, points: pd.DataFrame, y: str, title: str
 ) -> None:
-    """For each of {label: rows} the mean over seeds of column y of its curves against tokens, at
-    equal time against that, its interval a band."""
-    x = progress(points)
+    """For each of {label: rows} the mean over seeds of column y of its curves against tokens, or
+    what progress says, its interval a band."""
+    x = progress(stage, points)
     for label, rows in groups.items():
         own = points[points["run_id"].isin(rows["run_id"])].dropna(subset=y)
         means, halves = interval(own.groupby(x)[y])
@@ -245,15 +261,21 @@ def draw_curves(
         (line,) = ax.plot(means.index, means, marker=mark, **looks[label])
         band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
         ax.fill_between(means.index, means - halves, means + halves, **band)
-    dress(ax, x, y, title, log=y != ACCURACY)
+    dress(ax, x, y, title, log=y.endswith("_loss"), words=words_of(stage))
 
 
-def draw_halves(axes: list[Axes], groups: Groups, looks: Looks, curves: pd.DataFrame) -> None:
-    """Validation curves, in one panel whole, in the other from the middle of the run on."""
-    done = curves[progress(curves)]
+def draw_halves(
+    axes: list[Axes], stage: Stage, groups: Groups, looks: Looks, curves: pd.DataFrame
+) -> None:
+    """Curves of what the stage measures, or else of the validation loss, in one panel whole, in the
+    other from the middle of the run on."""
+    done = curves[progress(stage, curves)]
     late = curves[done >= done.max() / 2]
-    draw_curves(axes[0], groups, looks, curves, "val_loss", "validation loss")
-    draw_curves(axes[1], groups, looks, late, "val_loss", "validation loss, second half")
+    y = stage.measure if has(curves, stage.measure) else "val_loss"
+    name = name_of(y, words_of(stage))
+    whole = name if y == "val_loss" else f"{name}, whole run"
+    draw_curves(axes[0], stage, groups, looks, curves, y, whole)
+    draw_curves(axes[1], stage, groups, looks, late, y, f"{name}, second half")
 
 
 def names(labels: Iterable[str]) -> str:
@@ -308,7 +330,8 @@ def caption(stage: Stage, rows: pd.DataFrame, *sentences: str) -> str:
     said = [f"Measured on {devices}.", seeds_text(rows), interval_text(rows), *sentences]
     missing = [label for label in stage.variants if label not in set(rows["variant"])]
     if missing:
-        said.append(f"No finished run of {names(missing)}.")
+        lacking = "" if stage.compares_losses else f" that has {stage.measure}"
+        said.append(f"No finished run of {names(missing)}{lacking}.")
     return " ".join(filter(None, said))
 
 
@@ -321,8 +344,8 @@ def dashed_text(stage: Stage, rows: pd.DataFrame) -> str:
 
 
 def variants_figure(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """Differences, final losses and, on a GPU, train times of the variants, in the order of the
-    stage file, and their validation curves."""
+    """Differences, final losses or another measure and, on a GPU, train times of the variants, in
+    the order of the stage file, and their curves."""
     groups = grouped(rows, "variant")
     looks = styles(stage.in_order())
     lines = max(len(textwrap.wrap(label, LABEL)) for label in groups)
@@ -330,12 +353,13 @@ def variants_figure(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame) -> F
     fig = Figure(figsize=(10, 1.2 + sum(heights)), layout="constrained")
     # apart, for the labels of the upper ones are wide
     upper, lower = fig.subfigures(2, height_ratios=heights)
-    shown = panels(stage, rows, ["difference", "final_loss", "train_time"])
+    shown = panels(stage, rows, ["difference", stage.measure, "train_time"])
     for ax, y in zip(upper.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown):
         draw_dots(ax, stage, groups, looks, y)
         mark_reference(ax.axvline, stage, rows, y)
-    draw_halves(lower.subplots(1, 2), groups, looks, curves)
-    joined = "Grey lines join losses of one seed." if is_joined(rows) else ""
+    draw_halves(lower.subplots(1, 2), stage, groups, looks, curves)
+    what = "losses" if stage.compares_losses else stage.measure
+    joined = f"Grey lines join {what} of one seed." if is_joined(rows) else ""
     said = [difference_text(stage, rows), joined, dashed_text(stage, rows)]
     frame(
         fig,
@@ -364,11 +388,25 @@ def looks_of(stage: Stage, groups: Groups, part: Callable[[str], str]) -> Looks:
     return {label: looks[part(rows["variant"].iloc[0])] for label, rows in groups.items()}
 
 
+def best_point(stage: Stage, cells: pd.DataFrame, number: str) -> float:
+    """Where on the numeric axis the mean of what the stage measures is best."""
+    means = cells.groupby(number)[stage.measure].mean()
+    return means.idxmax() if stage.what_is_measured.is_higher_better else means.idxmin()
+
+
+def best_text(stage: Stage) -> str:
+    """What the best mean of a stage is."""
+    if stage.compares_losses:
+        return "least mean loss"
+    extreme = "greatest" if stage.what_is_measured.is_higher_better else "least"
+    return f"{extreme} mean {stage.measure}"
+
+
 def grid_figure(
     stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame, number: str, other: str
 ) -> Figure:
-    """Final losses, differences and, on a GPU, train times over the numeric axis, a line for each
-    value of the other; curves at its best value."""
+    """Final losses or another measure, differences and, on a GPU, train times over the numeric
+    axis, a line for each value of the other; curves at its best value."""
     labels = [f"{other.upper()}={value}" for value in rows[other]]
     groups = grouped(rows.assign(group=labels), "group")
     looks = looks_of(
@@ -376,37 +414,35 @@ def grid_figure(
     )
     fig = Figure(figsize=(10, 7.2), layout="constrained")
     upper, lower = fig.subfigures(2)
-    draw_grid(upper, stage, groups, looks, number, ["final_loss", "difference", "train_time"])
+    draw_grid(upper, stage, groups, looks, number, [stage.measure, "difference", "train_time"])
 
-    best = {
-        label: cells.groupby(number)["final_loss"].mean().idxmin()
-        for label, cells in groups.items()
-    }
+    best = {label: best_point(stage, cells, number) for label, cells in groups.items()}
     at_best = {label: cells[cells[number] == best[label]] for label, cells in groups.items()}
-    draw_halves(lower.subplots(1, 2), at_best, looks, curves)
+    draw_halves(lower.subplots(1, 2), stage, at_best, looks, curves)
     shown = ", ".join(f"{label} at {value:g}" for label, value in best.items())
     said = [
         difference_text(stage, rows),
         dashed_text(stage, rows),
-        f"Curves: each at the {name_of(number)} of its least mean loss ({shown}).",
+        f"Curves: each at the {name_of(number)} of its {best_text(stage)} ({shown}).",
     ]
     frame(fig, f"{stage.name}: {stage.question}", caption(stage, rows, *said), looks)
     return fig
 
 
 def rate_figure(stage: Stage, cells: pd.DataFrame, curves: pd.DataFrame, looks: Looks) -> Figure:
-    """Training loss, validation loss and accuracy, and throughput of the runs of one learning
-    rate."""
+    """Training loss, validation loss and the stage's measure or accuracy, and throughput of the
+    runs of one learning rate."""
     groups = grouped(cells, "fill")
-    with_accuracy = has(curves[curves["run_id"].isin(cells["run_id"])], ACCURACY)
-    corner = ACCURACY if with_accuracy else "train_loss"
-    fig = Figure(figsize=(10, 7.2 if with_accuracy else 5.8), layout="constrained")
+    own = curves[curves["run_id"].isin(cells["run_id"])]
+    known = [name for name in (stage.measure, ACCURACY) if has(own, name)]
+    corner = known[0] if known else "train_loss"
+    fig = Figure(figsize=(10, 7.2 if known else 5.8), layout="constrained")
     axes = fig.subplot_mosaic([["train_loss", "val_loss"], [corner, SPEED]])
     for y, ax in axes.items():
         if y == SPEED:
             draw_dots(ax, stage, groups, looks, y)
         else:
-            draw_curves(ax, groups, looks, curves, y, name_of(y))
+            draw_curves(ax, stage, groups, looks, curves, y, name_of(y, words_of(stage)))
     return fig
 
 
@@ -424,7 +460,7 @@ def fill_figures(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame) -> dict
         "with a longer one the model sees more."
     )
     whole = Figure(figsize=(10, 4.8), layout="constrained")
-    draw_grid(whole, stage, groups, looks, RATE, ["final_loss", "difference", SPEED])
+    draw_grid(whole, stage, groups, looks, RATE, [stage.measure, "difference", SPEED])
     said = [difference_text(stage, rows), dashed_text(stage, rows), lengths]
     frame(whole, f"{stage.name}: {stage.question}", caption(stage, rows, *said), looks)
 
@@ -457,7 +493,7 @@ def figures(stage_name: str) -> dict[str, Figure]:
     stage, rows, curves = load(stage_name)
     if SHAPE | {RATE} <= {*stage.axes}:
         return fill_figures(stage, rows, curves)
-    if len(stage.axes) == 2:
+    if len(stage.axes) == 2 and stage.what_is_measured.is_higher_better is not None:
         for number, other in itertools.permutations(stage.axes):
             if is_grid(rows, number, other):
                 return {stage_name: grid_figure(stage, rows, curves, number, other)}

@@ -5,7 +5,8 @@
 
 A run is a curve's file, the folder logs/<run_id>, a run_id below --log-dir, or one that
 experiments/log_curves_*.csv holds. Runs are compared at the last step that all have evaluated,
-never at their ends.
+never at their ends. Beside losses and throughput it draws what else it knows where curves have it,
+such as reward and pass_at_1; --y COLUMN draws any other column of a curve.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
@@ -14,7 +15,7 @@ import io
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +26,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from split_results import RESULTS, read_curve, read_curves, read_results
-from stages import load_stage, stage_names
+from stages import MEASURES, load_stage, stage_names
 
 COLORS = [  # Okabe and Ito's
     "#000000",
@@ -51,19 +52,22 @@ AXES = {  # column: what its axis says, and the unit
     "loss": ("loss", "nats per token"),
     "train_loss": ("training loss", "nats per token"),
     "val_loss": ("validation loss", "nats per token"),
-    "final_loss": ("final validation loss", "nats per token"),
     "difference": ("difference of the final loss", "nats per token"),
     "val_accuracy": ("validation accuracy", "fraction of tokens"),
+    "reward": ("training reward", "mean over samples"),
     "tokens_per_sec": ("throughput", "tokens/s"),
     "aux_coef": ("coefficient of the aux loss", ""),
     "entropy": ("load entropy", "1 = even"),
     "max_vio": ("load max violation", "0 = even"),
     "load_max": ("largest load of an expert", "share of all choices"),
     "variant": ("variant", ""),
+    **{name: (one.words, one.unit) for name, one in MEASURES.items()},
 }
 LOSSES = ["step", "tokens", "train_time"]
 SPEED = "tokens_per_sec"
 ACCURACY = "val_accuracy"
+PASS_RATE = "pass_at_1"
+EVALUATED = {ACCURACY, PASS_RATE}  # known at few steps
 POSITIVE = {"train_time", "step_avg", SPEED}  # their axes have no values below zero
 
 
@@ -74,14 +78,17 @@ def millions(value: float, _: int) -> str:
 
 FORMATS = {"tokens": millions, "train_time": "{x:,g}", SPEED: "{x:,.0f}"}
 PANELS = [["step", "tokens"], ["train_time", SPEED]]
-EXPERT_PANELS = [["entropy", "balance"], ["aux_coef", "aux_coef"]]
+EXPERT_PANELS = [["entropy", "balance"]]
+OF_EXPERTS = {"entropy", "balance", "aux_coef"}
+MORE = [ACCURACY, "reward", PASS_RATE]  # each a panel where curves have it
 
 Looks = Mapping[str, dict[str, str]]  # keywords of lines, by label
+Words = Mapping[str, tuple[str, str]]  # what axes say and their units, by column
 
 
-def name_of(column: str) -> str:
+def name_of(column: str, words: Words = AXES) -> str:
     """What a column is called; a setting by its name."""
-    return AXES.get(column, [column.upper()])[0]
+    return words.get(column, [column.upper()])[0]
 
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -116,19 +123,20 @@ def has(curve: pd.DataFrame, name: str) -> bool:
     return name in curve and curve[name].notna().any()
 
 
-def axis_label(column: str) -> str:
+def axis_label(column: str, words: Words = AXES) -> str:
     """What a column is called, with its unit."""
     if column == "variant":
         return ""
-    _, unit = AXES.get(column, ("", ""))
-    return f"{name_of(column)} ({unit})" if unit else name_of(column)
+    _, unit = words.get(column, ("", ""))
+    name = name_of(column, words)
+    return f"{name} ({unit})" if unit else name
 
 
-def dress(ax: Axes, x: str, y: str, title: str, log: bool = False) -> None:
+def dress(ax: Axes, x: str, y: str, title: str, log: bool = False, words: Words = AXES) -> None:
     """Names the panel and its axes with their units; `log` where the values span more than a factor
     of two."""
     for column, axis in ((x, ax.xaxis), (y, ax.yaxis)):
-        text = axis_label(column)
+        text = axis_label(column, words)
         is_short = axis is ax.yaxis or ax.get_gridspec().ncols > 2
         axis.set_label_text(text.replace(" (", "\n(") if is_short and len(text) > 30 else text)
         if column in FORMATS:
@@ -245,44 +253,59 @@ def load_run(run: str, log_dir: str = "logs") -> pd.DataFrame:
     return curve
 
 
-def last_shared(runs: Mapping[str, pd.DataFrame]) -> int | None:
-    """The last step with a validation loss in every run of {label: curve}; None where there is
-    none."""
-    steps = [set(curve.dropna(subset="val_loss")["step"]) for curve in runs.values()]
+def last_shared(runs: Mapping[str, pd.DataFrame], column: str = "val_loss") -> int | None:
+    """The last step with a figure in this column in every run of {label: curve}; None where there
+    is none."""
+    steps = [
+        set(curve.dropna(subset=column)["step"]) if column in curve else set()
+        for curve in runs.values()
+    ]
     return max(set.intersection(*steps), default=None)
 
 
 def progress(label: str, curve: pd.DataFrame) -> str:
-    """Where a run is: its last step and losses."""
+    """Where a run is: its last step and losses, and reward and pass rate where it has them."""
     parts = [f"{label}: step {max(curve['step'], default=0)}"]
-    for name in ("train_loss", "val_loss"):
-        values = curve[name].dropna()
-        if len(values):
+    for name in ("train_loss", "val_loss", "reward", PASS_RATE):
+        if has(curve, name):
+            values = curve[name].dropna()
             parts.append(f"{name_of(name)} {values.iloc[-1]:.4f}")
     return ", ".join(parts)
 
 
-def comparison(runs: Mapping[str, pd.DataFrame]) -> str:
-    """The losses of two or more runs at the last step that all have evaluated."""
-    step = last_shared(runs)
-    if step is None:
-        return "no step that all have evaluated: nothing to compare"
-    losses = {
-        label: curve.loc[curve["step"] == step, "val_loss"].item() for label, curve in runs.items()
+def values_at(runs: Mapping[str, pd.DataFrame], step: int, column: str) -> str:
+    """A column of {label: curve} at a step, of all but the first with the difference to it."""
+    values = {
+        label: curve.loc[curve["step"] == step, column].item() for label, curve in runs.items()
     }
-    first, *others = losses
-    parts = [f"{first} {losses[first]:.4f}"]
+    first, *others = values
+    parts = [f"{first} {values[first]:.4f}"]
     parts += [
-        f"{label} {losses[label]:.4f} ({losses[label] - losses[first]:+.4f})" for label in others
+        f"{label} {values[label]:.4f} ({values[label] - values[first]:+.4f})" for label in others
     ]
-    return f"at step {step}, the last that all have evaluated: {', '.join(parts)}"
+    return ", ".join(parts)
+
+
+def comparison(runs: Mapping[str, pd.DataFrame]) -> list[str]:
+    """The losses of two or more runs at the last step that all have evaluated, and their pass rates
+    where all have them, in sentences."""
+    step = last_shared(runs)
+    lines = ["no step that all have evaluated: nothing to compare"]
+    if step is not None:
+        losses = values_at(runs, step, "val_loss")
+        lines = [f"at step {step}, the last that all have evaluated: {losses}"]
+    step = last_shared(runs, PASS_RATE)
+    if step is not None:
+        rates = values_at(runs, step, PASS_RATE)
+        lines.append(f"{name_of(PASS_RATE)}, at step {step}: {rates}")
+    return lines
 
 
 def summary(runs: Mapping[str, pd.DataFrame]) -> str:
     """Where each run of {label: curve} is, a line each, and how they compare."""
     lines = [progress(label, curve) for label, curve in runs.items()]
     if len(runs) > 1:
-        lines.append(comparison(runs))
+        lines += comparison(runs)
     return "\n".join(lines)
 
 
@@ -322,30 +345,59 @@ def devices_text(runs: Mapping[str, pd.DataFrame]) -> str:
     return ", ".join(f"{device} ({label})" for label, device in devices.items())
 
 
-def runs_figure(runs: Mapping[str, pd.DataFrame], title: str) -> Figure:
-    """A Figure of {label: curve}: losses against steps, tokens and train time, throughput, and
-    balance of experts."""
+def check_columns(runs: Mapping[str, pd.DataFrame], columns: Iterable[str]) -> None:
+    """Raises ValueError where no run of {label: curve} has numbers in one of the columns."""
+    known = {
+        name: None
+        for curve in runs.values()
+        for name in curve.select_dtypes("number")
+        if has(curve, name)
+    }
+    for column in columns:
+        if column not in known:
+            raise ValueError(
+                f"--y {column}: no run has figures in such a column; choose from {', '.join(known)}"
+            )
+
+
+def panels_of(runs: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> list[list[str]]:
+    """The panels of a figure of {label: curve}, by row: those of every run, those of experts, then
+    these columns and what else curves have, two a row, the last one wide where it is alone."""
+    with_experts = any(has(curve, "aux_coef") for curve in runs.values())
+    rows = PANELS + EXPERT_PANELS if with_experts else PANELS
+    there = [name for name in MORE if any(has(curve, name) for curve in runs.values())]
+    shown = {name for row in rows for name in row}
+    wanted = (["aux_coef"] if with_experts else []) + there + [*columns]
+    alone = [name for name in dict.fromkeys(wanted) if name not in shown]
+    pairs = [alone[i : i + 2] for i in range(0, len(alone), 2)]
+    return rows + [pair if len(pair) == 2 else pair * 2 for pair in pairs]
+
+
+def runs_figure(
+    runs: Mapping[str, pd.DataFrame], title: str, columns: Sequence[str] = ()
+) -> Figure:
+    """A Figure of {label: curve}: losses against steps, tokens and train time, throughput, balance
+    of experts, what else curves have, and these columns of theirs."""
     looks = looks_of(runs)
+    words = {column: (column, "") for column in columns} | AXES
     experts = {label: curve for label, curve in runs.items() if has(curve, "aux_coef")}
-    panels = PANELS + EXPERT_PANELS if experts else PANELS
-    if any(has(curve, ACCURACY) for curve in runs.values()):
-        panels = [*panels[:-1], ["aux_coef", ACCURACY]] if experts else [*panels, [ACCURACY] * 2]
+    panels = panels_of(runs, columns)
     fig = Figure(figsize=(10, 1.2 + 2.9 * len(panels)), layout="constrained")
     axes = fig.subplot_mosaic(panels)
 
     for x in LOSSES:
         draw_losses(axes[x], runs, looks, x)
     experts_known = all("num_experts" in curve.attrs for curve in experts.values())
-    columns = {"balance": "max_vio" if experts_known else "load_max"}
+    balance = "max_vio" if experts_known else "load_max"
     for panel in [panel for panel in axes if panel not in LOSSES]:
-        y = columns.get(panel, panel)
-        marker = "o" if panel == ACCURACY else ""
-        for label, curve in (runs if panel in (SPEED, ACCURACY) else experts).items():
+        y = balance if panel == "balance" else panel
+        for label, curve in (experts if panel in OF_EXPERTS else runs).items():
             points = curve[["step"]].assign(y=health(curve, y)).dropna()
+            marker = "o" if panel in EVALUATED or len(points) == 1 else ""
             axes[panel].plot(
                 points["step"], points["y"], marker=marker, markersize=4, **looks[label]
             )
-        dress(axes[panel], "step", y, name_of(y))
+        dress(axes[panel], "step", y, name_of(y, words), words=words)
 
     caption = (
         f"Measured on {devices_text(runs)}. One run a line (n = 1). "
@@ -367,6 +419,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", required=True, metavar="F.png")
     parser.add_argument("--title", default="Runs compared")
+    parser.add_argument(
+        "--y", action="append", default=[], metavar="COLUMN", help="draw this, too; once for each"
+    )
     parser.add_argument("--log-dir", default="logs", help="folder of the curves")
     args = parser.parse_args(argv)
     runs = {}
@@ -378,7 +433,8 @@ def main(argv: list[str] | None = None) -> int:
             if not label or not run or label in runs:
                 raise ValueError(f"--run {text}: must be label=run, each label once")
             runs[label] = load_run(run, args.log_dir)
-        save(runs_figure(runs, args.title), args.output)
+        check_columns(runs, args.y)
+        save(runs_figure(runs, args.title, args.y), args.output)
     except (ValueError, OSError) as error:
         print(f"plot_runs.py: error: {error}", file=sys.stderr)
         return 2

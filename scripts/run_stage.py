@@ -233,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         stage = overridden(load_stage(args.stage), args.set, args.name, write=False)
         fresh_seeds = seed_list(args.seeds) if args.seeds else ()
         stage_gate.rules_of(stage)
+        if args.gate and stage_gate.not_judged(stage):
+            raise ConfigError(f"--gate: {stage_gate.not_judged(stage)}; leave --gate out")
         time_stage.check_arguments(stage, args)
         exported = [name for name in SETTINGS if os.environ.get(name)]
         if exported:

@@ -212,6 +212,17 @@ def comparable(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
     return rows[rows.status == "ok"].drop_duplicates(["variant", "seed"], keep="last").sort_index()
 
 
+def measured(runs: pd.DataFrame, stage: Stage) -> pd.DataFrame:
+    """Those of the runs that have the measure of their stage, as a number. Raises ValueError."""
+    values = runs.get(stage.measure, pd.Series(np.nan, runs.index))
+    numbers = pd.to_numeric(values, errors="coerce")
+    wrong = runs[numbers.isna() & values.notna()]
+    if len(wrong):
+        one = wrong.iloc[0]
+        raise ValueError(f"{stage.measure} of {one.run_id} is {one[stage.measure]!r}, no number")
+    return runs.assign(**{stage.measure: numbers})[numbers.notna()]
+
+
 def read_curve(path: Path) -> pd.DataFrame:
     """The curve of one run, a live one too: whole lines only, of a step that was run twice the
     later line."""

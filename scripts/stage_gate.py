@@ -7,6 +7,7 @@ Prints the verdicts and writes them with all their numbers to experiments/tables
 and the differences at every step that a variant and its reference have both validated to
 <stage>_steps.csv. Verdicts are given at the last of these; where the batches of a stage differ in
 tokens, after the same tokens, and at equal time after the same share of it, in planned seconds.
+A stage with another measure than final_loss is not judged, for the rules are about losses.
 What p has to reach is in gate_stats.py, what is known of a variant in gate_facts.py.
 """
 
@@ -456,6 +457,24 @@ def in_unit(
     )
 
 
+def not_judged(stage: Stage) -> str:
+    """Why a stage gets no verdicts; "" where it gets them."""
+    if stage.compares_losses:
+        return ""
+    return f"the stage compares {stage.measure}, and the gate's rules are about losses"
+
+
+def judged(stage: Stage, rows: pd.DataFrame, curves: Curves) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(verdicts on variants, then on runs, differences by step), with the unit of the steps
+    named. Raises ValueError."""
+    unit = matched_by(stage, rows)
+    curves = along(unit, curves, stage, rows)
+    known = gather(stage, rows, curves)
+    table = pd.concat([judge(stage, known), judge_runs(stage, rows, curves)], ignore_index=True)
+    steps, table = in_unit(unit, step_table(known), table)
+    return table, steps
+
+
 def write_gate(stage_name: str, logs: str | Path = "logs") -> pd.DataFrame:
     """Judges a stage by the files here and writes experiments/tables/<stage>_gate.csv, variants,
     then runs, and _steps.csv; returns the former. Raises ValueError."""
@@ -467,13 +486,12 @@ def write_gate(stage_name: str, logs: str | Path = "logs") -> pd.DataFrame:
             f"STAGE {stage_name} has no run in experiments/results.csv; "
             f"python scripts/run_stage.py {stage_name}"
         )
-    curves = curves_of(stage_name, rows, Path(logs))
-    unit = matched_by(stage, rows)
-    curves = along(unit, curves, stage, rows)
-    known = gather(stage, rows, curves)
-    steps = step_table(known)
-    table = pd.concat([judge(stage, known), judge_runs(stage, rows, curves)], ignore_index=True)
-    steps, table = in_unit(unit, steps, table)
+    rules_of(stage)
+    if not_judged(stage):
+        lines = {"kind": "variant", "verdict": "not judged", "reason": not_judged(stage)}
+        table, steps = pd.DataFrame({"variant": [*stage.variants]} | lines), step_table({})
+    else:
+        table, steps = judged(stage, rows, curves_of(stage_name, rows, Path(logs)))
     first = ["kind", "variant", "seed", "run_id", "status", "verdict", "rule", "reason", "seed_for"]
     table = table.reindex(columns=first + [name for name in table if name not in first])
     write_table(table, Path(f"experiments/tables/{stage_name}_gate.csv"))

@@ -16,6 +16,7 @@ A stage is a question put to variants and seeds. Its file, experiments/stages/<n
     base = {LR = 0.0036}            # settings of every run; "" leaves one to the preset
     variants.none = {ATTNGATE = "none"}  # settings of a variant, by its label
     grid.LR = [0.0036, 0.00468]     # each variant with each value; the label says which
+    measure = "pass_at_1"           # column of rows that variants are compared in (final_loss)
     axes = ["ATTNGATE", "LR"]       # columns of its table; without: in what variants differ
     gate.better = 0.05              # numbers of stage_gate.py that differ from its own
     program = "scripts/mine.py"     # for train_gpt.py; names in small letters are its options:
@@ -40,6 +41,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.files import write_whole
 
@@ -50,6 +52,7 @@ KEYS = {
     "reference": str,
     "against": (dict, str),
     "program": str,
+    "measure": str,
     "seeds": list,
     "max_seeds": int,
     "base": dict,
@@ -67,6 +70,21 @@ MERGED = ("base", "gate")
 RESERVED = {"SEED", "RUN_ID", "STAGE", "VARIANT", "RESUME", "DRY_RUN", "LOG_DIR", "RESULTS_CSV"}
 TRAINER = "train_gpt.py"
 MOST_SEEDS = 50
+FINAL_LOSS = "final_loss"
+
+
+class Measure(NamedTuple):
+    """A column of rows that variants can be compared in."""
+
+    words: str
+    unit: str
+    is_higher_better: bool | None  # None where that is not known
+
+
+MEASURES = {
+    FINAL_LOSS: Measure("final validation loss", "nats per token", False),
+    "pass_at_1": Measure("greedy pass@1, held out", "fraction of prompts", True),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,16 @@ class Stage:
     next: tuple[dict, ...]
     program: str = TRAINER
     seconds: float = 0.0  # of training that each variant's steps are to take; 0: as the file says
+    measure: str = FINAL_LOSS  # the column of rows that variants are compared in
+
+    @property
+    def compares_losses(self) -> bool:
+        return self.measure == FINAL_LOSS
+
+    @property
+    def what_is_measured(self) -> Measure:
+        """Words, unit and direction of its measure, as far as they are known."""
+        return MEASURES.get(self.measure, Measure(self.measure, "", None))
 
     def is_reference(self, label: str) -> bool:
         return self.references[label] == label
@@ -158,6 +186,12 @@ def check_tables(tables: dict, path: Path) -> None:
                 )
     for step in tables.get("next", ()):
         check_step(step, tables.get("program", TRAINER), path)
+    measure = tables.get("measure", FINAL_LOSS)
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", measure):
+        raise ValueError(
+            f"{path}: measure = {measure!r} must be a column of rows, in small letters, digits and "
+            "_, as pass_at_1 is"
+        )
     seeds, most = tables["seeds"], tables.get("max_seeds", 1)
     are_numbers = all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
     if not are_numbers or len(set(seeds)) < len(seeds):
@@ -345,6 +379,7 @@ def stage_of(name: str, tables: dict) -> Stage:
         next=tuple(tables.get("next", ())),
         program=program,
         seconds=seconds_of(tables, path),
+        measure=tables.get("measure", FINAL_LOSS),
     )
 
 

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import committed
 
 import make_notebook
+import stage_gate
 import stages
 from harness.settings import ROOT
 
@@ -121,6 +123,32 @@ def test_a_new_notebook_asks_the_question_of_its_stage_and_keeps_the_answer(copy
     error = capsys.readouterr().err
     assert f"{{{reference}|lost}} names no figure there is: choose from interval, " in error
     assert error.count("\n") == 1
+
+
+def test_a_notebook_of_another_measure_shows_it_and_no_verdict(copy, monkeypatch):
+    """Of rows and curves of a stage that is there, with pass rates in them."""
+    rows, curves = (
+        pd.read_csv(f"experiments/{kind}_moe_topk_cpu.csv") for kind in ("results", "log_curves")
+    )
+    rows = rows.assign(stage="solved", pass_at_1=1 / rows.final_loss)
+    for name in ("results", "results_solved"):
+        rows.to_csv(f"experiments/{name}.csv", index=False)
+    curves.assign(pass_at_1=1 / curves.val_loss).to_csv("experiments/log_curves_solved.csv")
+    stages.write_stage("solved", {"extends": "moe_topk_cpu", "measure": "pass_at_1"})
+    stage_gate.write_gate("solved")
+    answer = "It solves {top 1|pass_at_1}, {top 1|difference} more."
+    monkeypatch.setattr(
+        make_notebook, "ANSWER", make_notebook.ANSWER.replace("Not yet written.", answer)
+    )
+    assert make_notebook.main(["solved"]) == 0
+    made = nbformat.read("notebooks/solved.ipynb", as_version=4)
+    source = "\n".join(cell.source for cell in made.cells)
+    assert "does not judge it" in source and "_gate.csv" not in source
+    table = pd.read_csv("experiments/tables/moe_topk_cpu.csv").set_index("variant")
+    outputs = said(made)
+    assert "higher is better" in " ".join(outputs) and "{" not in outputs[-1].split("It solves")[1]
+    (rate,) = re.findall(r"It solves (0\.\d{4}), ", outputs[-1])
+    assert float(rate) == pytest.approx(1 / table.final_loss["top 1"], abs=1e-3)
 
 
 def test_what_cannot_be_made_is_one_sentence(copy, capsys):

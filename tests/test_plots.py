@@ -309,6 +309,64 @@ def test_balance_of_experts_is_a_mean_over_layers(here):
     assert xy(ax.lines[0])[1] == [0.4, 0.4]
 
 
+def leave_rates(name, rates, **columns):
+    """A curve with a pass rate where it is evaluated, and a reward at every step logged."""
+    Path("curve").write_text(curve_text([5, 4, 3, 2]))
+    curve = read_curve("curve")
+    curve.loc[1::2, "val_loss"] = np.nan
+    curve = curve.assign(pass_at_1=[rates[0], np.nan, rates[1], np.nan], **columns)
+    curve.assign(reward=curve["step"] / 100).to_csv(f"logs/{name}.csv", index=False)
+
+
+def test_rewards_and_pass_rates_are_drawn_and_compared_where_curves_have_them(here, capsys):
+    leave_rates("a", [0.125, 0.25])
+    leave_rates("b", [0.125, 0.5], reward_mean=2.0)
+    Path("logs/copied.csv").write_text(curve_text([5, 3]))
+    runs = {name: plot_runs.load_run(name) for name in ("a", "b", "copied")}
+    fig = plot_runs.runs_figure(runs, "T")
+    assert titles(fig)[4:] == ["Training reward", "Greedy pass@1, held out"]
+    rate, reward = panel(fig, "pass_at_1"), panel(fig, "reward")
+    assert [xy(line) for line in rate.lines] == [
+        [[0, 20], [0.125, 0.25]],
+        [[0, 20], [0.125, 0.5]],
+        [[], []],
+    ]
+    assert rate.lines[0].get_marker() == "o" and rate.get_xlabel() == "step"
+    assert label_of(rate.yaxis) == "greedy pass@1, held out (fraction of prompts)"
+    assert xy(reward.lines[0]) == [[0, 10, 20, 30], [0, 0.1, 0.2, 0.3]]
+    assert "Greedy pass@1, held out" not in titles(plot_runs.runs_figure({"c": runs["copied"]}, ""))
+
+    assert plot_runs.main(["--run", "first=a", "--run", "second=b", "--output", "x.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"{label}: step 30, training loss 4.0000, validation loss 3.0000, training reward 0.3000, "
+        f"greedy pass@1, held out {rate}"
+        for label, rate in (("first", "0.2500"), ("second", "0.5000"))
+    ] + [
+        "at step 20, the last that all have evaluated: first 3.0000, second 3.0000 (+0.0000)",
+        "greedy pass@1, held out, at step 20: first 0.2500, second 0.5000 (+0.2500)",
+    ]
+    del runs["a"], runs["copied"]["val_loss"]
+    assert plot_runs.summary(runs | {"copied": plot_runs.load_run("copied")}).count("pass@1") == 1
+
+
+def test_any_column_of_a_curve_can_be_asked_for(here, capsys):
+    leave_rates("a", [0.125, 0.25], kl=[0.0, 0.1, 0.2, 0.3])
+    Path("logs/plain.csv").write_text(curve_text([5, 3]))
+    runs = {name: plot_runs.load_run(name) for name in ("a", "plain")}
+    fig = plot_runs.runs_figure(runs, "T", ["kl", "pass_at_1", "kl"])
+    assert titles(fig)[4:] == ["Training reward", "Greedy pass@1, held out", "Kl"]
+    assert xy(fig.axes[6].lines[0]) == [[0, 10, 20, 30], [0.0, 0.1, 0.2, 0.3]]
+    assert label_of(fig.axes[6].yaxis) == "kl"
+    assert fig.axes[6].get_subplotspec().colspan.stop == 2  # in a row of its own
+    words = ["--run", "a=a", "--run", "plain=plain", "--output", "x.png", "--y"]
+    assert plot_runs.main([*words, "kl"]) == 0 and Path("x.png").exists()
+    capsys.readouterr()
+    assert plot_runs.main([*words, "kk"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("plot_runs.py: error: --y kk: no run has figures in such a column; ")
+    assert "choose from step, tokens, epoch, " in error and "kl" in error
+
+
 @pytest.mark.parametrize(
     "run", ["logs/lr0.1.csv", "logs/lr0.1", "logs/lr0.1/", "lr0.1", "gates-0.x"]
 )
@@ -735,6 +793,84 @@ def test_files_are_small_pngs_of_the_same_bytes(here, capsys):
     assert all(
         len(Image.open(file).convert("RGB").getcolors(99999)) > 50 for file in files
     )  # something is drawn
+
+
+def give_measure(stage, measure="pass_at_1", in_curves=True):
+    """Has a stage compare 1 / loss, which its rows, and its curves, get; returns the rows."""
+    path = Path(f"experiments/stages/{stage}.toml")
+    path.write_text(f'measure = "{measure}"\n' + path.read_text())
+    rows, curves = (
+        pd.read_csv(f"experiments/{kind}_{stage}.csv") for kind in ("results", "log_curves")
+    )
+    rows[measure] = 1 / rows["final_loss"]
+    rows.to_csv(f"experiments/results_{stage}.csv", index=False)
+    if in_curves:
+        curves[measure] = 1 / curves["val_loss"]
+    curves["tokens"] += np.arange(len(curves))  # of what it samples no two runs have as many
+    curves.to_csv(f"experiments/log_curves_{stage}.csv", index=False)
+    return rows
+
+
+def test_a_stage_is_drawn_in_what_it_measures(here):
+    rows, curves = gates()
+    give_measure("gates")
+    fig = plot_ablation.figure("gates")
+    name = "reedy pass@1, held out"
+    assert is_dressed(fig) and titles(fig) == [
+        f"Difference of g{name}",
+        f"G{name}",
+        f"G{name}, whole run",
+        f"G{name}, second half",
+    ]
+    difference, final, whole, late = fig.axes
+    assert label_of(difference.xaxis) == f"difference of g{name} (fraction of prompts)"
+    assert {label_of(final.xaxis), label_of(whole.yaxis)} == {f"g{name} (fraction of prompts)"}
+    none, wide = 1 / losses_of(rows, "none"), 1 / losses_of(rows, "wide")
+    assert [ends for _, _, ends in bars(difference)][1][0][0][0] < bars(difference)[1][1][0][0] < 0
+    test = ttest_rel(wide[[1, 2, 3]], none[[1, 2, 3]])
+    assert [point[0] for point in bars(difference)[1][2][0]] == ends_of(test)
+    assert [mean[0][0] for _, mean, _ in bars(final)] == pytest.approx([none.mean(), wide.mean()])
+    assert [xs for xs, _ in seed_dots(final)] == [none.tolist(), wide.tolist()]
+    assert plot_ablation.PAIR["color"] in [line.get_color() for line in final.lines]
+    assert "Grey lines join pass_at_1 of one seed." in caption(fig)
+    own = curves[(curves["variant"] == "none") & curves["seed"].ne(4)]
+    means = (1 / own["val_loss"]).groupby(own["step"]).mean()
+    assert xy(whole.lines[0]) == [[0, 10, 20], pytest.approx(means)]
+    assert xy(late.lines[0]) == [[10, 20], pytest.approx(means[1:])]
+    assert whole.get_xlabel() == "step" and whole.get_yscale() == "linear"
+
+
+def test_a_run_without_the_measure_is_not_drawn(here):
+    gates()
+    rows = give_measure("gates", in_curves=False)
+    rows.loc[rows["variant"] == "wide", "pass_at_1"] = np.nan
+    rows.to_csv("experiments/results_gates.csv", index=False)
+    fig = plot_ablation.figure("gates")
+    assert legend(fig) == {"none": "#000000"}
+    assert "No finished run of 'wide', 'late' that has pass_at_1." in caption(fig)
+    assert titles(fig)[-2:] == ["Validation loss", "Validation loss, second half"]
+    rows.drop(columns="pass_at_1").to_csv("experiments/results_gates.csv", index=False)
+    with pytest.raises(ValueError, match="gates.csv has no finished run that has pass_at_1"):
+        plot_ablation.figure("gates")
+
+
+def test_the_best_of_a_grid_is_where_the_measure_is_best(here):
+    rows, _ = rates()
+    give_measure("rates")
+    fig = plot_ablation.figure("rates")
+    best = "of its greatest mean pass_at_1 (ATTNGATE=none at 0.1, ATTNGATE=elementwise at 0.2)"
+    assert best in caption(fig)
+    assert titles(fig)[0] == "Greedy pass@1, held out"
+    mean = (1 / losses_of(rows, "wide LR=0.2")).mean()
+    assert xy(fig.axes[2].lines[1])[1][-1] == pytest.approx(mean)
+
+
+def test_of_a_measure_that_is_not_known_nothing_is_called_best(here):
+    rates()
+    give_measure("rates", "score")
+    fig = plot_ablation.figure("rates")
+    assert titles(fig) == ["Difference of score", "Score", "Score, whole run", "Score, second half"]
+    assert "best" not in caption(fig) and "least" not in caption(fig)
 
 
 @pytest.mark.parametrize(

@@ -479,10 +479,10 @@ def test_the_gate_asks_for_seeds_until_it_can_tell_then_builds_the_next_stage(
     assert "no variant is promoted" in derive_stage.build_next(load_stage("toy"), [])
 
 
-def next_of(project, promoted, step):
+def next_of(project, promoted, step, **more):
     """What `build_next` says, and the stage that it leaves, for three variants and one step."""
     variants = {"plain": {}, "gated": {"ATTNGATE": "headwise"}, "off": {"ATTNGATE": "const"}}
-    write_stage(project, variants)
+    write_stage(project, variants, **more)
     with open("experiments/stages/toy.toml", "a") as file:
         file.write(f"\n[[next]]\nname = 'after'\n{step}\n")
     Path("experiments/stages/after.toml").unlink(missing_ok=True)
@@ -509,6 +509,14 @@ def test_a_step_says_how_many_go_on_and_what_is_tried_around_the_best(project):
     told, after = next_of(project, [], around)
     assert list(after.variants) == ["plain", "plain, two heads"], "the reference is the best"
     assert next_of(project, [], "most = 1") == ("no next stage: no variant is promoted", None)
+
+
+def test_what_follows_a_stage_is_compared_in_the_same(project):
+    step = 'LR = 0.5\naround."two heads" = {N_HEAD = 2}'
+    assert next_of(project, ["gated"], step)[1].measure == "final_loss"
+    assert "measure" not in Path("experiments/stages/after.toml").read_text()
+    _, after = next_of(project, ["gated"], step, measure="pass_at_1")
+    assert after.measure == "pass_at_1" and list(after.variants)[-1] == "gated, two heads"
 
 
 def test_with_several_references_what_has_that_of_the_best_goes_on(project):
@@ -647,6 +655,10 @@ def test_a_dry_run_needs_no_data(project, capsys):
         (["same"], "variants plain and gated of same have the same settings"),
         (["typo"], "ATTNGATES is no setting; did you mean ATTNGATE?"),
         (["rule"], "gate.bettr = 1 is no rule"),
+        *(
+            (["solved", "--gate", *more], "--gate: the stage compares pass_at_1, and the gate's")
+            for more in ([], ["--dry-run"], ["--set", "LR=0.5", "--as", "t"])
+        ),
     ],
     ids=str,
 )
@@ -674,6 +686,7 @@ def test_bad_input_is_one_sentence_and_starts_nothing(
     write_stage(project, {"plain": {}}, "toy_7s")
     write_stage(project | {"INPUT_BIN": "gone/x_*.bin", "VOCAB_SIZE": 0}, {"plain": {}}, "absent")
     write_stage(project, {"plain": {"goal": 1}}, "other", program="mine.py")
+    write_stage(project, {"plain": {}}, "solved", measure="pass_at_1")
     before = sorted(Path("experiments").rglob("*"))
     try:
         code = run_stage.main(arguments)
@@ -706,10 +719,12 @@ def main(argv, env):
         if cfg.dry_run:
             print("\\n".join(f"{{name}}:{{value}}" for name, value in plan.items()))
             return 0
-        run.open(cfg, cfg.changes_text(), plan, [])
+        run.open(cfg, cfg.changes_text(), plan, ["pass_at_1"])
         run.poll(0), run.poll(cfg.num_iterations)
         loss = options["goal"] * (1 + options["twice"]) + cfg.seed / 100
-        run.point({{"train_loss": loss, "val_loss": loss, "grad_norm": 1.0}}, [], {{}}, [])
+        rate = {{"pass_at_1": loss / 8}}
+        losses = {{"train_loss": loss, "val_loss": loss, "grad_norm": 1.0}}
+        run.point(losses | rate, [], rate, [])
         run.close({{}})
     return run.exit_code
 
@@ -749,6 +764,17 @@ def test_a_stage_may_run_another_program_with_options_of_its_own(program, capsys
     assert {row["source_sha"] for row in rows()} == {source_hash(PROGRAM.format(root=str(ROOT)))}
     before = Path("experiments/results.csv").read_bytes()
     assert run_stage.main(["toy"]) == 0 and Path("experiments/results.csv").read_bytes() == before
+    capsys.readouterr()
+
+    path = Path("experiments/stages/toy.toml")
+    path.write_text('measure = "pass_at_1"\n' + path.read_text())
+    assert run_stage.main(["toy", "--no-run"]) == 0
+    out = capsys.readouterr().out
+    assert "Compared is pass_at_1 (greedy pass@1, held out; fraction of prompts)" in out
+    assert "low: not judged, the stage compares pass_at_1, and" in out and "no figure" not in out
+    table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
+    assert table.pass_at_1.tolist() == pytest.approx([3.015 / 8, 2.015 / 8, 6.015 / 8])
+    assert table.difference["low"] == pytest.approx(-1 / 8)
 
 
 def test_what_the_trainer_warns_of_is_said_once_before_a_stage(project, capsys):

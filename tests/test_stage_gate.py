@@ -708,6 +708,29 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, capsys, args, text, sent
     )
 
 
+def test_a_stage_that_compares_something_else_is_not_judged(monkeypatch, tmp_path, capsys):
+    """However far its losses are apart; what was said of losses before is gone."""
+    rows, curves = study(none=around(3.0, 3), a=around(2.0, 3))
+    write_stage(monkeypatch, tmp_path, rows, curves)
+    assert gate.write_gate("toy").verdict[1] == "promote"
+    write_stage(monkeypatch, tmp_path, rows, curves, 'measure = "pass_at_1"\n')
+    assert gate.main(["toy"]) == 0
+    said = "not judged, the stage compares pass_at_1, and the gate's rules are about losses"
+    assert capsys.readouterr().out.splitlines() == [
+        f"none: {said}",
+        f"a: {said}",
+        "experiments/tables/toy_gate.csv",
+    ]
+    table = pd.read_csv("experiments/tables/toy_gate.csv")
+    assert table.variant.tolist() == ["none", "a"] and {*table.kind} == {"variant"}
+    assert {*table.verdict} == {"not judged"} and "difference" not in table
+    assert len(pd.read_csv("experiments/tables/toy_steps.csv")) == 0
+    with pytest.raises(ValueError, match="gate.bettr = 1 is no rule"):
+        text = 'measure = "pass_at_1"\ngate.bettr = 1\n'
+        write_stage(monkeypatch, tmp_path, rows, curves, text)
+        gate.write_gate("toy")
+
+
 def test_at_equal_time_nothing_is_faster_or_cheaper():
     """What has fewer FLOPs a token or shorter steps has had more of them for the same time."""
     rows, curves = study(none=around(2.0, 4), a=around(2.0, 4, seconds=0.5))

@@ -127,6 +127,21 @@ def test_a_stage_that_extends_another_says_only_what_differs(folder):
     assert small.gate == {"better": 0.1, "stop_gain": 0.5}
 
 
+def test_a_stage_says_in_what_its_variants_are_compared(folder):
+    """The final loss without a word; what extends it is compared in the same, or says another."""
+    assert load_stage("toy").measure == "final_loss" and load_stage("toy").compares_losses
+    Path("experiments/stages/rates.toml").write_text('measure = "pass_at_1"\n' + FILE)
+    small = {"extends": "rates", "seeds": [5]}
+    stages.write_stage("small", small)
+    stages.write_stage("whole", {key: stages.read("small")[key] for key in stages.read("rates")})
+    stages.write_stage("other", small | {"measure": "reward_2"})
+    for name, measure in (("small", "pass_at_1"), ("whole", "pass_at_1"), ("other", "reward_2")):
+        stage = load_stage(name)
+        assert stage.measure == measure and not stage.compares_losses
+    assert 'measure = "pass_at_1"' in Path("experiments/stages/whole.toml").read_text()
+    assert 'measure = "pass_at_1" ' in stages.__doc__
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -149,6 +164,10 @@ def test_a_stage_that_extends_another_says_only_what_differs(folder):
         ("next = [{name = 'a', mosst = 3}]", "mosst of next is no key; choose from name, most"),
         ("base.N_HEAD = 1\n[grid]\nLR = []", "grid.LR = [] must have different values"),
         ("base.N_HEAD = 1\n[grid]\nLR = [1, 1]", "grid.LR = [1, 1] must have different values"),
+        ("measure = 1", "measure = 1 must be of type str"),
+        ("measure = ''", "measure = '' must be a column of rows, in small letters, digits and _"),
+        ("measure = 'Pass@1'", "measure = 'Pass@1' must be a column of rows, in small letters"),
+        ("measure = '1st'", "measure = '1st' must be a column of rows, in small letters"),
         ("colour = 1", "colour is no key of a stage; choose from extends, question"),
         ("seeds = []", "has no seeds"),
         ("base.SEED = 3", "SEED is nothing a variant can set"),
@@ -548,6 +567,82 @@ def test_tables_are_what_the_rows_say(folder):
     assert "| none LR=0.1 | none | 0.1 | 3 | 3.1000 | 0.1000 | reference |" in text
     assert "Measured on cpu: toy, torch 2. Difference, interval and p by the paired t-test" in text
     assert len({line.count("|") for line in lines[:6]}) == 1
+
+
+RATES = {"none LR=0.1": (0.25, 0.5, 0.375), "a gate LR=0.1": (0.5, 0.625, 0.75)}
+
+
+def rates(**more):
+    """Rows of two variants with pass rates, and losses that say the opposite."""
+    losses = {"none LR=0.1": 2.5, "a gate LR=0.1": 3.5}
+    return [
+        row(label, seed, losses[label] + seed / 10, tokens=seed, pass_at_1=rate, **more)
+        for label in RATES
+        for seed, rate in enumerate(RATES[label], 1)
+    ]
+
+
+def write_measure(measure="pass_at_1"):
+    Path("experiments/stages/toy.toml").write_text(f'measure = "{measure}"\n{FILE}')
+
+
+def test_a_table_compares_what_its_stage_measures(folder):
+    write_measure()
+    unmeasured = [row("none LR=0.1", 4, 2.0, pass_at_1=None), row("none LR=0.00396", 1, 2.0)]
+    results([*rates(), *unmeasured])
+    split_results.main([])
+    text = make_tables.write_tables("toy")
+    table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
+    assert list(table.columns[2:7]) == ["seeds", "final_loss", "pass_at_1", "sd", "difference"]
+    gate, reference = table.loc["a gate LR=0.1"], table.loc["none LR=0.1"]
+    test = scipy_stats.ttest_rel(*(RATES[label] for label in ("a gate LR=0.1", "none LR=0.1")))
+    assert (gate.pass_at_1, gate.sd, gate.final_loss) == pytest.approx((0.625, 0.125, 3.7))
+    assert [gate.difference, gate.low, gate.high, gate.p] == pytest.approx(
+        [0.25, *test.confidence_interval(0.95), test.pvalue]
+    )
+    assert (reference.seeds, reference.pass_at_1) == (3, 0.375)
+    assert table.seeds["none LR=0.00396"] == 0, "what has no pass rate is no run of the comparison"
+    assert "| 3 | 3.7000 | 0.6250 | 0.1250 | +0.2500 |" in text
+    assert text.count("Compared is pass_at_1 (greedy pass@1, held out; fraction of prompts)") == 1
+    assert text.count("; higher is better.") == 1
+    assert (
+        "on different numbers of tokens, 1 to 3: the pass_at_1 of their rows is compared." in text
+    )
+    assert "Left out: 2 finished runs without pass_at_1." in text and "other trainer" not in text
+
+
+def test_of_a_measure_that_is_not_known_no_direction_is_claimed(folder):
+    write_measure("score")
+    results([one | {"score": 12 - one["pass_at_1"]} for one in rates()])
+    split_results.main([])
+    text = make_tables.write_tables("toy")
+    table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
+    assert table.difference["a gate LR=0.1"] == pytest.approx(-0.25)
+    assert "Compared is score. Difference, " in text and "better" not in text
+    write_measure("final_loss")
+    text = make_tables.write_tables("toy")
+    assert "Compared" not in text and "tokens, 1 to 3: final losses are compared." in text
+
+
+@pytest.mark.parametrize("measure, seeds", [("pass_at_1", 0), ("final_loss", 3)])
+def test_rows_without_the_measure_leave_nothing_to_compare(folder, measure, seeds):
+    write_measure(measure)
+    results(ROWS[:6])
+    split_results.main([])
+    text = make_tables.write_tables("toy")
+    assert pd.read_csv("experiments/tables/toy.csv").seeds.tolist() == [seeds, 0, seeds, 0]
+    assert ("Left out: 6 finished runs without pass_at_1." in text) == (seeds == 0)
+
+
+def test_a_measure_that_is_no_number_is_named(folder, capsys):
+    results([*rates(), row("none LR=0.1", 9, 3.0, run_id="odd", pass_at_1="all")])
+    write_measure()
+    split_results.main([])
+    assert make_tables.main(["toy"]) == 2
+    assert "error: pass_at_1 of odd is 'all', no number" in capsys.readouterr().err
+    write_measure("status")
+    assert make_tables.main(["toy"]) == 2
+    assert "status of n11new is 'ok', no number" in capsys.readouterr().err
 
 
 def test_without_shared_seeds_the_test_is_welchs_and_the_table_says_so(folder):
