@@ -12,6 +12,7 @@ import require_packages  # noqa: F401  first: it says what to run where one is m
 import argparse
 import functools
 import io
+import itertools
 import shlex
 import sys
 from collections.abc import Mapping
@@ -105,7 +106,8 @@ def read_results(path: Path = RESULTS) -> pd.DataFrame:
     if "run_id" not in rows or "stage" not in rows:
         raise ValueError(f"{path} is no table of results: it has no columns run_id and stage")
     rows = rows.fillna({name: "" for name in TEXT if name in rows})
-    rows = rows.assign(**{name: blank for name, blank in blanks.items() if name not in rows})
+    missing = {name: blank for name, blank in blanks.items() if name not in rows}
+    rows = pd.concat([rows, pd.DataFrame(missing, index=rows.index)], axis="columns")
     for name in NUMBERS:
         numbers = pd.to_numeric(rows[name], errors="coerce")
         wrong = rows[numbers.isna() & rows[name].notna()]
@@ -145,9 +147,12 @@ def is_same(name: str, text: str, asked: Mapping[str, str], row: Mapping) -> boo
 
 
 def asked_of(row: Mapping) -> dict[str, str]:
-    """What differed from the defaults in a run: {setting: text}. Raises ValueError."""
+    """What differed from the defaults in a run: {setting: text}; a program's options, which come
+    after them, have columns of their own. Raises ValueError."""
     try:
-        return dict(word.split("=", 1) for word in shlex.split(row["changes"]))
+        words = shlex.split(row["changes"])
+        settings = itertools.takewhile(lambda word: not word.startswith("--"), words)
+        return dict(word.split("=", 1) for word in settings)
     except ValueError:
         raise ValueError(
             f"{RESULTS}: changes of {row['run_id']} are no NAME=value words; "

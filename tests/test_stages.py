@@ -762,6 +762,7 @@ def test_a_blank_setting_stays_in_the_rows_of_a_stage(folder):
         ({"final_loss": "3,01"}, "final_loss of odd is '3,01', no number"),
         ({"changes": "PRESET='x"}, "changes of odd are no NAME=value words"),
         ({"changes": "PRESET"}, "changes of odd are no NAME=value words"),
+        ({"changes": "LR=1 PRESET --fast"}, "changes of odd are no NAME=value words"),
     ],
     ids=str,
 )
