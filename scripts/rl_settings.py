@@ -39,6 +39,7 @@ class RLConfig(Config):
     shuffle_rewards: bool = False  # a control: rewards go to answers by chance, nothing is learned
     from_checkpoint: str = ""  # run id, or folder of a run or of its checkpoint; blank: warm-up
     warm_up_steps: int = -1  # most supervised steps on right answers; -1: 2000, with --from none
+    warm_up_lr: float = 0.0  # learning rate of the warm-up; 0: ten times LR, whatever --lr says
     warm_up_until: float = 0.05  # the warm-up ends where this part of sampled answers is right
     prompts_per_step: int = 32  # prompts of a step, over all ranks
     group_size: int = 16  # answers to each prompt
@@ -64,6 +65,7 @@ class RLConfig(Config):
         "clip_low": (0, 1),
         "clip_high": (0, 1e6),
         "kl": (0, 1e6),
+        "warm_up_lr": (0, 1e30),
     }
 
     NOT_HASHED = [*Config.NOT_HASHED, "from_checkpoint"]  # the hash of its weights counts
@@ -147,7 +149,17 @@ def with_options(cfg: Config, given: Mapping[str, object]) -> RLConfig:
     settings = {name: given.get(name) for name in OF_TRAINER.values()}
     options = {name: value for name, value in given.items() if name in OWN}
     rl = RLConfig(**vars(cfg) | options)
-    if settings["lr"] is not None:
-        rl = scaled_rates(rl, settings.pop("lr") / rl.lr)
     changed = {name: value for name, value in settings.items() if value is not None}
+    changed["warm_up_lr"] = rl.warm_up_lr or cfg.lr / SLOWER
+    if "lr" in changed:
+        rl = scaled_rates(rl, changed.pop("lr") / rl.lr)
     return dataclasses.replace(rl, **changed)
+
+
+def supervised(cfg: Config, rl: RLConfig) -> RLConfig:
+    """The settings of the warm-up: its rates are those of `cfg`, the trainer's settings, so that
+    --lr 0 has the same warm-up as any other."""
+    rates = {name: getattr(cfg, name) for name in RATES}
+    rates = vars(scaled_rates(dataclasses.replace(rl, **rates), rl.warm_up_lr / cfg.lr))
+    forever = {"num_iterations": 2**31, "warmup_iters": 0, "warmdown_iters": 0}
+    return RLConfig(**rates | forever | {"lr_schedule": "trapezoid"})

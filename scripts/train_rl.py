@@ -41,7 +41,15 @@ from harness.settings import read_preset
 from harness.source import source_hash
 from load_model import as_environment, find_folder, read_settings, read_tokenizer, read_weights
 from prepare_data import about
-from rl_settings import PRESET, SLOWER, RLConfig, add_options, scaled_rates, with_options
+from rl_settings import (
+    PRESET,
+    SLOWER,
+    RLConfig,
+    add_options,
+    scaled_rates,
+    supervised,
+    with_options,
+)
 from rl_tasks import TASKS, training_prompt
 from rollouts import TEXT, WARM_UP, Batch, Lesson, Rollouts, answer_held_out, chances_of
 from rollouts import draw_answers, make_lesson, roll_out, token_logprobs
@@ -87,7 +95,8 @@ class Start(NamedTuple):
     """What a run begins with."""
 
     lesson: Lesson
-    folder: Path | None  # with the weights; None: new ones, which a warm-up teaches
+    supervised: RLConfig  # of the warm-up
+    folder: Path | None  # with the weights; None: new ones
     val_loader: ShardLoader | None  # of the data that validated the checkpoint, if they are there
 
 
@@ -115,7 +124,8 @@ def prepare(given: Mapping[str, Any], env: Mapping[str, str]) -> Start:
             f"VOCAB_SIZE={cfg.vocab_size}: the vocabulary has {tokenizer.vocab_size}; unset it"
         )
 
-    cfg = with_options(dataclasses.replace(cfg, carry_state=False), given)
+    trainer = dataclasses.replace(cfg, carry_state=False)
+    cfg = with_options(trainer, given)
     changes = {
         "vocab_size": cfg.vocab_size or tokenizer.vocab_size,
         "input_bin": f"{vocabulary_folder(tokenizer)}/*.bin",
@@ -127,7 +137,8 @@ def prepare(given: Mapping[str, Any], env: Mapping[str, str]) -> Start:
     with torch.device("meta"):
         context = GPT(cfg).context
     lesson = make_lesson(cfg, tokenizer, context)
-    return Start(lesson, folder, language_data(cfg) if folder else None)
+    warm = supervised(trainer, cfg)
+    return Start(lesson, warm, folder, language_data(cfg) if folder else None)
 
 
 def settings_of(folder: Path, env: Mapping[str, str]) -> Config:
@@ -263,7 +274,7 @@ def begin(start: Start, run: Run) -> Learner:
             run.meter.seconds.setdefault("warm_up_time", 0.0)
             run.poll(0)  # which starts the clocks
             with run.timed("warm_up_time"):
-                warm_up(state, lesson, run)
+                warm_up(state, lesson, start.supervised, run)
             state.optimizers = build_optimizers(state.model, cfg, run.ranks)  # without moments
         frozen.load_state_dict(state.model.state_dict())
         if cfg.warm_up_steps and not run.poll(0):
@@ -279,13 +290,11 @@ def begin(start: Start, run: Run) -> Learner:
 ########################################
 
 
-def warm_up(state: State, lesson: Lesson, run: Run) -> None:
-    """Steps of the trainer on right answers, until those that the model draws are right now and
-    then. Raises Diverged."""
+def warm_up(state: State, lesson: Lesson, supervised: RLConfig, run: Run) -> None:
+    """Steps of the trainer, set by `supervised`, on right answers, until those that the model draws
+    are right now and then. Raises Diverged."""
     cfg, ranks = lesson.cfg, run.ranks
-    forever = {"num_iterations": 2**31, "warmup_iters": 0, "warmdown_iters": 0}
-    trained = dataclasses.replace(scaled_rates(cfg, 1 / SLOWER), **forever, lr_schedule="trapezoid")
-    state.optimizers = build_optimizers(state.model, trained, ranks)
+    state.optimizers = build_optimizers(state.model, supervised, ranks)
     own = cfg.batch_size // ranks.world_size
     right, loss = 0.0, ""
     for step in range(cfg.warm_up_steps + 1):
@@ -300,7 +309,7 @@ def warm_up(state: State, lesson: Lesson, run: Run) -> None:
         texts = [warm_up_text(lesson, step, ranks.rank * own + i) for i in range(own)]
         rows = Batch.of(texts, [[]] * own, lesson.end, state.model.embed.device).tokens
         state.model.train()
-        stats = train_gpt.train_step(state, trained, rows[:, :-1], rows[:, 1:])
+        stats = train_gpt.train_step(state, supervised, rows[:, :-1], rows[:, 1:])
         loss = f" loss:{stats.loss.item():.4f}"
     if not 0.05 <= right <= 0.5:
         run.print(
