@@ -165,9 +165,10 @@ def exact_reward(task: Task, prompt: str, text: str, ended: bool) -> Score:
         return Score(0.0, 0.0)
     try:
         reward = task.reward(prompt, text)
+        is_judged = reward is not None and math.isfinite(reward)
     except Exception:
-        reward = None  # of a task that somebody wrote: it costs this answer, not the run
-    if reward is None or not math.isfinite(reward):
+        is_judged = False  # of a task that somebody wrote: it costs this answer, not the run
+    if not is_judged:
         return Score(math.nan, math.nan)
     return Score(float(reward), float(reward == 1))
 
