@@ -57,23 +57,23 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
 
 def mean_over_tokens(lengths_PG: Tensor, most: int) -> Tensor:
     """One over all tokens of the step: DAPO, arXiv 2503.14476."""
-    return over(1.0, lengths_PG.sum()).expand(lengths_PG.shape)
+    return over(has_part(lengths_PG), lengths_PG.sum())
 
 
 def mean_over_answers(lengths_PG: Tensor, most: int) -> Tensor:
     """The mean over answers of the mean over their tokens: GRPO, arXiv 2402.03300."""
-    return over(over(1.0, lengths_PG), (lengths_PG > 0).sum())
+    return over(over(1.0, lengths_PG), has_part(lengths_PG).sum())
 
 
 def mean_over_groups(lengths_PG: Tensor, most: int) -> Tensor:
     """The mean over groups of the mean over their tokens: TRL's bnpo, of a group a micro-batch."""
     of_groups = lengths_PG.sum(1, keepdim=True)
-    return over(over(1.0, of_groups), (of_groups > 0).sum()).expand(lengths_PG.shape)
+    return over(over(has_part(lengths_PG), of_groups), has_part(of_groups).sum())
 
 
 def over_most_tokens(lengths_PG: Tensor, most: int) -> Tensor:
     """One over the answers and the most tokens one could have: Dr. GRPO, arXiv 2503.20783."""
-    return over(1.0, (lengths_PG > 0).sum() * most).expand(lengths_PG.shape)
+    return over(has_part(lengths_PG), has_part(lengths_PG).sum() * most)
 
 
 LOSSES = {
@@ -82,6 +82,11 @@ LOSSES = {
     "dr_grpo": over_most_tokens,
     "bnpo": mean_over_groups,
 }
+
+
+def has_part(lengths: Tensor) -> Tensor:
+    """1 for what has tokens that count, else 0, in float64."""
+    return (lengths > 0).double()
 
 
 def over(numerator: float | Tensor, counts: Tensor) -> Tensor:

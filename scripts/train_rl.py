@@ -368,7 +368,8 @@ def take_step(learner: Learner, lesson: Lesson, run: Run) -> None:
     rollouts = roll_out(model, lesson, run.step, progress.length, ranks.rank, ranks.world_size)
     has_signal = grpo.has_signal(rollouts.rewards)
     figures = describe(rollouts, has_signal) | {"prompt_length": progress.length}
-    if has_signal.any() or lesson.cfg.kl:
+    is_scored = not rollouts.rewards.isnan().all()  # else there is no part in any loss
+    if has_signal.any() or (lesson.cfg.kl and is_scored):
         figures |= improve(learner, lesson, rollouts, run)
     progress.last = figures
     progress.tokens += int(rollouts.lengths.sum())
