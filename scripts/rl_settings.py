@@ -32,7 +32,7 @@ class RLConfig(Config):
     """Every setting of a run of train_rl.py."""
 
     task: str = "copy"  # what is learned: scripts/rl_tasks.py
-    length: int = 5  # letters of a string; most digits of a number
+    length: int = 0  # letters of a string, most digits of a number; 0: 5 letters, 1 digit
     operators: str = "+-*"  # of arithmetic
     curriculum: bool = False  # begin with length 1, one more where nine in ten answers are right
     shaping: str = "none"  # prefix: answers that begin right earn something too, at most a half
@@ -57,9 +57,9 @@ class RLConfig(Config):
         names: (0, high) if "lr" in names.split() else (low, high)
         for names, (low, high) in Config.BOUNDS.items()
     } | {
-        "length prompts_per_step group_size updates_per_step held_out": (1, 2**20),
+        "prompts_per_step group_size updates_per_step held_out": (1, 2**20),
         "warm_up_steps": (-1, 2**31),
-        "max_new_tokens": (0, 2**20),
+        "length max_new_tokens": (0, 2**20),
         "warm_up_until": (0, 1),
         "temperature": (1e-3, 1e3),
         "clip_low": (0, 1),
@@ -150,6 +150,7 @@ def with_options(cfg: Config, given: Mapping[str, object]) -> RLConfig:
     options = {name: value for name, value in given.items() if name in OWN}
     rl = RLConfig(**vars(cfg) | options)
     changed = {name: value for name, value in settings.items() if value is not None}
+    changed["length"] = rl.length or TASKS[rl.task].usual_length
     changed["warm_up_lr"] = rl.warm_up_lr or cfg.lr / SLOWER
     if "lr" in changed:
         rl = scaled_rates(rl, changed.pop("lr") / rl.lr)

@@ -24,6 +24,7 @@ class Task:
     """What all tasks share. `characters` are all that its prompts and answers may have."""
 
     characters = ""
+    usual_length = 1  # where --length does not say
 
     def __init__(self, operators: str = "+-*"):
         self.operators = operators
@@ -49,6 +50,7 @@ class Strings(Task):
     """Base of the tasks that turn a string of `length` letters before a mark into another."""
 
     mark = ""
+    usual_length = 5
 
     @property
     def characters(self) -> str:

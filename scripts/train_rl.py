@@ -95,9 +95,10 @@ class Start(NamedTuple):
     """What a run begins with."""
 
     lesson: Lesson
-    supervised: RLConfig  # of the warm-up
-    folder: Path | None  # with the weights; None: new ones
-    val_loader: ShardLoader | None  # of the data that validated the checkpoint, if they are there
+    folder: Path | None = None  # with the weights; None: new ones
+    val_loader: ShardLoader | None = None  # of the data that validated the checkpoint, if here
+    supervised: RLConfig | None = None  # settings of the warm-up
+    changes: str = ""  # what was asked for, beside the defaults
 
 
 def prepare(given: Mapping[str, Any], env: Mapping[str, str]) -> Start:
@@ -125,7 +126,7 @@ def prepare(given: Mapping[str, Any], env: Mapping[str, str]) -> Start:
         )
 
     trainer = dataclasses.replace(cfg, carry_state=False)
-    cfg = with_options(trainer, given)
+    asked = cfg = with_options(trainer, given)
     changes = {
         "vocab_size": cfg.vocab_size or tokenizer.vocab_size,
         "input_bin": f"{vocabulary_folder(tokenizer)}/*.bin",
@@ -137,8 +138,8 @@ def prepare(given: Mapping[str, Any], env: Mapping[str, str]) -> Start:
     with torch.device("meta"):
         context = GPT(cfg).context
     lesson = make_lesson(cfg, tokenizer, context)
-    warm = supervised(trainer, cfg)
-    return Start(lesson, warm, folder, language_data(cfg) if folder else None)
+    val_loader = language_data(cfg) if folder else None
+    return Start(lesson, folder, val_loader, supervised(trainer, cfg), asked.changes_text())
 
 
 def settings_of(folder: Path, env: Mapping[str, str]) -> Config:
@@ -608,12 +609,19 @@ def log_point(learner: Learner, start: Start, run: Run, validation: Mapping[str,
         values |= {name: validation[name] for name in ("val_loss", "pass_at_1")}
         named = validation if step else {f"{name}_before": v for name, v in validation.items()}
         figures |= {name: value for name, value in named.items() if name != "val_loss"}
-        words = [f"{name}:{value:.4g}" for name, value in validation.items() if name != "val_loss"]
-        lines.append(
-            f"[RL] step:{step}/{cfg.num_iterations} held_out:{len(start.lesson.held_out)} "
-            + " ".join(words)
-        )
+        head = f"[RL] step:{step}/{cfg.num_iterations} held_out:{len(start.lesson.held_out)}"
+        lines.append(f"{head} {validation_text(validation)}")
     run.point(values, lines, figures, bad_lines(learner.state, run))
+
+
+def validation_text(validation: Mapping[str, float]) -> str:
+    """The pass rates of a validation, that of the likeliest answers with its interval."""
+    low, high = validation["pass_at_1_low"], validation["pass_at_1_high"]
+    words = [f"pass@1:{validation['pass_at_1']:.4f} ({low:.4f} to {high:.4f})"]
+    for k in KS:
+        if f"sampled_pass_at_{k}" in validation:
+            words.append(f"sampled_pass@{k}:{validation[f'sampled_pass_at_{k}']:.4f}")
+    return " ".join(words)
 
 
 def train(start: Start, run: Run) -> Learner:
@@ -678,7 +686,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
             return 0
         if run.ranks.rank == 0:
             write_vocabulary(start.lesson.tokenizer)
-        run.open(cfg, cfg.changes_text(), plan, warnings, COLUMNS)
+        run.open(cfg, start.changes, plan, warnings, COLUMNS)
         learner = train(start, run)
         run.close(learner.state.model.state_dict())
     return run.exit_code
