@@ -416,7 +416,7 @@ def test_the_policy_that_learns_is_the_one_that_draws(group, shards):
     )
     cfg = dataclasses.replace(lesson.cfg, input_val_bin=shards["input_val_bin"])
     loader = ShardLoader(cfg.input_val_bin, cfg, limit=cfg.val_tokens)
-    start = train_rl.Start(lesson, None, loader)
+    start = train_rl.Start(lesson, None, loader, lesson.cfg)
     learner = train_rl.begin(start, run)
     assert not learner.start.training
     batch = step_of(lesson)[0].batch
