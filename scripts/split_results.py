@@ -26,7 +26,7 @@ from harness.files import write_whole
 from harness.contract import RENAMED
 from harness.settings import preset_files, read_preset
 from harness.source import source_hash
-from stages import Stage
+from stages import TRAINER, Stage
 
 RESULTS = Path("experiments/results.csv")
 SWITCH = {"true": 1, "false": 0}  # as rows have it
@@ -161,10 +161,18 @@ def asked_of(row: Mapping) -> dict[str, str]:
 
 
 def is_as_the_stage_says(row: Mapping, stage: Stage) -> bool:
-    """Whether a run had all settings that the stage's file, or its preset, gives its variant."""
+    """Whether a run had all settings that the stage's file, or its preset, gives its variant.
+
+    Of another program its options count as well, by their columns; they may change what a preset
+    says, which is not compared then.
+    """
     own = {name: text for name, text in stage.variants[row["variant"]].items() if text}
-    said, asked, skipped = preset_of(own) | own, asked_of(row), untrained()
-    if row["preset"]:  # without, nothing is known of what else it had; DEVICE is Slurm's
+    asked, skipped, is_trainer = asked_of(row), untrained(), stage.program == TRAINER
+    said = preset_of(own) | own
+    if not is_trainer:
+        said = {n: text for n, text in own.items() if n.islower() or n.lower() not in own}
+    # Without a preset nothing is known of what else it had; DEVICE is Slurm's.
+    if row["preset"] and is_trainer:
         more = asked.keys() - said.keys() - skipped - {"PRESET", "DEVICE"}
         if any(name.lower() in setting_columns() for name in more):
             return False

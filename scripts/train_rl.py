@@ -213,6 +213,7 @@ def make_plan(start: Start, ranks: Ranks) -> dict[str, Any]:
         "data_fingerprint": hashlib.sha256((begins_with + vocabulary).encode()).hexdigest(),
         "val_fingerprint": lesson.fingerprint(),
         "val_prompts": len(lesson.held_out),
+        "steps": cfg.num_iterations,  # as the option is called
     }
 
 

@@ -128,10 +128,15 @@ def fork(rank, world, work, folder):
         os._exit(code)
 
 
-class Job:
-    """A run of train_gpt.main as torchrun starts it, on `world` ranks with these settings only."""
+def train(env):
+    """The trainer, as its own process calls it."""
+    return train_gpt.main([], env)
 
-    def __init__(self, env, world=1):
+
+class Job:
+    """A run of `main` as torchrun starts it, on `world` ranks with these settings only."""
+
+    def __init__(self, env, world=1, main=train):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -149,7 +154,7 @@ class Job:
                 "LOCAL_WORLD_SIZE": world,
             }
             ranks = {name: str(value) for name, value in ranks.items()} | group
-            self.pids.append(start(settings | (ranks if world > 1 else {}), output))
+            self.pids.append(start(settings | (ranks if world > 1 else {}), output, main))
 
     def output(self, rank=0):
         """What a rank has printed so far, on both streams."""
@@ -182,13 +187,13 @@ class Job:
         return codes, self.output()
 
 
-def launch(env, world=1):
+def launch(env, world=1, main=train):
     """A Job from start to end: (exit codes by rank, what rank 0 printed on both streams)."""
-    return Job(env, world).wait()
+    return Job(env, world, main).wait()
 
 
-def start(env, output):
-    """The id of a forked process that runs train_gpt.main with this environment into a file."""
+def start(env, output, main=train):
+    """The id of a forked process that calls main with this environment, printing into a file."""
     if child := os.fork():
         return child
     code = 70
@@ -202,7 +207,7 @@ def start(env, output):
         for stream in (1, 2):
             os.dup2(file, stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        code = train_gpt.main([], os.environ)
+        code = main(os.environ)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -12,11 +12,13 @@ import sys
 import tokenize
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
 import harness
+import rl_tasks
 from harness.run import Run
 import train_gpt
 from harness.ranks import Ranks
@@ -248,6 +250,17 @@ def test_readme_axes_are_those_of_the_code():
             and getattr(Config, name.lower()) == default
         )
         assert default in values.split()
+
+
+def test_readme_task_is_one():
+    example = re.search(r"```python\n(class Sort.*?)```", README, re.S)[1]
+    names = {"Strings": rl_tasks.Strings}
+    exec(example, names)
+    task = names["Sort"]()
+    prompt = task.prompt(np.random.default_rng(0), 4)
+    assert re.fullmatch("[a-z]{4}~", prompt) and task.answer("dacb~") == "abcd"
+    assert task.reward("dacb~", "abcd") == 1 and task.reward("dacb~", "abdc") == 0
+    assert task.key(prompt) == prompt[:-1] and "~" in task.characters
 
 
 def test_readme_names_what_exists():

@@ -741,6 +741,20 @@ def test_a_setting_that_left_the_stage_leaves_no_results(folder):
     assert set(split_results.tried(known, stage).run_id) == set(range(1, len(made)))
 
 
+def test_rows_of_a_program_are_compared_by_its_options(folder):
+    """Which may change what a preset says, as --steps and --lr do; a setting still counts."""
+    text = 'program = "scripts/mine.py"\n' + FILE.replace("N_LAYER = 2", "N_LAYER = 2\nsteps = 40")
+    Path("experiments/stages/toy.toml").write_text(text)
+    made = [one | {"steps": 40, "preset": "small", "num_iterations": 40} for one in ROWS[:4]]
+    for one in made:
+        one["changes"] += " NUM_ITERATIONS=40 --goal 3 --fast"
+    made[1]["steps"] = 50
+    made[2]["changes"] = made[2]["changes"].replace("N_LAYER=2", "N_LAYER=3")
+    rows = pd.DataFrame(made).assign(run_id=range(4))
+    told = split_results.tried(rows, load_stage("toy"))
+    assert set(told.run_id) == {0, 3}
+
+
 def test_a_blank_setting_stays_in_the_rows_of_a_stage(folder):
     """Else a stage that sets it now would take them for its own."""
     results([one | {"head_lr": "", "note": ""} for one in ROWS])
