@@ -572,17 +572,15 @@ def language_loss(model: GPT, start: Start, run: Run) -> float | None:
         return measured and measured[0]
     device = model.embed.device
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    own = lesson.held_out[ranks.rank :: ranks.world_size]
-    for first in range(0, len(own), lesson.cfg.device_batch_size):
-        texts = [
-            lesson.text(prompt) for prompt in own[first : first + lesson.cfg.device_batch_size]
-        ]
-        batch = Batch.of(
-            [text[:1] for text in texts], [text[1:] for text in texts], lesson.end, device
-        )
+    texts = [lesson.text(prompt) for prompt in lesson.held_out[ranks.rank :: ranks.world_size]]
+    for first in range(0, len(texts), lesson.cfg.device_batch_size):
+        some = texts[first : first + lesson.cfg.device_batch_size]
+        begins, rests = [text[:1] for text in some], [text[1:] for text in some]
+        batch = Batch.of(begins, rests, lesson.end, device)
         with torch.no_grad():
             logp, *_ = token_logprobs(model, batch, 1.0, lesson.tokenizer.vocab_size)
-        total += torch.stack([-logp.double().sum(), torch.tensor(float(len(logp)))])
+        total[0] -= logp.double().sum()
+        total[1] += len(logp)
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
 

@@ -129,6 +129,19 @@ def sum_of_lengths(env):
     return round(sum(lengths) * answers)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"FFN": "moe"}, {"MIXER": "gru_rwkv"}], ids=str)
+def test_cuda_draws_and_learns_as_a_cpu(env, settings):
+    options = {"shaping": "prefix", "lr": 1e-4}
+    run(env | settings, **options)
+    run(env | settings | {"RUN_ID": "cuda", "DEVICE": "cuda", "DTYPE": "float32"}, **options)
+    for ours, theirs in zip(curve(env, "cuda"), curve(env), strict=True):
+        for name in ("reward", "answer_length", "val_loss", "train_loss"):
+            assert ours[name] == theirs[name] or float(ours[name]) == pytest.approx(
+                float(theirs[name]), abs=1e-2
+            )
+
+
 def test_a_curriculum_goes_on_and_back():
     progress = Progress(length=1)
     for exact, length in [(1.0, 1)] * 4 + [(0.6, 2), (1.0, 2), *[(None, 2)] * 3, (0.0, 2)]:
