@@ -94,7 +94,7 @@ class Arithmetic(Task):
 
     @property
     def characters(self) -> str:
-        return string.digits + self.operators + "-="  # a difference may be negative
+        return string.digits + self.operators + "="  # negative answers need the operator -
 
     def prompt(self, rng: np.random.Generator, length: int) -> str:
         a, b = rng.integers(10**length, size=2)

@@ -64,9 +64,10 @@ def test_arithmetic_is_that_of_python(operators, length):
     assert (negative > 20) == ("-" in operators)
 
 
+@pytest.mark.parametrize("operators", ["+", "-", "*", "+-*"])
 @pytest.mark.parametrize("name", TASKS)
-def test_prompts_and_answers_have_no_other_characters(name):
-    task = TASKS[name]()
+def test_characters_are_those_of_prompts_and_answers(name, operators):
+    task = TASKS[name](operators)
     text = "".join(prompt + task.answer(prompt) for prompt in drawn(task, 300, 3))
     assert {*text} == {*task.characters}
 
@@ -177,8 +178,8 @@ def test_shaping_never_beats_a_right_answer(name):
 
 def test_a_prefix_earns_its_share():
     task = TASKS["copy"]()
-    texts = ["", "x", "a", "ax", "ab", "abx", "abc", "abcx", "xabc", "abcabc"]
-    right = [0, 0, 1, 1, 2, 2, 3, 3, 0, 3]
+    texts = ["", "x", "xbc", "a", "ax", "axc", "ab", "abx", "abc", "abcx", "xabc", "abcabc"]
+    right = [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 0, 3]
     for text, n in zip(texts, right):
         score = prefix_reward(task, "abc:", text, text != "abc")
         assert score.reward == pytest.approx(0.5 * n / 4, abs=1e-12)
