@@ -208,6 +208,7 @@ def new_plan(args: argparse.Namespace, place: Path | None) -> Plan:
     env = {**os.environ, "PRESET": os.environ.get("PRESET") or PRESET} | asked_settings(args)
     env["RUN_ID"] = args.run_id or env.get("RUN_ID") or new_run_id("rnn_demo")
     env["SAVE_EVERY"] = env.get("SAVE_EVERY") or "0"
+    env["VAL_TOKENS"] = str(2**31)  # enough for all streams, until the text says how many there are
     if place:
         env |= {"LOG_DIR": str(place / "logs"), "RESULTS_CSV": str(place / "results.csv")}
     cfg = Config.from_env(env)
@@ -221,7 +222,8 @@ def new_plan(args: argparse.Namespace, place: Path | None) -> Plan:
     batch = cfg.batch_size * cfg.sequence_length
     steps = math.ceil(len(tokens) / batch)
     env |= course(args, steps) | {"VOCAB_SIZE": "0"}
-    env["VAL_TOKENS"] = str(min(steps * cfg.batch_size, 100) * cfg.sequence_length)
+    samples = min(steps * cfg.batch_size, max(cfg.batch_size, 100))
+    env["VAL_TOKENS"] = str(samples * cfg.sequence_length)
     Config.from_env(env)
     filled = np.resize(tokens, steps * batch + 1)
     env |= write_data(place / "data" if place else DATA, tokenizer, filled)

@@ -150,6 +150,15 @@ def test_an_epoch_reads_the_whole_text(size):
     assert ShardLoader(cfg.input_val_bin, cfg).samples * 25 >= cfg.val_tokens
 
 
+@pytest.mark.parametrize("streams", [5, 16, 101, 300])
+def test_any_number_of_streams_has_what_validates_it(streams):
+    """A sample of each of them, however few the preset has; a text this short is repeated."""
+    made, cfg = plan(PANGRAM, "--batch-size", str(streams))
+    assert (cfg.batch_size, made.steps) == (streams, 1)
+    assert cfg.val_tokens >= streams * cfg.sequence_length
+    assert ShardLoader(cfg.input_val_bin, cfg, streams=streams).samples == streams
+
+
 def test_two_texts_do_not_mix_and_the_same_one_is_shared():
     folders = [Path(plan(text)[1].input_bin).parent for text in (PANGRAM, "abc", PANGRAM)]
     assert folders[0] == folders[2] != folders[1]
