@@ -4,6 +4,8 @@
     python scripts/rnn_demo.py --file poem.txt --epochs 200 --hidden-size 64 --save-every 50
     python scripts/rnn_demo.py --load RUN_ID --epochs 1000
     PRESET=rnn_medium python scripts/rnn_demo.py --epochs 100
+    python scripts/rnn_demo.py --file book.txt --tokenizer bytes --do-rl --rl-task arithmetic
+    python scripts/rnn_demo.py --load RUN_ID --do-rl --rl-episodes 1600
 
 Without a text it takes one of its own. An epoch is one pass over the text, which is cut into
 BATCH_SIZE streams that are read side by side; a text that does not fill them goes on from its
@@ -12,6 +14,9 @@ PRESET=rnn_char; other settings are variables: NORM=rms DEVICE=cpu python script
 --load goes on with parameters, moments and text of a run, under its own name, or of one of its
 checkpoints, as a new run; INIT_FROM=logs/RUN_ID and --tokenizer logs/RUN_ID take its weights to
 another text. Data are kept in data/rnn_demo, a folder for each text.
+--do-rl goes on with a task, for which right answers are rewarded: train_rl.py does that, in a run
+of its own, RUN_ID-rl, after a warm-up on right answers. The vocabulary must have the characters of
+the task. --load RUN_ID --do-rl without --epochs begins with it at once.
 Exit codes: 0 it has written, 2 a wrong option or text, 130 interrupted, others as of train_gpt.py.
 """
 
@@ -30,12 +35,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 
+import rnn_rl
 import tokenization
 from encode_shards import dump, write_file, write_shard
 from harness.checkpoints import step_folders
@@ -43,9 +49,16 @@ from harness.contract import ConfigError, DataError
 from harness.files import RunFiles
 from harness.provenance import new_run_id
 from harness.settings import ROOT
-from load_model import as_environment, find_folder, load_trained, read_settings
+from load_model import (
+    Trained,
+    as_environment,
+    find_folder,
+    load_trained,
+    read_settings,
+    read_tokenizer,
+)
 from prepare_data import about
-from sample import number, stream
+from sample import encode_prompt, number, stream
 from tokenization import Tokenizer
 from train_gpt import Config, ShardLoader, load_shard
 
@@ -56,6 +69,7 @@ TEXT = (
     "it knows this text by heart. "
 )
 PRESET = "rnn_char"
+EPOCHS = 500
 DATA = Path("data/rnn_demo")
 RULE = "-" * 70
 SPEED_STEPS = 10  # that are enough to say how long all will take
@@ -94,6 +108,7 @@ class Plan(NamedTuple):
     epochs: int
     steps: int  # of an epoch
     shown: int  # the step up to which an earlier start has told what happened
+    task: rnn_rl.Plan | None = None  # that is learned then
 
     @property
     def last_step(self) -> int:
@@ -219,6 +234,10 @@ def new_plan(args: argparse.Namespace, place: Path | None) -> Plan:
             "choose another"
         )
     tokenizer, tokens = encode(args)
+    task = None
+    if args.do_rl:
+        of_task = RunFiles(cfg.log_dir, f"{cfg.run_id}-rl")
+        task = rnn_rl.make_plan(args, cfg, tokenizer, run.folder, of_task, place)
     batch = cfg.batch_size * cfg.sequence_length
     steps = math.ceil(len(tokens) / batch)
     env |= course(args, steps) | {"VOCAB_SIZE": "0"}
@@ -237,7 +256,7 @@ def new_plan(args: argparse.Namespace, place: Path | None) -> Plan:
         f"{repeated} Steps an epoch: {steps:,}. The loss is of this text itself.",
         flush=True,
     )
-    return Plan(env, run, args.epochs, steps, shown=0)
+    return Plan(env, run, args.epochs, steps, shown=0, task=task)
 
 
 def loaded_plan(args: argparse.Namespace) -> Plan:
@@ -275,7 +294,11 @@ def loaded_plan(args: argparse.Namespace) -> Plan:
             "has made: give the epochs that it is to have then"
         )
     env |= course(args, steps)
-    return Plan(env, run, args.epochs, steps, shown)
+    task = None
+    if args.do_rl:
+        of_task = RunFiles(cfg.log_dir, f"{cfg.run_id}-rl")
+        task = rnn_rl.make_plan(args, cfg, read_tokenizer(folder), run.folder, of_task)
+    return Plan(env, run, args.epochs, steps, shown, task)
 
 
 ########################################
@@ -284,10 +307,12 @@ def loaded_plan(args: argparse.Namespace) -> Plan:
 
 
 class Trainer:
-    """train_gpt.py in a process of its own, which is asked to end when this one is."""
+    """train_gpt.py, or another program, in a process of its own, which is asked to end when this
+    one is."""
 
-    def __init__(self, env: dict[str, str]):
-        self.env = env
+    def __init__(self, env: dict[str, str], words: Sequence[str] = ("train_gpt.py",), place=None):
+        self.env, self.place = env, place
+        self.command = [sys.executable, ROOT / words[0], *words[1:]]
         self.process = None
         self.interrupted = False
         self.errors = tempfile.TemporaryFile()
@@ -296,8 +321,9 @@ class Trainer:
         heeded = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has it
         self.handlers = {n: signal.signal(n, self.ask_to_end) for n in heeded}
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "train_gpt.py"],
+            self.command,
             env=self.env,
+            cwd=self.place,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
@@ -359,7 +385,7 @@ class Curve:
                 self.header = cells
 
 
-def show_warning(line: str) -> None:
+def show_warning(line: str, program: str = "rnn_demo.py") -> None:
     """What the trainer warns of, but for what is meant: settings of the preset that an option makes
     idle, and a run that goes on for longer."""
     name = line.split()[1]
@@ -367,7 +393,7 @@ def show_warning(line: str) -> None:
     changed = re.findall(r"([A-Z_]+) \S+ -> ", line)
     is_longer = changed and set(changed) <= COURSE
     if not is_idle and not is_longer:
-        print(f"rnn_demo.py: {line.strip()}", file=sys.stderr, flush=True)
+        print(f"{program}: {line.strip()}", file=sys.stderr, flush=True)
 
 
 class Report:
@@ -430,28 +456,67 @@ def train(plan: Plan, args: argparse.Namespace) -> tuple[int, Report]:
         code = trainer.process.wait()
 
     run = plan.run
-    status = run.summary()["status"] if run.json.exists() else ""
-    if code == 0 and status == "ok" and run.last_step() == plan.last_step:
+    if is_complete(code, run, plan.last_step):
         return 0, report
-    if code and not trainer.interrupted:
-        print(f"rnn_demo.py: error: {trainer.reason()}", file=sys.stderr)
-        return code, report
     step = max(step_folders(run.folder), default=0)
     what = "nothing is kept"
     if step and not args.no_save:
-        what = f"step {step:,} of {plan.last_step:,} is kept; {command(plan, plan.epochs)} goes on"
+        way = command(run.run_id, run, args, plan.epochs)
+        what = f"step {step:,} of {plan.last_step:,} is kept; {way} goes on"
+    return explain_end(code, trainer, what), report
+
+
+def learn_task(task: rnn_rl.Plan, args: argparse.Namespace, base: str) -> tuple[int, rnn_rl.Report]:
+    """Has the model of the run `base` learn a task by rewards; returns what train does."""
+    report, curve = rnn_rl.Report(task), Curve(task.run.curve)
+    with Trainer(task.env, ["scripts/train_rl.py", *task.words], task.place) as trainer:
+        for line in trainer.process.stdout:
+            if line.startswith("warning: "):
+                show_warning(line, "train_rl.py")
+            step = report.read(line)
+            for point in () if step is None else curve.new(step):
+                report.add(point)
+        code = trainer.process.wait()
+
+    if is_complete(code, task.run, task.steps):
+        return 0, report
+    way = command(base, task.run, args)
+    folders = step_folders(task.run.folder)
+    what = f"no step of the task is kept; {way} begins with it anew"
+    if folders:
+        what = f"step {max(folders):,} of {task.steps:,} is kept; {way} goes on"
+    if args.no_save:
+        what = "nothing is kept"
+    return explain_end(code, trainer, what), report
+
+
+def is_complete(code: int, run: RunFiles, last_step: int) -> bool:
+    """Whether the process that has ended with this exit code has made all steps of the run."""
+    status = run.summary()["status"] if run.json.exists() else ""
+    return code == 0 and status == "ok" and run.last_step() == last_step
+
+
+def explain_end(code: int, trainer: Trainer, what: str) -> int:
+    """Says why a run has not come to its end, or what is kept of it; returns the exit code."""
+    if code and not trainer.interrupted:
+        print(f"rnn_demo.py: error: {trainer.reason()}", file=sys.stderr)
+        return code
     print(f"interrupted: {what}", file=sys.stderr)
-    return (130 if trainer.interrupted else 0), report
+    return 130 if trainer.interrupted else 0
 
 
-def command(plan: Plan, epochs: int) -> str:
-    """What goes on with a run, up to so many epochs."""
+def command(load: str, run: RunFiles, args: argparse.Namespace, epochs: int = 0) -> str:
+    """What goes on with a run, up to so many epochs, or with the task that is learned then."""
     script = os.path.relpath(ROOT / "scripts" / "rnn_demo.sh")
-    words = ["bash", script, "--load", plan.run.run_id, "--epochs", str(epochs)]
-    log_dir = str(plan.run.folder.parent)
+    words = ["bash", script, "--load", load]
+    if epochs:
+        words += ["--epochs", str(epochs)]
+    elif args.load and args.run_id:
+        words += ["--run-id", args.run_id]
+    log_dir = str(run.folder.parent)
     if log_dir != (os.environ.get("LOG_DIR") or Config.log_dir):
         words += ["--log-dir", log_dir]
-    return shlex.join(words)
+    return shlex.join(words + rnn_rl.words_of(args))
 
 
 ########################################
@@ -463,18 +528,39 @@ def write(plan: Plan, args: argparse.Namespace, report: Report) -> None:
     """Says how training went and what it leaves, then what the model writes."""
     run = plan.run
     print(f"Done in {report.seconds:.1f}s | Best loss: {report.best:.6f}\n")
-    if args.no_save:
-        print("Nothing is kept (--no-save).\n")
-    else:
-        weights = run.folder / "model.safetensors"
-        print(f"Saved checkpoint to {weights} ({weights.stat().st_size / 1e6:.2f} MB)")
-        for step, folder in step_folders(run.folder).items() if args.save_every else ():
+    say_what_is_kept(run, args)
+    if args.save_every and not args.no_save:
+        for step, folder in step_folders(run.folder).items():
             print(f"  after epoch {step / plan.steps:g}: {folder}")
-        print()
+    print()
+    write_text(load_trained(str(run.folder)), args)
+    if not args.no_save and not args.do_rl:
+        way = command(run.run_id, run, args, 2 * plan.epochs)
+        print(f"next: {way}   # trains on", flush=True)
 
-    trained = load_trained(str(run.folder))
-    (file, *_) = sorted(glob.glob(trained.cfg.input_bin))
-    prompt = load_shard(file)[:1].tolist()
+
+def write_task(task: rnn_rl.Plan, args: argparse.Namespace, report: rnn_rl.Report) -> None:
+    """The same after reinforcement learning, with some answers."""
+    print(f"Done in {report.seconds:.1f}s\n")
+    say_what_is_kept(task.run, args)
+    print()
+    trained = load_trained(str(task.run.folder))
+    rnn_rl.print_answers(trained, task.lesson)
+    write_text(trained, args)
+
+
+def say_what_is_kept(run: RunFiles, args: argparse.Namespace) -> None:
+    if args.no_save:
+        print("Nothing is kept (--no-save).")
+        return
+    weights = run.folder / "model.safetensors"
+    print(f"Saved checkpoint to {weights} ({weights.stat().st_size / 1e6:.2f} MB)")
+
+
+def write_text(trained: Trained, args: argparse.Namespace) -> None:
+    """What the model writes after the first token of its text, or after none where that is gone."""
+    files = sorted(glob.glob(trained.cfg.input_val_bin))
+    prompt = load_shard(files[0])[:1].tolist() if files else encode_prompt(trained, "")
     print(f"Temperature: {args.temperature:g}")
     print(f"Generated ({args.gen_length} tokens):\n{RULE}")
     print(trained.tokenizer.decode(prompt), end="", flush=True)
@@ -482,8 +568,6 @@ def write(plan: Plan, args: argparse.Namespace, report: Report) -> None:
     for (new,) in stream(trained, [prompt], args.gen_length, **options):
         print(new, end="", flush=True)
     print(f"\n{RULE}", flush=True)
-    if not args.no_save:
-        print(f"next: {command(plan, 2 * plan.epochs)}   # trains on", flush=True)
 
 
 ########################################
@@ -503,7 +587,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("text", nargs="*", metavar="TEXT", help="text to learn, in quotes")
     add("--file", type=Path, help="file with the text")
     add("--tokenizer", default="chars", help="chars, bytes, gpt2 or a tokenizer.json (chars)")
-    add("--epochs", type=number(int, 1, 10**7), default=500, help="passes over the text (500)")
+    add("--epochs", type=number(int, 0, 10**7), help=f"passes over the text ({EPOCHS})")
     add("--log-every", type=number(int, 1), default=25, help="epochs between lines (25)")
     add("--temperature", type=number(float, 0, 1e6), default=0.8, help="of what it writes (0.8)")
     add("--gen-length", type=number(int, 1, 10**7), default=100, help="tokens it writes (100)")
@@ -519,6 +603,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--run-id", help="name of the run")
     add("--log-dir", help="LOG_DIR: folder of the runs (logs)")
     add("--load", metavar="RUN", help="go on with a run or one of its checkpoints, up to --epochs")
+    rnn_rl.add_options(parser)
     args = parser.parse_args(argv)
     words = args.text
     args.text = words[0] if words else None
@@ -527,6 +612,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         problem = f"argument TEXT: expected one, in quotes, found {len(words)}: quote it"
     if problem:
         parser.error(problem)
+    if args.epochs is None and not rnn_rl.is_alone(args):
+        args.epochs = EPOCHS
     return args
 
 
@@ -536,15 +623,18 @@ def option_problem(args: argparse.Namespace) -> str | None:
         return "argument --file: expected no TEXT beside it, found both: leave one out"
     if args.fast_mode and (args.experts or args.top_k):
         return "argument --fast-mode: expected no --experts or --top-k, for it has none: leave out"
+    is_alone = rnn_rl.is_alone(args)
+    if args.epochs == 0 and not is_alone:
+        return "argument --epochs: expected 1 to 10000000, found 0"
     if not args.load:
-        return None
+        return rnn_rl.option_problem(args)
     is_step = re.fullmatch(r"step_\d+", Path(args.load).name)
     others = {
         "TEXT": args.text is not None,
         "--file": args.file,
         "--tokenizer": args.tokenizer != "chars",
         "--no-save": args.no_save,
-        "--run-id": args.run_id and not is_step,
+        "--run-id": args.run_id and not is_step and not is_alone,
     }
     found = [name for name, value in others.items() if value]
     if found:
@@ -552,17 +642,35 @@ def option_problem(args: argparse.Namespace) -> str | None:
             f"argument --load: expected no {found[0]}, for a run goes on with its own text under "
             f"its own name: leave it out (INIT_FROM={args.load} starts a new run with its weights)"
         )
-    return None
+    return rnn_rl.option_problem(args)
 
 
 def demo(args: argparse.Namespace) -> int:
     """Trains and writes; returns the exit code. Raises ConfigError, DataError, OSError."""
     check_environment()
+    if rnn_rl.is_alone(args):
+        return demo_task(rnn_rl.loaded_plan(args), args, args.load)
     with tempfile.TemporaryDirectory() if args.no_save else contextlib.nullcontext() as place:
         plan = loaded_plan(args) if args.load else new_plan(args, place and Path(place))
         code, report = train(plan, args)
         if code == 0 and math.isfinite(report.best):
             write(plan, args, report)
+        if code == 0 and plan.task:
+            print()
+            return demo_task(plan.task, args, plan.run.run_id)
+    return code
+
+
+def demo_task(task: rnn_rl.Plan, args: argparse.Namespace, base: str) -> int:
+    """Learns a task with the model of `base`, and writes; returns the exit code."""
+    print(
+        f"Learning {task.lesson.cfg.task} by rewards, as {task.run.run_id}: steps {task.steps:,}, "
+        f"of {rnn_rl.PROMPTS} prompts each; before them a warm-up on right answers.",
+        flush=True,
+    )
+    code, report = learn_task(task, args, base)
+    if code == 0:
+        write_task(task, args, report)
     return code
 
 

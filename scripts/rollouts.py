@@ -76,8 +76,8 @@ def make_lesson(cfg: RLConfig, tokenizer: Tokenizer, context: float) -> Lesson:
     return lesson
 
 
-def check_characters(task: Task, tokenizer: Tokenizer) -> None:
-    """Raises DataError where a vocabulary lacks characters of a task."""
+def missing_characters(task: Task, tokenizer: Tokenizer) -> str:
+    """Those of a task that a vocabulary lacks."""
     missing = ""
     for character in dict.fromkeys(task.characters):
         try:
@@ -85,6 +85,12 @@ def check_characters(task: Task, tokenizer: Tokenizer) -> None:
         except DataError:
             is_known = False
         missing += "" if is_known else character
+    return missing
+
+
+def check_characters(task: Task, tokenizer: Tokenizer) -> None:
+    """Raises DataError where a vocabulary lacks characters of a task."""
+    missing = missing_characters(task, tokenizer)
     if missing:
         raise DataError(
             f"the vocabulary has no {missing!r}, which the task writes; choose a model whose "

@@ -1,5 +1,6 @@
 """scripts/rnn_demo.py: a text is learned, what it prints, what it leaves, and what it refuses."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -14,9 +15,11 @@ import pytest
 from safetensors.torch import load_file
 
 import rnn_demo
+import rnn_rl
 import tokenization
 from harness.contract import ConfigError, DataError
 from harness.settings import ROOT
+import train_rl
 from train_gpt import Config, ShardLoader
 
 PANGRAM = "the quick brown fox jumps over the lazy dog. "
@@ -214,6 +217,109 @@ def test_a_curve_is_read_as_it_grows(tmp_path):
     ]
 
 
+STEP = r"^Step +(\d+) \| Reward: (\d\.\d{4}) \| Right: \d+\.\d% \| Time: \d+\.\ds$"
+
+
+def held_out(out):
+    """[(when, percent that is right, its interval's ends, prompts)] as they were printed."""
+    percent = r"(\d+\.\d)%"
+    line = rf"^Held out, (\w+): {percent} right \({percent} to {percent}\) of (\d+) prompts"
+    return re.findall(line, out, re.M)
+
+
+def test_a_task_is_learned_after_the_text(capsys, monkeypatch):
+    """Interrupted on the way; what is printed is what the run's records have."""
+    monkeypatch.setattr(rnn_rl, "WARM_UP", ["--warm-up-steps", "0", "--held-out", "30"])
+    monkeypatch.setattr(rnn_rl, "PROMPTS", 2)
+    original = rnn_rl.Report.add
+
+    def interrupt(report, point):
+        original(report, point)
+        if point["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    argv = [PANGRAM + ":\n", *SMALL, "--epochs", "2", "--run-id", "fox", "--log-dir", "runs"]
+    options = ["--do-rl", "--rl-length", "1", "--rl-episodes", "59", "--rl-learning-rate", "0.002"]
+    with monkeypatch.context() as patch:
+        patch.setattr(rnn_rl.Report, "add", interrupt)
+        assert rnn_demo.main([*argv, *options]) == 130
+    out, err = capsys.readouterr()
+    kept = int(re.search(r"^interrupted: step (\d+) of 30 is kept; ", err, re.M)[1])
+    assert err.endswith(f"rnn_demo.sh --load fox --log-dir runs {' '.join(options)} goes on\n")
+    assert [epoch for epoch, _ in epochs(out)] == [2] and out.count("\nGenerated (100 ") == 1
+    assert "next:" not in out and out.index("Done") < out.index("Held out, before")
+
+    argv = ["--load", "fox", "--epochs", "0", "--log-dir", "runs", *options]
+    assert rnn_demo.main(argv) == 0
+    out += capsys.readouterr().out
+    assert len(epochs(out)) == 1 and out.count("\nGenerated (100 tokens):\n") == 2
+    steps = re.findall(STEP, out, re.M)
+    assert [int(step) for step, _ in steps] == [s for s in range(3, 31, 3) if s != kept]
+    points = csv.DictReader(Path("runs/fox-rl.csv").read_text().splitlines())
+    rewards = [float(point["reward"]) for point in points if point["reward"]]
+    for step, reward in steps[1:]:
+        assert float(reward) == pytest.approx(sum(rewards[int(step) - 3 : int(step)]) / 3, abs=1e-4)
+
+    summary = json.loads(Path("runs/fox-rl.json").read_text())
+    assert (summary["task"], summary["length"], summary["lr"]) == ("copy", 1, 0.002)
+    assert (summary["from_checkpoint"], summary["num_iterations"]) == ("runs/fox", 30)
+    assert [when for when, *_ in held_out(out)] == ["before", "after"]
+    for (_, *percents, prompts), suffix in zip(held_out(out), ("_before", "")):
+        names = ("pass_at_1", "pass_at_1_low", "pass_at_1_high")
+        assert percents == [f"{100 * summary[name + suffix]:.1f}" for name in names]
+        assert int(prompts) == summary["val_prompts"]
+    answers = re.findall(r"^  ([a-z]): -> '(.*?)' +(right$|wrong, \1 is right$)", out, re.M)
+    assert len(answers) == min(5, summary["val_prompts"])
+    assert all((prompt == text) == (verdict == "right") for prompt, text, verdict in answers)
+    assert rnn_demo.main(argv) == 2
+    assert "--do-rl: runs/fox-rl.txt has finished; --run-id" in capsys.readouterr().err
+
+
+def test_settings_of_the_text_are_not_those_of_the_task(monkeypatch):
+    """They come with the weights; a machine's, labels and where records go are both runs'."""
+    for name, value in {"LR": "0.03", "N_EMBD": "48", "BATCH_SIZE": "2", "NOTE": "x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("INIT_FROM", "other")
+    made, cfg = plan("abc", "--tokenizer", "bytes", "--do-rl", "--run-id", "both")
+    env = made.task.env
+    assert cfg.init_from == "other" and cfg.n_embd == 48
+    assert not {"LR", "N_EMBD", "INIT_FROM", "PRESET", "INPUT_BIN"} & env.keys()
+    assert (env["DEVICE"], env["NOTE"], env["BATCH_SIZE"]) == ("cpu", "x", "64")
+    assert (env["RUN_ID"], env["LOG_DIR"]) == ("both-rl", "logs")
+    words = made.task.words
+    assert words[words.index("--lr") + 1] == "0.015" and made.task.steps == 100
+
+
+def test_what_is_not_kept_lies_in_one_folder(tmp_path):
+    """Also the vocabulary, which train_rl.py writes into a folder where it runs."""
+    place = tmp_path / "place"
+    args = rnn_demo.parse_args(["abc", "--tokenizer", "bytes", "--no-save", "--do-rl"])
+    task = rnn_demo.new_plan(args, place).task
+    assert task.place == place and task.words[1].startswith(f"{place}/logs/")
+    assert {task.env["LOG_DIR"], task.env["RESULTS_CSV"]} == {
+        f"{place}/logs",
+        f"{place}/results.csv",
+    }
+    assert not train_rl.DATA.is_absolute()
+
+
+def test_lines_of_a_task_are_means_of_their_steps(capsys):
+    report = rnn_rl.Report(rnn_rl.Plan(None, 15, 2, None, [], {}, None))
+    for line in ("warm_up:0/9 right:0.000", "warm_up:1/9 loss:2.5 right:0.25"):
+        assert report.read(line) is None
+    report.read("[RL] step:0/15 held_out:20 pass@1:0.5000 (0.2993 to 0.7007) sampled_pass@1:0.1")
+    for step, right in enumerate((1.0, 1.0, 0.25, 0.5, 0.0), start=1):
+        assert report.read(f"[RL] step:{step}/15 reward:{right}") == step
+        report.add({"step": step, "train_time": step / 2, "reward": right / 2, "exact": right})
+    assert capsys.readouterr().out == (
+        "Warm-up    0 | Right: 0.0%\n"
+        "Warm-up    1 | Loss: 2.500000 | Right: 25.0%\n"
+        "Held out, before: 50.0% right (29.9% to 70.1%) of 20 prompts that are never trained on\n"
+        "Step     4 | Reward: 0.1875 | Right: 37.5% | Time: 2.0s\n"
+    )
+
+
 MISTAKES = [
     ([""], "expected two different characters or more, found none"),
     (["aaaa"], "expected two different characters or more, found only 'a'"),
@@ -236,6 +342,14 @@ MISTAKES = [
     (["--load", "nowhere"], "nowhere: expected a run id"),
     (["abc", "--load", "nowhere"], "argument --load: expected no TEXT"),
     (["--load", "nowhere", "--no-save"], "argument --load: expected no --no-save"),
+    (["--load", "nowhere", "--epochs", "0"], "argument --epochs: expected 1 to 10000000, found 0"),
+    (["--load", "nowhere", "--do-rl", "--no-save"], "argument --load: expected no --no-save"),
+    (["--load", "nowhere", "--do-rl"], "nowhere: expected a run id"),
+    (["abc", "--rl-episodes", "9"], "argument --rl-episodes: expected --do-rl beside it"),
+    (["--do-rl", "--rl-task", "arithmetic"], "--rl-task arithmetic: the vocabulary has no '012345"),
+    (["--do-rl", "--rl-task", "sorting"], "argument --rl-task: invalid choice: 'sorting'"),
+    (["abc", "--do-rl", "--tokenizer", "bytes", "--run-id", 98 * "a"], "RUN_ID=aaa"),
+    ([PANGRAM + ":", "--do-rl"], "neither an end token nor a new line"),
 ]
 
 
