@@ -115,7 +115,7 @@ def read_results(path: Path = RESULTS) -> pd.DataFrame:
             one = wrong.iloc[0]
             raise ValueError(f"{path}: {name} of {one.run_id} is {one[name]!r}, no number")
         rows[name] = numbers
-    return rows
+    return rows.copy()  # in one piece, or pandas warns of many
 
 
 def source_here() -> str:
