@@ -34,19 +34,31 @@ def find_folder(checkpoint: str, log_dir: str = "logs") -> Path:
     """The folder with the weights that a run id, a run's folder or a step's folder stands for.
 
     Of a run these are those of its end, else of its newest checkpoint that is whole. Raises
-    ConfigError.
+    ConfigError, also for a checkpoint outside `log_dir`, for it could be a pickle.
     """
     for path in (Path(checkpoint), Path(log_dir) / checkpoint):
         if path.is_file():
             raise ConfigError(f"{path} is a file; name the folder that it lies in")
-        if (path / "model.safetensors").is_file() or (path / "run.json").is_file():
+        if (path / "model.safetensors").is_file():
             return path
+        if (path / "run.json").is_file():
+            return trusted(path, log_dir)
         for step in reversed(step_folders(path).values()):  # of a run that has not finished
             if not defect(step):
-                return step
+                return trusted(step, log_dir)
     raise ConfigError(
         f"{checkpoint}: expected a run id, a run's folder or one of its step_<number> folders, "
         f"found no weights there; {choices(checkpoint, Path(log_dir))}"
+    )
+
+
+def trusted(folder: Path, log_dir: str) -> Path:
+    """The folder of a checkpoint. Raises ConfigError where it lies outside `log_dir`."""
+    if Path(log_dir).resolve() in folder.resolve().parents:
+        return folder
+    raise ConfigError(
+        f"{folder} lies outside LOG_DIR={log_dir}, and from elsewhere only model.safetensors is "
+        "read; if you trust it, name the folder of its runs as LOG_DIR, or by --log-dir"
     )
 
 
@@ -109,19 +121,25 @@ def as_environment(cfg: Config) -> dict[str, str]:
 
 
 def read_weights(model: GPT, folder: Path) -> None:
-    """Fills a model from a folder that find_folder has found. Raises ConfigError."""
+    """Fills a model from a folder that find_folder has found. Raises ConfigError.
+
+    Of a model on the meta device it is only known then that this can be done.
+    """
     import torch.distributed.checkpoint as dcp
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    is_check = next(model.parameters()).is_meta
     try:
         if (folder / "model.safetensors").is_file():
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            model.load_state_dict(load_file(folder / "model.safetensors"), assign=is_check)
             return
         problem = defect(folder)
         if problem:
             raise ConfigError(f"{folder} is damaged: {problem}; name another checkpoint")
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        if is_check:
+            weights = {n: torch.empty_like(t, device="cpu") for n, t in weights.items()}
         with warnings.catch_warnings(action="ignore"):  # that this process is alone
             dcp.load(weights, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     except (OSError, SafetensorError, RuntimeError, dcp.CheckpointException) as error:

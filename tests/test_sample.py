@@ -55,11 +55,11 @@ def test_all_names_of_a_checkpoint_are_the_same_model(logs):
     wanted = last.model(tokens)
     names = [logs / "poem", logs / "poem/step_000060"]
     for name in names:
-        trained = load_model.load_trained(str(name))
+        trained = load_model.load_trained(str(name), logs)
         assert torch.equal(trained.model(tokens), wanted), name
         assert trained.folder == name and trained.tokenizer.decode(TEXT.encode()) == TEXT
         assert not trained.model.training
-    middle = load_model.load_trained(str(logs / "poem/step_000030"))
+    middle = load_model.load_trained(str(logs / "poem/step_000030"), logs)
     assert not torch.allclose(middle.model(tokens), wanted, atol=1e-3)
     state = last.model.blocks[0].ffn.router_state
     assert state.abs().max() > 0, "routers keep the bias that they were trained with"
@@ -74,11 +74,11 @@ def test_a_run_that_did_not_finish_and_only_its_folder(logs, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-100])
     assert load_model.find_folder("cut", tmp_path / "logs").name == "step_000030"
     with pytest.raises(ConfigError, match="step_000060 is damaged: __0_0.distcp is not what was"):
-        load_model.load_trained(str(damaged.parent))
+        load_model.load_trained(str(damaged.parent), tmp_path / "logs")
 
-    alone = tmp_path / "elsewhere"
+    alone = tmp_path / "logs/alone"
     shutil.copytree(logs / "poem/step_000030", alone)
-    trained = load_model.load_trained(str(alone))
+    trained = load_model.load_trained("alone", tmp_path / "logs")
     assert trained.tokenizer.encode("ab").tolist() == [97, 98]
 
 

@@ -21,8 +21,10 @@ import torch._dynamo  # noqa: F401  makes every model on the meta device load it
 from conftest import Job, launch, points, summary
 
 from harness.checkpoints import Checkpoints, defect
+from harness.contract import ConfigError
 from harness.files import sha256sum
 from harness.settings import ROOT, redact, secrets_of
+from load_model import load_trained
 import train_gpt
 
 MARK = "Zq7xCanary"
@@ -646,3 +648,26 @@ def test_a_checkpoint_whose_metadata_was_replaced_is_set_aside_unread(trained, b
         hashlib.sha256((folder / "step_000008/.metadata").read_bytes()).digest()
         != hashlib.sha256(text).digest()
     )
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "run", "link", "weights"])
+def test_scripts_unpickle_nothing_from_outside_log_dir(trained, tmp_path, bomb, kind):
+    """What sample.py, evaluate_model.py, export.py, rnn_demo.py and train_rl.py read models by."""
+    sentinel, text = bomb
+    run = shutil.copytree(trained["LOG_DIR"] / "toy", tmp_path / "elsewhere")
+    step = max(run.glob("step_*"))
+    hide_in_checkpoint(step, text)
+    (run / "model.safetensors").write_bytes(text)
+    name = step
+    if kind == "run":
+        (run / "model.safetensors").unlink()
+        name = run
+    elif kind == "link":
+        name = trained["LOG_DIR"] / "link"
+        name.symlink_to(step)
+    elif kind == "weights":
+        name = run
+    words = "does not hold the weights" if kind == "weights" else "lies outside LOG_DIR="
+    with pytest.raises(ConfigError, match=words):
+        load_trained(str(name), trained["LOG_DIR"], "cpu")
+    assert not sentinel.exists()
