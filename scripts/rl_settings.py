@@ -84,6 +84,17 @@ class RLConfig(Config):
         known = Arithmetic.operations
         if not self.operators or not set(self.operators) <= set(known):
             raise ConfigError(f"--operators {self.operators!r}: expected some of {''.join(known)}")
+        longest = TASKS[self.task].longest
+        if self.length > longest:
+            raise ConfigError(
+                f"--length {self.length}: --task {self.task} has prompts up to length {longest}"
+            )
+
+    def spelled(self, name: str) -> str:
+        """A setting as a variable, an option as an option."""
+        if name in OWN:
+            return f"{option_of(name)} {getattr(self, name)}"
+        return super().spelled(name)
 
     def options(self) -> dict:
         """The options that are no settings of the trainer: {field: value}."""

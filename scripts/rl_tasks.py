@@ -25,6 +25,7 @@ class Task:
 
     characters = ""
     usual_length = 1  # where --length does not say
+    longest = 2**20
 
     def __init__(self, operators: str = "+-*"):
         self.operators = operators
@@ -85,6 +86,8 @@ class Reverse(Strings):
 
 class Arithmetic(Task):
     """3+5= -> 8, with numbers of up to `length` digits and one of the operators."""
+
+    longest = 18  # numbers are drawn as 64 bits
 
     operations = {
         "+": lambda a, b: a + b,

@@ -73,6 +73,7 @@ def make_lesson(cfg: RLConfig, tokenizer: Tokenizer, context: float) -> Lesson:
             f"a prompt of {longest} tokens and an answer of {lesson.most} do not fit into "
             f"SEQUENCE_LENGTH={context}; lower --length {cfg.length} or --max-new-tokens"
         )
+    fitting_prompt(lesson, context, np.random.default_rng(0), cfg.length)  # whether there is one
     return lesson
 
 
@@ -229,11 +230,18 @@ def roll_out(model: GPT, lesson: Lesson, step: int, length: int, rank: int, worl
 def step_prompt(lesson: Lesson, context: float, step: int, place: int, length: int) -> str:
     """The prompt at a place of a step. Raises ConfigError where none fits into the context."""
     rng = np.random.default_rng((lesson.cfg.seed, PROMPT, step, place))
+    return fitting_prompt(lesson, context, rng, length)
+
+
+def fitting_prompt(lesson: Lesson, context: float, rng: np.random.Generator, length: int) -> str:
+    """A prompt that is not held out and leaves room for an answer. Raises ConfigError."""
     for _ in range(100):
         try:
             prompt = training_prompt(lesson.task, rng, length)
         except ValueError as error:
-            raise ConfigError(f"--task {lesson.cfg.task}: {error}; choose another") from None
+            raise ConfigError(
+                f"--task {lesson.cfg.task}: {error}; choose another --length"
+            ) from None
         if len(lesson.encode(prompt)) + lesson.most <= context:
             return prompt
     raise ConfigError(

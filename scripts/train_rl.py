@@ -42,17 +42,19 @@ from harness.source import source_hash
 from load_model import as_environment, find_folder, read_settings, read_tokenizer, read_weights
 from prepare_data import about
 from rl_settings import (
+    OWN,
     PRESET,
     SLOWER,
     RLConfig,
     add_options,
+    option_of,
     scaled_rates,
     supervised,
     with_options,
 )
-from rl_tasks import TASKS, training_prompt
+from rl_tasks import TASKS
 from rollouts import TEXT, WARM_UP, Batch, Lesson, Rollouts, answer_held_out, chances_of
-from rollouts import draw_answers, make_lesson, roll_out, token_logprobs
+from rollouts import draw_answers, fitting_prompt, make_lesson, roll_out, token_logprobs
 from train_gpt import GPT, Config, ShardLoader, State, build_optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,14 +134,22 @@ def prepare(given: Mapping[str, Any], env: Mapping[str, str]) -> Start:
         "input_bin": f"{vocabulary_folder(tokenizer)}/*.bin",
         "compile": "0",  # sizes differ from step to step
     }
+    if not folder:
+        changes["input_val_bin"] = changes["input_bin"]  # there are none: right answers are read
     if cfg.warm_up_steps < 0:
         changes["warm_up_steps"] = 0 if folder else WARM_UP_STEPS
     cfg = train_gpt.resolve(dataclasses.replace(cfg, **changes))
-    with torch.device("meta"):
-        context = GPT(cfg).context
-    lesson = make_lesson(cfg, tokenizer, context)
+    lesson = make_lesson(cfg, tokenizer, empty_model(cfg).context)
+    if folder:
+        read_weights(empty_model(cfg), folder)  # before anything is written
     val_loader = language_data(cfg) if folder else None
     return Start(lesson, folder, val_loader, supervised(trainer, cfg), asked.changes_text())
+
+
+def empty_model(cfg: RLConfig) -> GPT:
+    """A model without numbers or memory."""
+    with torch.device("meta"):
+        return GPT(cfg)
 
 
 def settings_of(folder: Path, env: Mapping[str, str]) -> Config:
@@ -183,11 +193,19 @@ def vocabulary_folder(tokenizer: tokenization.Tokenizer) -> Path:
 
 
 def write_vocabulary(tokenizer: tokenization.Tokenizer) -> None:
-    """What checkpoints copy, so that other scripts can read what a model writes."""
+    """What checkpoints copy, so that other scripts can read what a model writes.
+
+    Raises ConfigError.
+    """
     folder = vocabulary_folder(tokenizer)
     record = {"source": "scripts/train_rl.py", "tokenizer": tokenizer.kind} | about(tokenizer)
-    write_whole(folder / "tokenizer.json", tokenizer.to_json())
-    write_whole(folder / "index.json", dump(record))
+    try:
+        write_whole(folder / "tokenizer.json", tokenizer.to_json())
+        write_whole(folder / "index.json", dump(record))
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the vocabulary cannot be written there ({error}); start from another folder"
+        ) from None
 
 
 def make_plan(start: Start, ranks: Ranks) -> dict[str, Any]:
@@ -216,6 +234,23 @@ def make_plan(start: Start, ranks: Ranks) -> dict[str, Any]:
         "val_prompts": len(lesson.held_out),
         "steps": cfg.num_iterations,  # as the option is called
     }
+
+
+def cautions(env: Mapping[str, str], lesson: Lesson) -> list[str]:
+    """A sentence for everything that is allowed and hardly meant."""
+    cfg, sentences = lesson.cfg, train_gpt.cautions(env, lesson.cfg)
+    for name in OWN:
+        if env.get(name.upper()):
+            sentences.append(f"{name.upper()} is no setting; the option is {option_of(name)}")
+    if cfg.group_size == 1:
+        sentences.append("--group-size 1: a group of one has no mean to exceed; nothing is learned")
+    answers = [lesson.encode(lesson.task.answer(prompt)) for prompt in lesson.held_out]
+    needed = min(map(len, answers)) + 1
+    if lesson.most < needed:
+        sentences.append(
+            f"--max-new-tokens {lesson.most}: a right answer with its end has {needed} or more"
+        )
+    return sentences
 
 
 ########################################
@@ -309,7 +344,8 @@ def warm_up(state: State, lesson: Lesson, supervised: RLConfig, run: Run) -> Non
                 break
         if run.poll(0):
             return
-        texts = [warm_up_text(lesson, step, ranks.rank * own + i) for i in range(own)]
+        first, context = ranks.rank * own, state.model.context
+        texts = [warm_up_text(lesson, context, step, first + i) for i in range(own)]
         rows = Batch.of(texts, [[]] * own, lesson.end, state.model.embed.device).tokens
         state.model.train()
         stats = train_gpt.train_step(state, supervised, rows[:, :-1], rows[:, 1:])
@@ -330,18 +366,18 @@ def advice(right: float) -> str:
     return "little is left to learn; lower --warm-up-until, or raise --length"
 
 
-def warm_up_text(lesson: Lesson, step: int, row: int) -> list[int]:
+def warm_up_text(lesson: Lesson, context: float, step: int, row: int) -> list[int]:
     """A prompt that is not held out with its right answer."""
-    return lesson.text(warm_up_prompt(lesson, TEXT, step, row))
+    return lesson.text(warm_up_prompt(lesson, context, TEXT, step, row))
 
 
-def warm_up_prompt(lesson: Lesson, *key: int) -> str:
+def warm_up_prompt(lesson: Lesson, context: float, *key: int) -> str:
     """A prompt that is not held out, by this key; before a curriculum of any length up to the
     longest."""
     cfg = lesson.cfg
     rng = np.random.default_rng((cfg.seed, *key))
     length = int(rng.integers(1, cfg.length + 1)) if cfg.curriculum else cfg.length
-    return training_prompt(lesson.task, rng, length)
+    return fitting_prompt(lesson, context, rng, length)
 
 
 def pass_rate(model: GPT, lesson: Lesson, step: int, ranks: Ranks) -> float:
@@ -350,7 +386,7 @@ def pass_rate(model: GPT, lesson: Lesson, step: int, ranks: Ranks) -> float:
     right = torch.zeros(1)
     numbers = range(ranks.rank, WARM_UP_SAMPLES, ranks.world_size)
     keys = [(WARM_UP, step, number) for number in numbers]
-    prompts = [warm_up_prompt(lesson, *key, 0) for key in keys]
+    prompts = [warm_up_prompt(lesson, model.context, *key, 0) for key in keys]
     tokens = [lesson.encode(prompt) for prompt in prompts]
     chances = chances_of(lesson, *keys)
     answers = draw_answers(model, lesson, tokens, list(range(len(prompts))), chances)
@@ -403,9 +439,9 @@ def describe(rollouts: Rollouts, has_signal: Tensor) -> dict[str, float]:
 def silence(figures: Mapping[str, float]) -> str:
     """Why nothing is learned from the answers of a step, and what to do."""
     exact = figures.get("exact")
-    if exact is None:
-        return "no answer could be judged; see the task's method reward"
-    if exact > 0.5:
+    if exact is None or (figures.get("unscored") and not exact):
+        return "no answer that ended could be judged; see the task's method reward"
+    if exact > LEARNED:
         return "all answers are right, nothing is left to learn; raise --length"
     if figures["ended"] == 0:
         return "no answer comes to its end; raise --max-new-tokens or --warm-up-steps"
@@ -659,9 +695,18 @@ def train(start: Start, run: Run) -> Learner:
 ########################################
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line."""
+
+    def error(self, message: str) -> None:
+        if "=" in message.rpartition(" ")[2]:
+            message += "; settings go before: LR=0.003 python scripts/train_rl.py"
+        self.exit(2, f"{self.prog}: error: {message}; --help says which options there are\n")
+
+
 def parse_args(argv: list[str]) -> dict[str, Any]:
     """The options that were given. Exits with code 2 and one sentence for those that are none."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train_rl.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -677,7 +722,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     with Run(RLConfig, env, SOURCE) as run:
         start = prepare(given, env)
         cfg = start.lesson.cfg
-        plan, warnings = make_plan(start, run.ranks), train_gpt.cautions(env, cfg)
+        plan, warnings = make_plan(start, run.ranks), cautions(env, start.lesson)
         if cfg.dry_run:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr)

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import Job, launch, points, row, summary
+from conftest import Job, launch, points, row, summary, write_shard
 from safetensors.torch import load_file
 
 import rl_tasks
@@ -170,7 +170,7 @@ class Broken(Strings):
     "options, why",
     [
         ({"max-new-tokens": 1}, "answers earn nothing, or all the same; raise"),
-        ({"task": "broken", "max-new-tokens": 9}, "answers earn nothing, or all the same; raise"),
+        ({"task": "broken", "max-new-tokens": 9}, "no answer that ended could be judged"),
         ({"group-size": 1, "shaping": "prefix"}, "answers earn nothing, or all the same; raise"),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_run_says_when_nothing_can_be_learned(env, monkeypatch, options, why):
 @pytest.mark.parametrize(
     "figures, why",
     [
-        ({"ended": 1}, "no answer could be judged; see the task's method reward"),
+        ({"ended": 1}, "no answer that ended could be judged; see the task's method reward"),
         ({"ended": 1, "exact": 1}, "all answers are right, nothing is left to learn"),
         ({"ended": 0, "exact": 0}, "no answer comes to its end; raise --max-new-tokens"),
         ({"ended": 1, "exact": 0}, "answers earn nothing, or all the same; raise"),
@@ -228,6 +228,9 @@ def test_a_trained_model_serves_other_scripts_and_goes_on_with_another_task(env)
     run(env)
     trained = load_trained("toy", str(env["LOG_DIR"]))
     assert trained.tokenizer.decode(trained.tokenizer.encode("3+5=abc>")) == "3+5=abc>"
+    data = env["LOG_DIR"].with_name("data") / "fineweb10B"
+    data.mkdir()  # the trainer's default: of another vocabulary, and nothing to this model
+    write_shard(data / "fineweb_val_000000.bin", [50_000] * 20_000)
     env |= {"LR": ""}  # as the checkpoint has it
     made = run(
         env | {"RUN_ID": "next"}, **{"from": "toy", "task": "reverse", "warm-up-steps": None}
@@ -307,7 +310,8 @@ def test_ranks_change_no_result(env):
         ({}, {"length": 30}, 2, "do not fit into SEQUENCE_LENGTH=24; lower --length 30"),
         ({}, {"operators": "/", "task": "arithmetic"}, 2, "--operators '/': expected some of +-*"),
         ({}, {"steps": 0}, 2, "NUM_ITERATIONS=0: must lie between 1"),
-        ({}, {"temperature": 0}, 2, "TEMPERATURE=0.0: must lie between 0.001"),
+        ({}, {"temperature": 0}, 2, "--temperature 0.0: must lie between 0.001"),
+        ({}, {"length": 19, "task": "arithmetic"}, 2, "has prompts up to length 18"),
         ({}, {"from": "nobody"}, 2, "nobody: expected a run id"),
         ({"INPUT_BIN": "x"}, {}, 2, "INPUT_BIN=x: expected it not to be set, for --task says"),
         ({"VOCAB_SIZE": 9}, {}, 2, "VOCAB_SIZE=9: the vocabulary has 43; unset it"),
@@ -324,16 +328,98 @@ def test_refusals_are_one_sentence(env, settings, options, code, sentence):
 
 def test_checkpoints_that_cannot_begin_a_run(env):
     run(env)
-    (env["LOG_DIR"] / "toy" / "tokenizer.json").unlink()
-    for settings, sentence in (
-        ({}, "has no tokenizer.json that can be read; copy that of its dataset there"),
-        ({"N_LAYER": 5}, "N_LAYER=5: the model of --from has 2; unset N_LAYER"),
+    for settings, damaged, sentence in (
+        ({}, "model.safetensors", "does not hold the weights of this train_gpt.py's model"),
+        ({}, "tokenizer.json", "has no tokenizer.json that can be read; copy that of its"),
+        ({"N_LAYER": 5}, "tokenizer.json", "N_LAYER=5: the model of --from has 2; unset N_LAYER"),
     ):
+        (env["LOG_DIR"] / "toy" / damaged).write_bytes(b"{")
         codes, output = launch(env | {"RUN_ID": "next"} | settings, main=main({"from": "toy"}))
         assert codes == [2] and sentence in output, output
+        assert not (env["LOG_DIR"] / "next.txt").exists()
 
 
 def test_a_run_goes_on_with_its_own_options_only(env):
     run(env)
     codes, output = launch(env | {"RESUME": "auto"}, main=main({"group-size": 6, "kl": 0.5}))
     assert codes == [2] and "GROUP_SIZE 5 -> 6, KL 0.0 -> 0.5; set them back" in output
+
+
+def texts(env):
+    return {name: str(value) for name, value in env.items()}
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'; --help says which"),
+        (["--task", "sort"], "invalid choice: 'sort' (choose from 'copy', 'reverse', 'arithm"),
+        (["--len", "3"], "unrecognized arguments: --len 3; --help says which options there are"),
+        (["LR=1"], "unrecognized arguments: LR=1; settings go before: LR=0.003 python scripts/"),
+    ],
+)
+def test_wrong_options_are_one_line(env, capsys, words, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        train_rl.main(words, texts(env))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line and not env["LOG_DIR"].exists()
+
+
+def test_what_is_in_vain_is_told(env, capsys):
+    settings = texts(env | {"DRY_RUN": 1, "TASK": "reverse"})
+    options = {"group-size": 1, "max-new-tokens": 3}
+    assert main(options)(settings) == 0
+    captured = capsys.readouterr()
+    assert "\ntask:copy\n" in captured.out and captured.err.splitlines() == [
+        "warning: TASK is no setting; the option is --task",
+        "warning: --group-size 1: a group of one has no mean to exceed; nothing is learned",
+        "warning: --max-new-tokens 3: a right answer with its end has 4 or more",
+    ]
+    del settings["TASK"]
+    assert main({"group-size": 2, "max-new-tokens": 4})(settings) == 0
+    assert not capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(env, capsys):
+    env["LOG_DIR"].with_name("data").touch()
+    assert main({})(texts(env)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("config: data/rl/") and line.endswith("; start from another folder")
+    assert not (env["LOG_DIR"] / "toy.txt").exists()
+
+
+class AllHeldOut(Strings):
+    """Its prompts have one key, which is held out: there is nothing to train on."""
+
+    mark = ":"
+
+    def answer(self, prompt):
+        return prompt[:-1]
+
+    def key(self, prompt):
+        return "c"
+
+
+def test_a_task_without_prompts_to_train_on(env, capsys, monkeypatch):
+    assert rl_tasks.is_held_out(AllHeldOut(), "abc:")
+    monkeypatch.setitem(rl_tasks.TASKS, "all", AllHeldOut)
+    assert main({"task": "all"})(texts(env)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--task all: all of 1000 prompts of length 3 are held out; choose another" in line
+    assert not (env["LOG_DIR"] / "toy.txt").exists()
+
+
+def test_the_stop_file_ends_a_run_which_goes_on(env, monkeypatch):
+    run(env)
+    original = train_rl.take_step
+
+    def asked(learner, lesson, at):
+        if at.step == 1:
+            at.records.files.stop.touch()
+        original(learner, lesson, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rl, "take_step", asked)
+        assert run(env | {"RUN_ID": "asked"})["status"] == "stopped"
+    assert run(env | {"RUN_ID": "asked", "RESUME": "auto"})["status"] == "ok"
+    assert curve(env, "asked") == curve(env)

@@ -90,7 +90,11 @@ class Settings:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:
-                    raise ConfigError(f"{name.upper()}={value}: must lie between {low} and {high}")
+                    raise ConfigError(f"{self.spelled(name)}: must lie between {low} and {high}")
+
+    def spelled(self, name: str) -> str:
+        """A field with its value as a user gives it."""
+        return f"{name.upper()}={getattr(self, name)}"
 
     def require(self, sound: Any, name: str, needed: str) -> None:
         """Raises ConfigError that the field `name` needs something, unless that is so."""
