@@ -26,14 +26,15 @@ OPENING = """%matplotlib inline
 %cd -q ..
 import sys
 sys.path.insert(0, "scripts")
-import pandas as pd
 from IPython.display import Markdown, display
 import make_tables, plot_ablation
 from stages import load_stage"""
 DATA = """rows = make_tables.rows_of(stage.name)
 display(Markdown(make_tables.markdown(stage, make_tables.table(stage, rows), rows)))"""
 VERDICT = (
-    """gate = pd.read_csv(f"experiments/tables/{stage.name}_gate.csv")
+    """import pandas as pd
+
+gate = pd.read_csv(f"experiments/tables/{stage.name}_gate.csv")
 columns = "variant verdict reason time_to_target reference_time_to_target".split()
 pd.set_option("display.max_colwidth", None)
 display(gate[gate.kind == "variant"][columns]"""
