@@ -34,27 +34,30 @@ def find_folder(checkpoint: str, log_dir: str = "logs") -> Path:
     """The folder with the weights that a run id, a run's folder or a step's folder stands for.
 
     Of a run these are those of its end, else of its newest checkpoint that is whole. Raises
-    ConfigError, also for a checkpoint outside `log_dir`, for it could be a pickle.
+    ConfigError.
     """
     for path in (Path(checkpoint), Path(log_dir) / checkpoint):
         if path.is_file():
             raise ConfigError(f"{path} is a file; name the folder that it lies in")
-        if (path / "model.safetensors").is_file():
+        if (path / "model.safetensors").is_file() or (path / "run.json").is_file():
             return path
-        if (path / "run.json").is_file():
-            return trusted(path, log_dir)
         for step in reversed(step_folders(path).values()):  # of a run that has not finished
             if not defect(step):
-                return trusted(step, log_dir)
+                return step
     raise ConfigError(
         f"{checkpoint}: expected a run id, a run's folder or one of its step_<number> folders, "
         f"found no weights there; {choices(checkpoint, Path(log_dir))}"
     )
 
 
-def trusted(folder: Path, log_dir: str) -> Path:
-    """The folder of a checkpoint. Raises ConfigError where it lies outside `log_dir`."""
-    if Path(log_dir).resolve() in folder.resolve().parents:
+def find_trusted(checkpoint: str, log_dir: str = "logs") -> Path:
+    """What find_folder finds, for weights to be read from.
+
+    Raises ConfigError for a checkpoint outside `log_dir` too, since it holds a pickle.
+    """
+    folder = find_folder(checkpoint, log_dir)
+    is_safe = (folder / "model.safetensors").is_file()
+    if is_safe or Path(log_dir).resolve() in folder.resolve().parents:
         return folder
     raise ConfigError(
         f"{folder} lies outside LOG_DIR={log_dir}, and from elsewhere only model.safetensors is "
@@ -175,12 +178,12 @@ def read_tokenizer(folder: Path) -> tokenization.Tokenizer | None:
 
 def load_trained(checkpoint: str, log_dir: str = "logs", device: str = "auto") -> Trained:
     """The model of a checkpoint, in float32 on a CPU. Raises ConfigError, DataError."""
-    folder = find_folder(checkpoint, log_dir)
+    folder = find_trusted(checkpoint, log_dir)
     while True:
         try:
             return load_folder(folder, device)
         except (ConfigError, DataError):
-            newer = find_folder(checkpoint, log_dir)
+            newer = find_trusted(checkpoint, log_dir)
             if newer == folder:
                 raise
             folder = newer  # of a run that goes on, and has removed the other meanwhile

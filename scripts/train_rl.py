@@ -39,7 +39,7 @@ from harness.ranks import Ranks
 from harness.run import Run
 from harness.settings import read_preset
 from harness.source import source_hash
-from load_model import as_environment, find_folder, read_settings, read_tokenizer, read_weights
+from load_model import as_environment, find_trusted, read_settings, read_tokenizer, read_weights
 from prepare_data import about
 from rl_settings import (
     OWN,
@@ -110,7 +110,7 @@ def prepare(given: Mapping[str, Any], env: Mapping[str, str]) -> Start:
             raise ConfigError(f"{name}={env[name]}: expected it not to be set, for {reason}")
     folder = None
     if given.get("from_checkpoint"):
-        folder = find_folder(given["from_checkpoint"], env.get("LOG_DIR") or Config.log_dir)
+        folder = find_trusted(given["from_checkpoint"], env.get("LOG_DIR") or Config.log_dir)
         cfg, tokenizer = settings_of(folder, env), read_tokenizer(folder)
         if tokenizer is None:
             raise ConfigError(
