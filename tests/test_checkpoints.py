@@ -43,6 +43,7 @@ from train_gpt import Config, State
 def interrupted(settings, monkeypatch, step, world=1):
     """A run that is killed before the update after `step` and goes on with no fault."""
     with monkeypatch.context() as patch:
+        patch.setattr(harness.checkpoints, "SAVE_STALL", 60.0)  # on a busy machine too
         dies_at(patch, step)
         codes, out = launch(settings, world)
         assert codes == [-9] * world, out
