@@ -16,7 +16,7 @@ import torch
 import tokenization
 from harness.checkpoints import defect, step_folders
 from harness.contract import ConfigError, DataError
-from rl_settings import OWN as OPTIONS  # of train_rl.py, which say nothing of the model
+from rl_settings import OWN, RATES
 from train_gpt import DTYPES, GPT, Config, Linear, MoE, resolve
 
 
@@ -89,7 +89,10 @@ def read_settings(folder: Path, device: str) -> Config:
         else:
             values = json.loads((folder / "run.json").read_text())["config"]
         kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-        values = {name: value for name, value in values.items() if name not in OPTIONS}
+        # Options of train_rl.py say nothing of the model, nor do the rates of its control --lr 0,
+        # which train_gpt.py does not have.
+        left_out = {*OWN} | {name for name in RATES if values.get(name) == 0}
+        values = {name: value for name, value in values.items() if name not in left_out}
         unknown = sorted(values.keys() - kinds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(

@@ -94,6 +94,7 @@ def test_it_learns_to_copy(env):
 def test_rate_zero_has_the_same_warm_up_and_changes_nothing(env):
     learned = run(env, shaping="prefix")
     run(env | {"RUN_ID": "still"}, lr=0, shaping="prefix")
+    load_trained("still", str(env["LOG_DIR"]))  # as any run
     losses = [point["val_loss"] for point in points(env, "still") if point["val_loss"]]
     assert len(losses) == 3 and set(losses) == {points(env)[0]["val_loss"]}
     assert learned["final_loss"] != learned["val_loss_before"]
