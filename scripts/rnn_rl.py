@@ -35,7 +35,7 @@ RATE = 0.5  # of the learning rate that the text was learned with
 WARM_UP_RATE = 4  # likewise
 WARM_UP_ROWS = 64  # texts of a step
 WARM_UP = ["--warm-up-steps", "1500", "--warm-up-until", "0.1"]
-USUAL_LENGTH = {"copy": 3, "reverse": 3, "arithmetic": 1}  # letters, digits
+LENGTH = 3  # at most, unless --rl-length says: these models are small
 
 KEPT = ("DEVICE", "DTYPE", "STAGE", "VARIANT", "NOTE", "RESULTS_CSV")  # settings of both runs
 LINES = 10  # at most, of the steps
@@ -122,7 +122,7 @@ def make_plan(
     """
     check_is_free(args, run)
     task = args.rl_task or "copy"
-    length = args.rl_length or USUAL_LENGTH[task]
+    length = args.rl_length or min(LENGTH, TASKS[task].usual_length)
     lesson = lesson_of(dataclasses.replace(cfg, run_id=run.run_id), tokenizer, task, length)
     steps = math.ceil((args.rl_episodes or EPISODES) / PROMPTS)
     rate = RATE * cfg.lr if args.rl_learning_rate is None else args.rl_learning_rate
