@@ -74,7 +74,7 @@ COLUMNS = """
 COURSE = """
     num_iterations val_every log_every save_every grad_clip lr_schedule warmup_iters warmdown_iters
 """.split()  # settings that the run of a checkpoint says for itself only
-LABELS = "run_id stage variant note dry_run resume init_from log_dir results_csv device".split()
+LABELS = [*Config.LABELS, "init_from", "device"]  # likewise
 MODEL = """
     vocab_size n_layer n_head n_embd d_ff mixer ffn norm pos qk_norm bias tie_embeddings attngate
     gatepos gateact num_experts top_k expert shared_expert recurrence n_unique unshared_ends
