@@ -432,7 +432,7 @@ def describe(rollouts: Rollouts, has_signal: Tensor) -> dict[str, float]:
     if len(rewards):
         figures["reward"] = rewards.mean().item()
         figures["reward_sd"] = rewards.std(correction=0).item()
-        figures["exact"] = rollouts.exact[scored].mean().item()
+        figures["exact"] = rollouts.exact.nanmean().item()  # rewards may be shuffled
     return figures
 
 
