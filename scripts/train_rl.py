@@ -58,8 +58,9 @@ from rollouts import draw_answers, fitting_prompt, make_lesson, roll_out, token_
 from train_gpt import GPT, Config, ShardLoader, State, build_optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("train_gpt", "scripts/train_rl", "scripts/rollouts", "scripts/grpo", "scripts/rl_tasks")
-SOURCE = "".join((ROOT / f"{part}.py").read_text("utf-8") for part in PARTS)  # for the log
+PARTS = "train_rl rl_settings rollouts grpo rl_tasks".split()
+FILES = [ROOT / "train_gpt.py", *(ROOT / "scripts" / f"{part}.py" for part in PARTS)]
+SOURCE = "".join(file.read_text("utf-8") for file in FILES)  # for the log and source_sha
 DATA = Path("data/rl")  # has a folder for each vocabulary
 WARM_UP_STEPS = 2000  # at most, where there is no checkpoint to start from
 WARM_UP_EVERY = 2  # steps between looks at how often it is right, until some answer is

@@ -218,7 +218,7 @@ def test_records(env):
     assert {"pass_at_1_before", "sampled_pass_at_8_before", "val_loss_before"} <= made.keys()
     assert "--length 3" in made["changes"] and "--group-size 5" in made["changes"]
     text = (env["LOG_DIR"] / "toy.txt").read_text()
-    for file in ("train_gpt", "train_rl", "rollouts", "grpo", "rl_tasks"):
+    for file in ("train_gpt", "train_rl", "rl_settings", "rollouts", "grpo", "rl_tasks"):
         (path,) = train_rl.ROOT.rglob(f"{file}.py")
         assert path.read_text() in text
     shown = re.findall(r"^answer: '\w{3}:' -> '.*' (?:right|wrong)$", text, re.M)
