@@ -67,7 +67,8 @@ WARM_UP_EVERY = 2  # steps between looks at how often it is right, until some an
 WARM_UP_SAMPLES = 256  # answers of such a look
 SAMPLES, KS = 8, (1, 4, 8)  # answers to a held-out prompt, and the k of pass@k
 PATIENCE = 10  # steps in a row without any signal, after which the run says so
-LEARNED, UNLEARNED, RECENT = 0.9, 0.1, 5  # right answers in so many steps: a curriculum goes on
+RECENT = 5  # steps, in the mean of which a curriculum looks at the part that is right
+LEARNED, UNLEARNED = 0.9, 0.1  # from the one on it goes on, below the other back
 COLUMNS = """
     reward reward_sd exact no_signal entropy kl_to_start clip_fraction ended answer_length unscored
     prompt_length pass_at_1
@@ -455,9 +456,9 @@ def silence(figures: Mapping[str, float]) -> str:
 def next_length(progress: Progress, exact: float | None, most: int) -> None:
     """Makes prompts longer where answers are right, and shorter where they are not."""
     progress.recent = [*progress.recent, exact or 0.0][-RECENT:]
-    mean = sum(progress.recent) / RECENT
     if len(progress.recent) < RECENT:
         return
+    mean = sum(progress.recent) / RECENT
     if mean >= LEARNED and progress.length < most:
         progress.length, progress.recent = progress.length + 1, []
     elif mean < UNLEARNED and progress.length > 1:
@@ -495,7 +496,9 @@ def improve(learner: Learner, lesson: Lesson, rollouts: Rollouts, run: Run) -> d
         state.step = run.step  # all have the learning rate of this step
         start = learner.start if cfg.kl or (measures_kl and number == 0) else None
         loss, routing, measured = policy_gradients(state, lesson, rows, start, old)
-        sums += measured if number == 0 else measured * CLIPPING.to(device)
+        if number:  # clips are those of all updates, all else is of the answers as drawn
+            measured[:3] = 0
+        sums += measured
         stats, _ = train_gpt.update(state, cfg, loss, routing)
     dist.all_reduce(sums)
     tokens, entropy, kl, clipped, seen = sums.tolist()
@@ -506,9 +509,6 @@ def improve(learner: Learner, lesson: Lesson, rollouts: Rollouts, run: Run) -> d
     if stats.grad_norm > 0:
         figures["grad_norm"] = stats.grad_norm.item()
     return figures
-
-
-CLIPPING = torch.tensor([0.0, 0, 0, 1, 1], dtype=torch.float64)  # of the sums of policy_gradients
 
 
 def policy_gradients(
