@@ -2126,7 +2126,7 @@ class State:
     optimizers: list
     loss_scale: LossScale
     step: int = 0  # updates made
-    bad: list = dataclasses.field(default_factory=list)  # (1 + ranks,) a step, see train_step
+    bad: list = dataclasses.field(default_factory=list)  # (1 + ranks,) a step, see update
     carried: Cache | None = None  # of this rank's rows, with CARRY_STATE=1
 
     @classmethod

@@ -66,7 +66,8 @@ def mean_over_answers(lengths_PG: Tensor, most: int) -> Tensor:
 
 
 def mean_over_groups(lengths_PG: Tensor, most: int) -> Tensor:
-    """The mean over groups of the mean over their tokens: TRL's bnpo, of a group a micro-batch."""
+    """The mean over groups of the mean over their tokens: TRL's bnpo, where a micro-batch is a
+    group."""
     of_groups = lengths_PG.sum(1, keepdim=True)
     return over(over(has_part(lengths_PG), of_groups), has_part(of_groups).sum())
 

@@ -165,7 +165,7 @@ class Score(NamedTuple):
 
 
 def exact_reward(task: Task, prompt: str, text: str, ended: bool) -> Score:
-    """1 for a right answer that has ended, and 0 for any other."""
+    """What the task gives an answer that has ended, 1 for a right one; 0 for one that has not."""
     if not ended:
         return Score(0.0, 0.0)
     try:

@@ -111,7 +111,7 @@ def test_rate_zero_has_the_same_warm_up_and_changes_nothing(env):
     ],
 )
 def test_models_and_losses(env, settings, options):
-    """A figure of every kind is there and finite, and no routing changes but by its weights."""
+    """A figure of every kind is there and finite."""
     made = run(env | settings, **options, shaping="prefix")
     assert made["status"] == "ok" and made["bad_steps"] == 0
     last = points(env)[-1]
