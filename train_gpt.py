@@ -46,13 +46,14 @@ from harness.provenance import fingerprint, how_to_get
 from harness.run import Run
 from harness.settings import Settings, near_misses, settings_table
 from harness.source import source_hash
-from ops.cross_entropy import LinearCrossEntropy, loss_chunk, rows_per_chunk, score_chunk
-from ops.cuda_graph import Replay
-from ops.experts import HEALTH, aux_loss, expert_health
+from ops.cross_entropy import LinearCrossEntropy, loss_chunk, rows_per_chunk, score_chunk, soft_cap
+from ops.experts import HEALTH, aux_loss, expert_health, leave_bias, leave_load, leave_state
+from ops.experts import pooled_health
+from ops.generation import generate
+from ops.orthogonalize import keep_rows, norm_rows, polar_express
 from ops.orthogonalize import zeropower_via_newtonschulz5
-from ops.products import GroupedMatmul, linear, matmul_nt
+from ops.products import GroupedMatmul, linear
 from ops.recurrences import chunked_wkv, gated_delta_rule, gru, linear_scan, with_past
-from ops.sampling import draw
 
 ########################################
 #                Config                #
@@ -93,6 +94,10 @@ class Config(Settings):
     qk_norm: bool = True  # RMS norm of every query and key head
     bias: bool = False  # biases in linear layers and layer norms
     tie_embeddings: bool = True  # one matrix for embedding and head
+    residual: str = "plain"  # what a block reads: as said at RESIDUALS
+    value_residual: bool = False  # values are mixed with the first layer's (2410.17897), learned
+    value_embeds: int = 0  # so many first layers, and last, add embeddings of tokens to the values
+    logit_softcap: float = 0.0  # logits stay within -this and this (2408.00118); 0: as they are
     dropout: float = 0.0  # probability, on embeddings, attention weights and branches
     init: str = "zero_proj"  # uniform 1/sqrt(fan in), projections 0; gpt2: normal, they scaled
     attngate: str = "none"  # attention gate (2505.06708): for each channel, each head, or constant
@@ -122,14 +127,23 @@ class Config(Settings):
     head_lr: float | None = None  # of an untied head; auto: LR
     muon_lr: float | None = None  # of Muon; auto: 0.1 LR
     muon_scale: str = "unit"  # of Muon's update: unit mean square, or one of torch.optim.Muon's two
+    orthogonalize: str = "newton_schulz"  # how Muon does it; polar_express: 2505.16932
+    muon_norm: str = "none"  # rows: each row of an update by its size of late, NorMuon (2510.05491)
     muon_momentum: float = 0.95  # Nesterov momentum of Muon
+    momentum_start: float | None = None  # from this it rises at first, and falls back at the end
+    momentum_warmup_iters: int = 300  # steps of its rise
+    momentum_cooldown_iters: int = 50  # steps of its fall
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     weight_decay: float = 0.0  # decoupled, on matrices and embeddings
+    decay_schedule: str = "constant"  # follow_lr: times LR's fraction of its peak; to_zero: linear
+    cautious_decay: bool = False  # only of weights that the update shrinks, too (2510.12402)
+    ema_iters: int = 0  # steps that a moving average of the weights, validated too, spans; 0: none
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     lr_schedule: str = "trapezoid"  # flat, then linear to zero over WARMDOWN_ITERS; or cosine
     warmup_iters: int = 0  # steps of linear warm-up
     warmdown_iters: int = 1450  # steps of the trapezoid's linear decay
+    warmdown_frac: float | None = None  # instead: the fraction of the run that it takes
     min_lr_frac: float = 0.0  # fraction of the peak at which cosine ends
     deterministic: bool = False  # the same bits on the same machine, on cuda at some cost of speed
     device: str = "auto"  # auto: cuda where there is one, else cpu
@@ -163,14 +177,16 @@ class Config(Settings):
         "batch_size device_batch_size sequence_length num_iterations log_every top_k": (1, 2**31),
         "n_layer n_head n_embd n_unique num_experts balance_log_interval hang_timeout": (1, 2**31),
         "val_every save_every max_epochs d_ff warmup_iters warmdown_iters": (0, 2**31),
+        "momentum_warmup_iters momentum_cooldown_iters ema_iters value_embeds": (0, 2**31),
         "seed max_bad_steps sample_every unshared_ends max_train_tokens": (0, 2**40),
         "keep_last": (2, 2**31),
         "val_tokens": (1, 2**40),
         "vocab_size": (0, 65536),
         "lr embed_lr head_lr muon_lr peak_tflops": (1e-12, 1e30),
-        "dropout beta1 beta2 muon_momentum": (0, 0.9999999),
-        "aux_warmup_frac aux_decay_end_frac min_lr_frac": (0, 1),
+        "dropout beta1 beta2 muon_momentum momentum_start": (0, 0.9999999),
+        "aux_warmup_frac aux_decay_end_frac min_lr_frac warmdown_frac": (0, 1),
         "aux_loss_coef aux_loss_coef_start aux_loss_coef_end grad_clip weight_decay": (0, 1e6),
+        "logit_softcap": (0, 1e6),
     }
     LABELS = "run_id stage variant note dry_run log_dir results_csv resume trackers".split()
     NOT_HASHED = """
@@ -179,8 +195,9 @@ class Config(Settings):
         log_every sample_every trackers
     """.split()
     SCHEDULED = """
-        num_iterations lr_schedule warmup_iters warmdown_iters min_lr_frac aux_loss_coef
-        aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac
+        num_iterations lr_schedule warmup_iters warmdown_iters warmdown_frac min_lr_frac
+        decay_schedule momentum_start momentum_warmup_iters momentum_cooldown_iters
+        aux_loss_coef aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac
     """.split()
     AUTO = {  # settings that may say auto, and the setting that they follow then
         "embed_lr": "lr",
@@ -199,8 +216,12 @@ class Config(Settings):
         "AUX_LOSS_COEF_START!=none": "aux_warmup_frac aux_decay_end_frac",
         "MIXER=attention": "attngate gatepos gateact qk_norm",
         "ATTNGATE!=none": "gatepos gateact",
-        "OPTIMIZER=muon": "muon_lr muon_scale muon_momentum",
-        "LR_SCHEDULE=trapezoid": "warmdown_iters",
+        "OPTIMIZER=muon": """muon_lr muon_scale muon_momentum orthogonalize muon_norm
+            momentum_start momentum_warmup_iters momentum_cooldown_iters""",
+        "MOMENTUM_START!=none": "momentum_warmup_iters momentum_cooldown_iters",
+        "WEIGHT_DECAY!=0.0": "decay_schedule cautious_decay",
+        "LR_SCHEDULE=trapezoid": "warmdown_iters warmdown_frac",
+        "WARMDOWN_FRAC=none": "warmdown_iters",
         "LR_SCHEDULE=cosine": "min_lr_frac",
         "TIE_EMBEDDINGS=0": "head_lr",
     }
@@ -216,7 +237,8 @@ class Config(Settings):
         check_depth(self)
 
     def scheduled(self, step):
-        return lr_factor(step, self), aux_coef(step, self)
+        rates = lr_factor(step, self), decay_factor(step, self), momentum_factor(step, self)
+        return *rates, aux_coef(step, self)
 
     def resumable(self):
         free = {"val_every", "val_tokens", "max_epochs", "device", "compile", "deterministic"}
@@ -249,6 +271,7 @@ def axes():
         "norm": NORMS,
         "pos": POSITIONS,
         "init": INITS,
+        "residual": RESIDUALS,
         "attngate": GATES,
         "gatepos": GATE_POSITIONS,
         "gateact": GATE_ACTS,
@@ -259,6 +282,9 @@ def axes():
         "optimizer": OPTIMIZERS,
         "router_optimizer": OPTIMIZERS,
         "muon_scale": MUON_SCALES,
+        "orthogonalize": ORTHOGONALIZERS,
+        "muon_norm": MUON_NORMS,
+        "decay_schedule": DECAY_SCHEDULES,
         "lr_schedule": SCHEDULES,
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", *DTYPES),
@@ -314,6 +340,15 @@ def check_model(cfg):
         f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: "
         f"{lower} or {lower + unit}",
     )
+    smallest = RESIDUALS[cfg.residual].least_visits
+    cfg.require(cfg.n_layer >= smallest, "residual", f"N_LAYER={smallest} or more")
+    has_values = set(cfg.mixer.split(",")) == {"attention"} and cfg.n_layer > 1
+    for name in ("value_residual", "value_embeds"):
+        cfg.require(
+            has_values or not getattr(cfg, name), name, "MIXER=attention, N_LAYER=2 or more"
+        )
+    most = cfg.n_layer // 2
+    cfg.require(cfg.value_embeds <= most, "value_embeds", f"at most half of N_LAYER, {most}")
     has_state = [issubclass(MIXERS[name], Recurrent) for name in cfg.mixer.split(",")]
     cfg.require(any(has_state) or not cfg.reset_at_eot, "reset_at_eot", "a recurrent MIXER")
     if cfg.carry_state:
@@ -374,7 +409,7 @@ def cautions(env, cfg):
     sentences = near_misses(env, Config)
     if cfg.resume == "auto" and not cfg.run_id:
         sentences.append("RESUME=auto goes on with a RUN_ID; without, every start is a new run")
-    if cfg.lr_schedule == "trapezoid" and cfg.warmdown_iters > cfg.num_iterations:
+    if cfg.lr_schedule == "trapezoid" and warmdown(cfg) > cfg.num_iterations:
         start = f"{lr_factor(0, cfg):.0%}"
         sentences.append(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {start}"
@@ -501,6 +536,9 @@ class Context(NamedTuple):
     mask: Tensor | None = None  # with it, (B, 1, T, S): cached positions that each token may see
     valid: Tensor | None = None  # with it, (B, T): whether it is a token, and no padding
     segment: Tensor | None = None  # (B, T) resets of the states until each token, its own included
+    shared: dict | None = None  # of a pass, where the first visit leaves its values for the others
+    value_mix: Tensor | None = None  # (), the part of those in the values of this visit
+    value_embed: Tensor | None = None  # (B, T, C), of the tokens, added to the values
 
 
 class NoPosition(nn.Identity):
@@ -655,11 +693,18 @@ class CausalSelfAttention(nn.Module):
         length = ctx.mask.size(-1)
         return (ctx.cache[name][:, :length].transpose(1, 2) for name in ("keys", "values"))
 
+    def mix_values(self, v, ctx):
+        """The values v (B, T, H, D) with those of the first visit and the embeddings of tokens."""
+        if ctx.shared is not None:
+            first = ctx.shared.setdefault("values", v)
+            v = v if ctx.value_mix is None else torch.lerp(v, first, ctx.value_mix.type_as(v))
+        return v if ctx.value_embed is None else v + ctx.value_embed.view_as(v)
+
     def forward(self, x, ctx):
         B, T, C = x.shape
         qk, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)
         q, k = self.rotate(self.qk_norm(qk), ctx).transpose(1, 3).unbind(2)  # (B, H, T, D) each
-        v = self.gate_value(v.squeeze(2), x).transpose(1, 2)
+        v = self.gate_value(self.mix_values(v.squeeze(2), ctx), x).transpose(1, 2)
         if ctx.cache is not None:
             k, v = self.remember(k, v, ctx)
         dropout = self.dropout if self.training else 0.0
@@ -967,32 +1012,6 @@ class ExpertLinear(Linear):
         return y
 
 
-# What a step leaves (E,) for the router of the next: from the step's load (E,), its probabilities
-# (N, E), what the step before left (E,), and TOP_K.
-
-
-def leave_load(load, p, state, k):
-    """The load, against which the balance loss holds the probabilities of the next step."""
-    return load
-
-
-def leave_bias(load, p, state, k):
-    """The bias, zero in the mean, with which k / E of the tokens would have chosen each expert.
-
-    These are the tokens where p + bias exceeds their (k + 1)-th largest; kexue.fm/archives/11619.
-    """
-    N, E = p.shape
-    largest_others = (p + state).topk(min(k + 1, E)).values[:, -1:]
-    missing = (largest_others - p).sort(dim=0).values
-    bias = missing[max(1, round(N * k / E)) - 1]
-    return bias - bias.mean()
-
-
-def leave_state(load, p, state, k):
-    """What was there."""
-    return state
-
-
 BALANCES = {"aux": leave_load, "quantile": leave_bias, "none": leave_state}
 LOAD, IMPORTANCE, NEXT_STATE, STATE = range(4)  # the rows of a routing (4, E)
 
@@ -1152,6 +1171,60 @@ class Block(nn.Module):
         return x + self.ffn_scale(self.dropout(y)), routings
 
 
+class PlainResidual(nn.Identity):
+    """A block reads what the one before has left."""
+
+    least_visits = 1
+
+    def forward(self, x, visit, kept):
+        """x (B, T, C), number of the visit, a list of what a pass keeps -> what the visit reads."""
+        return x
+
+
+class EmbeddingResidual(nn.Module):
+    """A block reads a sum of that and of the embeddings, with learned factors, 1 and 0 at first.
+
+    github.com/KellerJordan/modded-nanogpt, record of 2024-11-10.
+    """
+
+    least_visits = 1
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.factors = nn.Parameter(torch.tensor([[1.0, 0.0]]).repeat(cfg.n_layer, 1))
+
+    def forward(self, x, visit, kept):
+        if visit == 0:
+            kept.append(x)
+        before, embedding = self.factors[visit].type_as(x)
+        return before * x + embedding * kept[0]
+
+
+class UNetResidual(nn.Module):
+    """A block of the second half adds what its mirror image in the first has left, factors of 1.
+
+    arXiv 1505.04597; github.com/KellerJordan/modded-nanogpt, record of 2024-11-10.
+    """
+
+    least_visits = 2
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_layer = cfg.n_layer
+        self.factors = nn.Parameter(torch.ones(cfg.n_layer // 2))
+
+    def forward(self, x, visit, kept):
+        n_mirrored = len(self.factors)
+        if 1 <= visit <= n_mirrored:
+            kept.append(x)
+        later = visit - (self.n_layer - n_mirrored)
+        return x if later < 0 else x + self.factors[later].type_as(x) * kept.pop()
+
+
+# Learned for each visit.
+RESIDUALS = {"plain": PlainResidual, "x0": EmbeddingResidual, "unet": UNetResidual}
+
+
 @dataclasses.dataclass
 class Cache:
     """What the visits of a model keep of sequences that it is given piece by piece."""
@@ -1230,14 +1303,21 @@ class GPT(nn.Module):
             init_weight(cfg, self.head, to_residual=cfg.init == "zero_proj")
             # Only a norm reads the rows of the embedding.
             normal_(self.embed, 1.0 if cfg.init == "zero_proj" else 0.02)
+        self.softcap = cfg.logit_softcap
         self.add_position = POSITIONS[cfg.pos][0](cfg)
         self.dropout = nn.Dropout(cfg.dropout)
         self.order = visit_order(cfg)
+        self.residual = RESIDUALS[cfg.residual](cfg)
+        n_mixes = cfg.n_layer - 1 if cfg.value_residual else 0
+        self.value_mix = nn.Parameter(torch.full((n_mixes,), 0.5)) if n_mixes else None
+        tables = [torch.empty(cfg.vocab_size, cfg.n_embd) for _ in range(cfg.value_embeds)]
+        self.value_embeds = nn.ParameterList(normal_(table, 0.02) for table in tables)
         self.blocks, self.banked = build_blocks(cfg, self.order)
         self.norm = NORMS[cfg.norm](cfg)
         has_states_alone = all(isinstance(block.mixer, Recurrent) for block in self.blocks)
         is_endless = has_states_alone and cfg.pos != "learned"
         self.context = math.inf if is_endless else cfg.sequence_length  # tokens it can see
+        self.is_dense = not any(isinstance(block.ffn, MoE) for block in self.blocks)
 
     def visits(self):
         """For each visit its block, and what the visit has for itself: {name: tensor}."""
@@ -1251,6 +1331,17 @@ class GPT(nn.Module):
             visit = visits_until_now[index]
             visits_until_now[index] += 1
             yield self.blocks[index], {name: parts[visit] for name, parts in banks[index].items()}
+
+    def values_at(self, visit, tokens_BT):
+        """The fields of a visit's Context that are for its values: {name: tensor}."""
+        fields = {}
+        if self.value_mix is not None and visit:
+            fields["value_mix"] = self.value_mix[visit - 1]
+        n_tables, to_last = len(self.value_embeds), len(self.order) - visit
+        if visit < n_tables or to_last <= n_tables:
+            table = self.value_embeds[visit if visit < n_tables else -to_last]
+            fields["value_embed"] = F.embedding(tokens_BT, table).to(self.dtype)
+        return fields
 
     def new_cache(self, batch, length):
         """An empty Cache for `batch` sequences of up to `length` tokens."""
@@ -1274,20 +1365,27 @@ class GPT(nn.Module):
             resets = tokens_BT == self.eot
             resets = resets if ctx.valid is None else resets & ctx.valid
             ctx = ctx._replace(segment=resets.cumsum(1))
+        if self.value_mix is not None:
+            ctx = ctx._replace(shared={})
         x = F.embedding(tokens_BT, self.embed).to(self.dtype)
         x = self.dropout(self.add_position(x, ctx))
-        routings = []
-        for (block, own), of_visit in zip(self.visits(), caches):
-            args = x, ctx._replace(cache=of_visit)
+        kept, routings = [], []
+        for visit, ((block, own), of_visit) in enumerate(zip(self.visits(), caches)):
+            x = self.residual(x, visit, kept)
+            args = x, ctx._replace(cache=of_visit, **self.values_at(visit, tokens_BT))
             x, of_block = torch.func.functional_call(block, own, args) if own else block(*args)
             routings += of_block
         return self.norm(x), self.embed if self.head is None else self.head, routings
 
+    def logits(self, x, head):
+        """Float32 logits (..., V) of normed outputs (..., C), by the head (V, C) or rows of it."""
+        return soft_cap(linear(x, head.type_as(x)).float(), self.softcap)
+
     def forward(self, tokens_BT, targets_BT=None, cache=None):
         x, head, routings = self.hidden(tokens_BT, cache)
         if targets_BT is None:
-            return F.linear(x, head.type_as(x)).float()
-        args = x.flatten(0, 1), head, targets_BT.flatten(), self.loss_chunk
+            return self.logits(x, head)
+        args = x.flatten(0, 1), head, targets_BT.flatten(), self.loss_chunk, self.softcap
         loss = LinearCrossEntropy.apply(*args)
         return loss, torch.stack(routings) if routings else loss.new_zeros(0, 4, 0)
 
@@ -1298,7 +1396,7 @@ class GPT(nn.Module):
         x, weight, targets = x.flatten(0, 1), head.type_as(x), targets_BT.flatten()
         rows = rows_per_chunk(x, head)
         chunks = zip(x.split(rows), targets.split(rows))
-        sums = sum(self.score_chunk(xs, weight, ts) for xs, ts in chunks)
+        sums = sum(self.score_chunk(xs, weight, ts, self.softcap) for xs, ts in chunks)
         return sums / len(x)
 
     def router_states(self):
@@ -1354,92 +1452,6 @@ def make_bank(block, name, slices):
     setattr(module, leaf, nn.Parameter(bank) if is_parameter else bank)
 
 
-def next_logits(model, pieces, cache):
-    """Float32 logits (B, V) of what follows the lists of tokens, which are put into the cache."""
-    device, counts = model.embed.device, [len(piece) for piece in pieces]
-    longest = max(counts)
-    padded = [piece + [0] * (longest - len(piece)) for piece in pieces]
-    tokens, counts = torch.tensor(padded, device=device), torch.tensor(counts, device=device)
-    return last_logits(model, tokens, cache, counts)
-
-
-def last_logits(model, tokens_BT, cache, counts=None):
-    """As next_logits, of rows with counts (B,) tokens, or all T, before their padding."""
-    x, head, _ = model.hidden(tokens_BT, cache, counts)
-    last = x[:, -1] if counts is None else x[torch.arange(len(x), device=x.device), counts - 1]
-    return matmul_nt(last, head.type_as(x)).float()
-
-
-def replayed_step(model, cache):
-    """A function from tokens (B,), a list, to what next_logits has for them, by a CUDA graph.
-
-    Kernel by kernel the device would wait for the host most of the time.
-    """
-    tokens = torch.zeros(len(cache.filled), 1, dtype=torch.int64, device=cache.filled.device)
-
-    def record():
-        cache.longest = 0
-        return last_logits(model, tokens, cache)
-
-    longest, cache.static = cache.longest, True
-    replay = Replay(record, cache.tensors())
-    cache.longest, cache.static = longest, False
-
-    def step(new):
-        tokens.copy_(torch.tensor(new)[:, None])
-        cache.longest += 1
-        return replay()
-
-    return step
-
-
-@torch.no_grad()
-def continuations(
-    model, prompts, rows, chances, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None
-):
-    """Yields the next token of each sequence, a list of ints, for each column of chances.
-
-    Sequence i goes on with prompts[rows[i]], a list of tokens, by chances[i] in [0, 1), until the
-    longest has SEQUENCE_LENGTH tokens, all that attention sees: then the newer half of each stays.
-    The model is in eval mode. Tokens are below `vocab_size`.
-    """
-    steps = chances.shape[1]
-    context = min(model.context, max(map(len, prompts)) + steps)
-    sequences = [list(prompts[row]) for row in rows]
-    chances = torch.tensor(chances, device=model.embed.device)
-    cache = model.new_cache(len(prompts), context)
-    logits = next_logits(model, prompts, cache)[rows]
-    cache = cache.select(rows)
-    is_dense = not any(isinstance(block.ffn, MoE) for block in model.blocks)
-    replay = replayed_step(model, cache) if model.embed.is_cuda and is_dense else None
-    tokens = []
-    for step in range(steps):
-        if step and cache.longest == context:
-            cache.clear()
-            newer = [sequence[-((context + 1) // 2) :] for sequence in sequences]
-            logits = next_logits(model, newer, cache)
-        elif step and replay:
-            logits = replay(tokens)
-        elif step:
-            logits = next_logits(model, [[token] for token in tokens], cache)
-        tokens = draw(logits[:, :vocab_size], chances[:, step], temperature, top_k, top_p).tolist()
-        for sequence, token in zip(sequences, tokens):
-            sequence.append(token)
-        yield tokens
-
-
-def generate(model, prompts, steps, samples=1, seed=0, **options):
-    """Yields `steps` times the next token of each sequence, a list of ints.
-
-    There are `samples` sequences of each prompt, a list of tokens, and prompts[0]'s come first.
-    What is drawn for a sequence depends on `seed` and its index alone; `options` are those of
-    continuations.
-    """
-    rows = np.arange(len(prompts)).repeat(samples).tolist()
-    chances = [np.random.default_rng((seed, i)).random(steps) for i in range(len(rows))]
-    return continuations(model, prompts, rows, np.array(chances), **options)
-
-
 ########################################
 #              Optimizers              #
 ########################################
@@ -1453,8 +1465,15 @@ class Hyper(NamedTuple):
     weight_decay: float  # decoupled: a step takes lr * weight_decay of a weight
 
 
+def warmdown(cfg):
+    """Steps of the trapezoid's decay."""
+    if cfg.warmdown_frac is None:
+        return cfg.warmdown_iters
+    return round(cfg.warmdown_frac * cfg.num_iterations)
+
+
 def trapezoid(step, cfg):
-    return min(1.0, (cfg.num_iterations - step) / max(1, cfg.warmdown_iters))
+    return min(1.0, (cfg.num_iterations - step) / max(1, warmdown(cfg)))
 
 
 def cosine(step, cfg):
@@ -1471,6 +1490,31 @@ def lr_factor(step, cfg):
     if step < cfg.warmup_iters:
         return (step + 1) / cfg.warmup_iters
     return SCHEDULES[cfg.lr_schedule](step, cfg)
+
+
+def constant(step, cfg):
+    return 1.0
+
+
+def to_zero(step, cfg):
+    return 1 - step / cfg.num_iterations
+
+
+# Of (step, cfg): the fraction of WEIGHT_DECAY, which is times the learning rate besides.
+DECAY_SCHEDULES = {"constant": constant, "follow_lr": lr_factor, "to_zero": to_zero}
+
+
+def decay_factor(step, cfg):
+    return DECAY_SCHEDULES[cfg.decay_schedule](step, cfg)
+
+
+def momentum_factor(step, cfg):
+    """Fraction of MUON_MOMENTUM: MOMENTUM_START's at both ends, linear between that and 1."""
+    if cfg.momentum_start is None:
+        return 1.0
+    rise = step / max(1, cfg.momentum_warmup_iters)
+    fall = (cfg.num_iterations - step) / max(1, cfg.momentum_cooldown_iters)
+    return float(np.interp(min(rise, fall), (0, 1), (cfg.momentum_start / cfg.muon_momentum, 1)))
 
 
 def aux_coef(step, cfg):
@@ -1506,11 +1550,15 @@ MUON_SCALES = {  # factor on the orthogonalised update of a matrix
 }
 
 
+ORTHOGONALIZERS = {"newton_schulz": zeropower_via_newtonschulz5, "polar_express": polar_express}
+MUON_NORMS = {"none": keep_rows, "rows": norm_rows}
+
+
 class UpdateRule:
     """How parameters change in a step; the ranks' shares of work and state are Optimizer's."""
 
     stacked = False  # True: params are stacks (n, rows, cols) of all matrices of one shape
-    factors = {"lr": lr_factor}  # of fields of Hyper, from (step, cfg)
+    factors = {"lr": lr_factor, "weight_decay": decay_factor}  # of Hyper, from (step, cfg)
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -1524,6 +1572,18 @@ class UpdateRule:
         """{name: tensor} for a tensor of parameters."""
         return {"momentum": torch.zeros_like(param)}
 
+    def decay(self, p, direction, hyper, frozen):
+        """Takes lr * weight_decay of p (...), but where `frozen` is true.
+
+        With CAUTIOUS_DECAY only where p and the direction (...) that will be taken off agree.
+        """
+        if not hyper.weight_decay:
+            return
+        kept = torch.where(frozen, 1, 1 - hyper.lr * hyper.weight_decay)
+        if self.cfg.cautious_decay:
+            kept = torch.where(direction * p >= 0, kept, 1)
+        p.mul_(kept)
+
     def update(self, params, grads, state, hyper, skip):
         """Changes params, a list of tensors, and state, {name: list}, in place; hyper is a Hyper.
 
@@ -1535,14 +1595,24 @@ class Muon(UpdateRule):
     """MomentUm Orthogonalized by Newton-Schulz (kellerjordan.github.io/posts/muon)."""
 
     stacked = True
+    factors = UpdateRule.factors | {"momentum": momentum_factor}
 
     @staticmethod
     def peak(cfg):
         return Hyper(peak_rate(cfg, "muon_lr"), cfg.muon_momentum, cfg.weight_decay)
 
+    def new_state(self, param):
+        state = super().new_state(param)
+        if self.cfg.muon_norm != "none":
+            state["row_squares"] = param.new_zeros(*param.shape[:-1], 1)
+        return state
+
     def update(self, params, grads, state, hyper, skip):
         scale = MUON_SCALES[self.cfg.muon_scale]
-        for p, grad, momentum in zip(params, grads, state["momentum"]):
+        orthogonalize = ORTHOGONALIZERS[self.cfg.orthogonalize]
+        norm = MUON_NORMS[self.cfg.muon_norm]
+        row_squares = state.get("row_squares", itertools.repeat(None))
+        for p, grad, momentum, squares in zip(params, grads, state["momentum"], row_squares):
             # A non-finite gradient would poison the momentum for good; an expert without tokens,
             # whose gradient is zero, would go on along an old one.
             largest = torch.linalg.vector_norm(grad, math.inf, (-2, -1), keepdim=True)
@@ -1551,9 +1621,9 @@ class Muon(UpdateRule):
             momentum.lerp_(grad, 1 - hyper.momentum)
             direction = grad.lerp_(momentum, hyper.momentum)
             dtype = torch.bfloat16 if p.is_cuda else torch.float32  # few CPUs are fast in bfloat16
-            direction = zeropower_via_newtonschulz5(direction, dtype).masked_fill_(frozen, 0)
-            if hyper.weight_decay:
-                p.mul_(torch.where(frozen, 1, 1 - hyper.lr * hyper.weight_decay))
+            direction = norm(orthogonalize(direction, dtype), squares, frozen)
+            direction = direction.masked_fill_(frozen, 0)
+            self.decay(p, direction, hyper, frozen)
             p.add_(direction, alpha=-hyper.lr * scale(*p.shape[-2:]))
 
 
@@ -1565,6 +1635,11 @@ class AdamW(UpdateRule):
         return moments | {"step": torch.zeros((), device=param.device)}
 
     def update(self, params, grads, state, hyper, skip):
+        if self.cfg.cautious_decay:  # torch's decays all
+            for p, grad, momentum in zip(params, grads, state["exp_avg"]):
+                direction = torch.lerp(grad, momentum, hyper.momentum)  # its sign
+                self.decay(p, direction, hyper, skip > 0)
+            hyper = hyper._replace(weight_decay=0.0)
         adamw(
             params,
             grads,
@@ -1767,7 +1842,8 @@ def split_params(model):
     Matrices are those inside the blocks, banks of them too, that no part wants AdamW to have.
     """
     wanted = optimizer_choices(model)
-    groups = {"matrices": [], "embed": [model.embed], "head": [], "vectors": []}
+    embeddings = [model.embed, *model.value_embeds]
+    groups = {"matrices": [], "embed": embeddings, "head": [], "vectors": []}
     if model.head is not None:
         groups["head"].append(model.head)
     for block in model.blocks:
@@ -2128,6 +2204,7 @@ class State:
     step: int = 0  # updates made
     bad: list = dataclasses.field(default_factory=list)  # (1 + ranks,) a step, see update
     carried: Cache | None = None  # of this rank's rows, with CARRY_STATE=1
+    averages: list = dataclasses.field(default_factory=list)  # of the parameters, with EMA_ITERS
 
     @classmethod
     def build(cls, cfg, ranks):
@@ -2138,7 +2215,10 @@ class State:
         rows = cfg.batch_size // ranks.world_size
         carried = model.new_cache(rows, math.inf) if cfg.carry_state else None
         optimizers = build_optimizers(model, cfg, ranks)
-        return cls(model, optimizers, LossScale(dtype, device), carried=carried)
+        state = cls(model, optimizers, LossScale(dtype, device), carried=carried)
+        if cfg.ema_iters:
+            state.averages = [p.detach().clone() for p in model.parameters()]
+        return state
 
     def tensors(self):
         """What a checkpoint holds: {key: (tensor, kind)}, kinds as in harness.checkpoints."""
@@ -2146,6 +2226,8 @@ class State:
         tensors = {}
         for name, tensor in self.model.state_dict().items():
             tensors[f"model.{name}"] = (tensor, "copy")
+        for name, average in zip(names.values(), self.averages):
+            tensors[f"average.{name}"] = (average, "copy")
         for optimizer in self.optimizers:
             tensors |= optimizer.tensors(names)
         for name, tensor in self.loss_scale.tensors().items():
@@ -2154,6 +2236,20 @@ class State:
             for name, tensor in of_visit.items():
                 tensors[f"carried.{visit}.{name}"] = (tensor.view(-1), "slice")
         return tensors
+
+
+@contextlib.contextmanager
+def averaged(state):
+    """Within it the model has the moving averages of its weights."""
+    params = [*state.model.parameters()]
+    weights = [p.data for p in params]
+    for p, average in zip(params, state.averages):
+        p.data = average
+    try:
+        yield state.model
+    finally:
+        for p, own in zip(params, weights):
+            p.data = own
 
 
 class StepStats(NamedTuple):
@@ -2247,6 +2343,9 @@ def update(state, cfg, loss, routing):
     for optimizer in state.optimizers:
         optimizer.step(state.step, grad_scale, skip)
     state.model.zero_grad()
+    if state.averages:  # at first a mean of all weights until now
+        part = max(1 / cfg.ema_iters, 1 / (state.step + 1))
+        torch._foreach_lerp_(state.averages, [p.data for p in state.model.parameters()], part)
 
     # An overflow is how a loss scale finds out how far it can go; at 1 it is none.
     bad = torch.where(scale > 1, (~torch.isfinite(loss)).float(), skip)
@@ -2309,6 +2408,21 @@ def evaluate(model, loader, cfg, run, step):
     return None if run.status else (total / samples).tolist()
 
 
+def validate(state, loader, cfg, run):
+    """Columns of the curve by `evaluate`; None where the run is to end."""
+    loss_accuracy = evaluate(state.model, loader, cfg, run, state.step)
+    if run.status:
+        return None
+    columns = dict(zip(("val_loss", "val_accuracy"), loss_accuracy))
+    if state.averages:
+        with averaged(state) as model:
+            loss_accuracy = evaluate(model, loader, cfg, run, state.step)
+        if run.status:
+            return None
+        columns["ema_val_loss"], _ = loss_accuracy
+    return columns
+
+
 def bad_step_lines(step, flags, cfg, loader):
     """A line for each rank whose gradient was not finite; flags (1 + ranks,) are of train_step."""
     left_out, *not_finite = flags
@@ -2342,24 +2456,16 @@ def expert_report(state, cfg, routing):
 
     Line and figures pool the visits of a router; the columns are of each visit.
     """
-    pooled = [routing[visits].mean(0) for _, visits in state.model.router_states()]
+    step, pooled = state.step, []
+    for _, visits in state.model.router_states():
+        pooled.append(routing[visits].mean(0))
     pooled = torch.stack(pooled)
-    health = expert_health(pooled[:, LOAD], pooled[:, IMPORTANCE])
-    figures = {
-        "aux": health["aux"].mean().item(),
-        "entropy": health["entropy"].mean().item(),
-        "load_min": health["load_min"].min().item(),
-        "load_max": health["load_max"].max().item(),
-    }
-    coef, dead = aux_coef(state.step - 1, cfg), health["dead"].sum().item()
-    dropped = health["dropped"].mean().item()  # 0 as long as an expert takes whatever comes
-    words = " ".join(f"{name}:{value:.4f}" for name, value in figures.items())
+    figures, coef = pooled_health(pooled[:, LOAD], pooled[:, IMPORTANCE]), aux_coef(step - 1, cfg)
+    words = " ".join(f"{name}:{figures[name]:.4f}" for name in HEALTH[:4])
     line = (
-        f"[MOE] step:{state.step}/{cfg.num_iterations} coef:{coef:.4f} {words} dead:{dead} "
-        f"dropped:{dropped:g}"
+        f"[MOE] step:{step}/{cfg.num_iterations} coef:{coef:.4f} {words} dead:{figures['dead']} "
+        f"dropped:{figures['dropped']:g}"
     )
-    max_vio = figures["load_max"] * cfg.num_experts - 1
-    figures |= {"dead": dead, "dropped": dropped, "max_vio": max_vio}
     of_visits = expert_health(routing[:, LOAD], routing[:, IMPORTANCE])
     cells = torch.stack([of_visits[name] for name in HEALTH], dim=-1).flatten().tolist()
     columns = dict(zip(health_columns(cfg), [coef, *cells]))
@@ -2367,7 +2473,7 @@ def expert_report(state, cfg, routing):
 
 
 def log_point(run, state, cfg, stats, validation, loader):
-    """Logs the last step, whose StepStats may be None, and loss and accuracy, likewise."""
+    """Logs the last step, whose StepStats may be None, and what `validate` found, likewise."""
     step = state.step
     values, lines, figures = {"epoch": step * cfg.batch_size / loader.samples}, [], {}
     bad_steps = take_bad_steps(state, cfg, loader)
@@ -2380,8 +2486,8 @@ def log_point(run, state, cfg, stats, validation, loader):
             lines.append(line)
             values |= columns
     if validation is not None:
-        values["val_loss"], values["val_accuracy"] = validation
-        figures["val_accuracy"] = values["val_accuracy"]
+        values |= validation
+        figures |= {name: value for name, value in validation.items() if name != "val_loss"}
     run.point(values, lines, figures, bad_steps)
 
 
@@ -2477,7 +2583,7 @@ def train(cfg, run, train_loader, val_loader):
             validation = None
             if last or (cfg.val_every and step % cfg.val_every == 0):
                 with run.timed("eval_time"):
-                    validation = evaluate(state.model, val_loader, cfg, run, step)
+                    validation = validate(state, val_loader, cfg, run)
                 if run.status:
                     continue  # it was cut short: save, and leave the point to who goes on
             if validation is not None or log_due(step, cfg, stats):
@@ -2526,6 +2632,8 @@ def main(argv, env):
             targets = val_loader.read(0, val_loader.samples)[:, 1:]
             plan["val_bytes_per_token"] = bytes_per_token(cfg.input_val_bin, targets)
         columns = ["val_accuracy", *health_columns(cfg)]
+        if cfg.ema_iters:
+            columns.append("ema_val_loss")
         run.open(cfg, asked.changes_text(), plan, warnings, columns)
         state = train(cfg, run, train_loader, val_loader)
         run.close(state.model.state_dict())

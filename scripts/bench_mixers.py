@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from harness.contract import ConfigError
 from harness.ranks import Ranks
+from ops.generation import next_logits
 from ops.recurrences import chunked_wkv, gated_delta_rule, gru
 import train_gpt
 from stages import load_stage
-from train_gpt import GPT, MIXERS, Config, State, aux_loss, next_logits
+from train_gpt import GPT, MIXERS, Config, State, aux_loss
 
 SECTIONS = ("recurrences", "generation", "text")
 SHAPES = ((8, 128, 128), (8, 128, 64), (32, 128, 128), (16, 256, 256))  # batch, length, hidden

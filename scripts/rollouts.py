@@ -8,13 +8,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from harness.contract import ConfigError, DataError
+from ops.generation import continuations
 from rl_settings import RLConfig
 from rl_tasks import REWARDS, TASKS, Score, Task, held_out_prompts, training_prompt
 from tokenization import Tokenizer
-from train_gpt import GPT, continuations
+from train_gpt import GPT
 
 # What a random number is for: it depends on this and the seed, the step, the prompt and the answer.
 PROMPT, ANSWER, TEXT, WARM_UP, VALIDATION, SHUFFLE = range(6)
@@ -173,7 +173,7 @@ def token_logprobs(
     distribution that they are drawn from, (n,) each; and the routings of the model."""
     x, head, routings = model.hidden(batch.tokens[:, :-1])
     drawn = batch.is_answer[:, 1:]
-    logits = F.linear(x[drawn], head[:vocab_size].type_as(x)).float() / temperature
+    logits = model.logits(x[drawn], head[:vocab_size]) / temperature
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     targets = batch.tokens[:, 1:][drawn]

@@ -20,8 +20,8 @@ import torch
 
 from harness.contract import ConfigError, DataError
 from load_model import Trained, load_trained
+from ops.generation import generate
 from tokenization import Tokenizer, named
-from train_gpt import generate
 
 
 class Answer:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.cross_entropy import rows_per_chunk
-from ops.products import matmul_nt
 from train_gpt import GPT
 
 Item = TypeVar("Item")
@@ -94,7 +93,7 @@ def score_targets(
     rows = rows_per_chunk(x, head)
     logps, likeliest = [], []
     for xs, ts in zip(x.split(rows), targets.split(rows)):
-        logits = matmul_nt(xs, weight).float()
+        logits = model.logits(xs, weight)
         logps.append(F.log_softmax(logits, dim=-1).gather(-1, ts[:, None]).squeeze(-1))
         likeliest.append(logits.argmax(-1) == ts)
     return torch.cat(logps).cpu(), torch.cat(likeliest).cpu()

@@ -41,10 +41,16 @@ from harness.files import RunFiles
 
 FIGURES = """
     tokens train_time tokens_per_sec step_avg peak_mem mfu compile_time data_wait eval_time
-    save_time bad_steps final_loss best_loss bits_per_byte ppl val_accuracy status error resumes
+    save_time bad_steps final_loss best_loss bits_per_byte ppl val_accuracy ema_val_loss status
+    error resumes
 """.split()  # what a summary measures, beside moe_*; the rest of its keys is given
 # what trackers call columns of the curve
-TAGS = {"train_loss": "train/loss", "val_loss": "val/loss", "val_accuracy": "val/accuracy"}
+TAGS = {
+    "train_loss": "train/loss",
+    "val_loss": "val/loss",
+    "val_accuracy": "val/accuracy",
+    "ema_val_loss": "val/loss_of_averages",
+}
 MOE = r"aux_coef|(aux|entropy|load_min|load_max|dead|dropped)_\d+"  # columns that tell of experts
 
 

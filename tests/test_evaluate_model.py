@@ -19,7 +19,8 @@ import tokenization
 from evaluate_model import articles, count_words, is_wikitext
 from harness.settings import ROOT
 from scoring import Window, score, windows
-from train_gpt import GPT, generate
+from ops.generation import generate
+from train_gpt import GPT
 
 TEXT = "the old pond: then a frog leaps in, the sound of wäter there. 古池や "
 WIKI = (

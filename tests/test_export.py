@@ -14,7 +14,8 @@ import tokenization
 from load_model import load_trained
 from harness.checkpoints import export_weights
 from harness.contract import ConfigError
-from train_gpt import EXPERTS, GPT, NORMS, POSITIONS, Config, generate, import_weights
+from ops.generation import generate
+from train_gpt import EXPERTS, GPT, NORMS, POSITIONS, Config, import_weights
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenization
 import train_gpt
-from train_gpt import GPT, draw, generate, next_logits
+from ops.generation import generate, next_logits
+from ops.sampling import draw
+from train_gpt import GPT
 
 
 def model_of(**changes):

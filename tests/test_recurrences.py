@@ -10,7 +10,8 @@ from conftest import context, run_ranks, tiny
 from test_model import trained_a_little
 
 from ops.recurrences import CHUNK, chunked_wkv, gated_delta_rule, gru, linear_scan, with_past
-from train_gpt import GPT, MIXERS, Recurrent, generate, next_logits
+from ops.generation import generate, next_logits
+from train_gpt import GPT, MIXERS, Recurrent
 
 STATEFUL = [name for name, kind in MIXERS.items() if issubclass(kind, Recurrent)]
 LENGTHS = (1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 1100)

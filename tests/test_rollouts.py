@@ -15,7 +15,8 @@ from rl_settings import RLConfig
 from rl_tasks import REWARDS, TASKS, Score
 from rollouts import ANSWER, Batch, answer_held_out, chances_of, draw_answers, make_lesson
 from rollouts import roll_out, step_prompt, token_logprobs
-from train_gpt import axes, next_logits
+from ops.generation import next_logits
+from train_gpt import axes
 
 POLICIES = [{"mixer": choice} for choice in axes()["mixer"]]
 POLICIES += [

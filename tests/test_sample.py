@@ -14,7 +14,7 @@ import load_model
 import sample
 import tokenization
 from harness.contract import ConfigError, DataError
-from train_gpt import generate
+from ops.generation import generate
 
 TEXT = "Old pond, a frog jumps in: the sound of wäter. 古池や蛙飛び込む水の音 \n"
 

@@ -20,29 +20,41 @@ def rows_per_chunk(x, head):
     return math.ceil(len(x) / n_chunks)
 
 
-def score_chunk(x, head, targets):
+def soft_cap(logits, cap):
+    """Logits within (-cap, cap), as Gemma 2 has them (arXiv 2408.00118); cap 0 leaves them."""
+    return cap * (logits / cap).tanh() if cap else logits
+
+
+def score_chunk(x, head, targets, cap=0.0):
     """Summed loss of x (n, C) against targets (n,), and how many of these are likeliest: (2,)."""
-    logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
+    logp = F.log_softmax(soft_cap(matmul_nt(x, head).float(), cap), dim=-1)
     loss = -logp.gather(-1, targets[:, None]).sum()
     return torch.stack([loss, (logp.argmax(-1) == targets).sum().type_as(loss)])
 
 
-def loss_chunk(x, head, targets):
+def loss_chunk(x, head, targets, cap=0.0):
     """Summed loss () of x (n, C) against targets (n,), and its gradient for the logits (n, V)."""
-    logp = F.log_softmax(matmul_nt(x, head).float(), dim=-1)
+    logits = soft_cap(matmul_nt(x, head).float(), cap)
+    logp = F.log_softmax(logits, dim=-1)
     target_logp = logp.gather(-1, targets[:, None])
-    grad = logp.exp_().type_as(x)  # softmax - onehot
-    return -target_logp.sum(), grad.scatter_(-1, targets[:, None], target_logp.expm1().type_as(x))
+    grad, grad_target = logp.exp_(), target_logp.expm1()  # softmax - onehot
+    if cap:
+        slope = 1 - (logits / cap).square()  # of soft_cap
+        grad, grad_target = grad * slope, grad_target * slope.gather(-1, targets[:, None])
+    grad = grad.type_as(x).scatter_(-1, targets[:, None], grad_target.type_as(x))
+    return -target_logp.sum(), grad
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean loss () of x (N, C), head (V, C), targets (N,), without all logits at once.
 
+    `cap` is that of soft_cap.
+
     The gradients are computed with the loss, chunk by chunk, as in Liger-Kernel (arXiv 2410.10989).
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, loss_chunk):
+    def forward(ctx, x, head, targets, loss_chunk, cap=0.0):
         weight = head.type_as(x)
         total = x.new_zeros((), dtype=torch.float32)
         training = ctx.needs_input_grad[0]
@@ -50,7 +62,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if training else None
         rows = rows_per_chunk(x, head)
         for xs, ts, grad_xs in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
-            loss, grad_logits = loss_chunk(xs, weight, ts)
+            loss, grad_logits = loss_chunk(xs, weight, ts, cap)
             total += loss
             if training:
                 grad_xs.copy_(matmul_nt(grad_logits, weight.mT))
@@ -62,4 +74,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_head = ctx.saved_tensors
         grad = grad / len(grad_x)
-        return grad_x.mul_(grad), grad_head.mul_(grad), None, None
+        return grad_x.mul_(grad), grad_head.mul_(grad), None, None, None
