@@ -60,8 +60,76 @@ from ops.recurrences import chunked_wkv, gated_delta_rule, gru, linear_scan, wit
 ########################################
 
 
+class Rules(Settings):
+    """Which values the settings of Config may have, and which of them matter when."""
+
+    SYNONYMS = {
+        "LEARNING_RATE": "LR",
+        "EPOCHS": "MAX_EPOCHS",
+        "BLOCK_SIZE": "SEQUENCE_LENGTH",
+        "EXPERTS": "NUM_EXPERTS",
+        "N_EXPERTS": "NUM_EXPERTS",
+        "D_MODEL": "N_EMBD",
+        "MAX_ITERS": "NUM_ITERATIONS",
+        "PER_STEP": "PER_VISIT",  # its name in earlier versions
+    }
+    LISTS = ("mixer", "ffn", "per_visit", "trackers")
+    BOUNDS = {  # inclusive
+        "batch_size device_batch_size sequence_length num_iterations log_every top_k": (1, 2**31),
+        "n_layer n_head n_embd n_unique num_experts balance_log_interval hang_timeout": (1, 2**31),
+        "val_every save_every max_epochs d_ff warmup_iters warmdown_iters": (0, 2**31),
+        "momentum_warmup_iters momentum_cooldown_iters ema_iters value_embeds": (0, 2**31),
+        "seed max_bad_steps sample_every unshared_ends max_train_tokens": (0, 2**40),
+        "keep_last": (2, 2**31),
+        "val_tokens": (1, 2**40),
+        "vocab_size": (0, 65536),
+        "lr embed_lr head_lr muon_lr peak_tflops": (1e-12, 1e30),
+        "dropout beta1 beta2 muon_momentum momentum_start": (0, 0.9999999),
+        "aux_warmup_frac aux_decay_end_frac min_lr_frac warmdown_frac": (0, 1),
+        "aux_loss_coef aux_loss_coef_start aux_loss_coef_end grad_clip weight_decay": (0, 1e6),
+        "logit_softcap": (0, 1e6),
+    }
+    LABELS = "run_id stage variant note dry_run log_dir results_csv resume trackers".split()
+    NOT_HASHED = """
+        preset run_id stage variant note dry_run input_bin input_val_bin peak_tflops resume
+        save_every keep_last max_bad_steps hang_timeout balance_log_interval log_dir results_csv
+        log_every sample_every trackers
+    """.split()
+    SCHEDULED = """
+        num_iterations lr_schedule warmup_iters warmdown_iters warmdown_frac min_lr_frac
+        decay_schedule momentum_start momentum_warmup_iters momentum_cooldown_iters
+        aux_loss_coef aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac
+    """.split()
+    AUTO = {  # settings that may say auto, and the setting that they follow then
+        "embed_lr": "lr",
+        "head_lr": "lr",
+        "muon_lr": "lr",
+        "d_ff": "n_embd",
+        "vocab_size": "input_bin",
+        "peak_tflops": "device",
+    }
+    NEEDS = {  # what must hold, or else these settings have no effect
+        "FFN=moe": """num_experts top_k expert shared_expert router_optimizer aux_loss_coef
+            aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac""",
+        "BALANCE=aux": """aux_loss_coef aux_loss_coef_start aux_loss_coef_end aux_warmup_frac
+            aux_decay_end_frac""",
+        "AUX_LOSS_COEF_START=none": "aux_loss_coef",
+        "AUX_LOSS_COEF_START!=none": "aux_warmup_frac aux_decay_end_frac",
+        "MIXER=attention": "attngate gatepos gateact qk_norm",
+        "ATTNGATE!=none": "gatepos gateact",
+        "OPTIMIZER=muon": """muon_lr muon_scale muon_momentum orthogonalize muon_norm
+            momentum_start momentum_warmup_iters momentum_cooldown_iters""",
+        "MOMENTUM_START!=none": "momentum_warmup_iters momentum_cooldown_iters",
+        "WEIGHT_DECAY!=0.0": "decay_schedule cautious_decay",
+        "LR_SCHEDULE=trapezoid": "warmdown_iters warmdown_frac",
+        "WARMDOWN_FRAC=none": "warmdown_iters",
+        "LR_SCHEDULE=cosine": "min_lr_frac",
+        "TIE_EMBEDDINGS=0": "head_lr",
+    }
+
+
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(Rules):
     """Every setting of a run. The environment variable is the field's name in capitals."""
 
     preset: str = "gpt2_small"  # experiments/presets/<name>.env is read first; the environment wins
@@ -162,70 +230,6 @@ class Config(Settings):
     sample_every: int = 0  # steps between samples of text in the log; 0: never
     trackers: str = "none"  # a comma list: scripts/track.py shows them the run, from beside it
 
-    SYNONYMS = {
-        "LEARNING_RATE": "LR",
-        "EPOCHS": "MAX_EPOCHS",
-        "BLOCK_SIZE": "SEQUENCE_LENGTH",
-        "EXPERTS": "NUM_EXPERTS",
-        "N_EXPERTS": "NUM_EXPERTS",
-        "D_MODEL": "N_EMBD",
-        "MAX_ITERS": "NUM_ITERATIONS",
-        "PER_STEP": "PER_VISIT",  # its name in earlier versions
-    }
-    LISTS = ("mixer", "ffn", "per_visit", "trackers")
-    BOUNDS = {  # inclusive
-        "batch_size device_batch_size sequence_length num_iterations log_every top_k": (1, 2**31),
-        "n_layer n_head n_embd n_unique num_experts balance_log_interval hang_timeout": (1, 2**31),
-        "val_every save_every max_epochs d_ff warmup_iters warmdown_iters": (0, 2**31),
-        "momentum_warmup_iters momentum_cooldown_iters ema_iters value_embeds": (0, 2**31),
-        "seed max_bad_steps sample_every unshared_ends max_train_tokens": (0, 2**40),
-        "keep_last": (2, 2**31),
-        "val_tokens": (1, 2**40),
-        "vocab_size": (0, 65536),
-        "lr embed_lr head_lr muon_lr peak_tflops": (1e-12, 1e30),
-        "dropout beta1 beta2 muon_momentum momentum_start": (0, 0.9999999),
-        "aux_warmup_frac aux_decay_end_frac min_lr_frac warmdown_frac": (0, 1),
-        "aux_loss_coef aux_loss_coef_start aux_loss_coef_end grad_clip weight_decay": (0, 1e6),
-        "logit_softcap": (0, 1e6),
-    }
-    LABELS = "run_id stage variant note dry_run log_dir results_csv resume trackers".split()
-    NOT_HASHED = """
-        preset run_id stage variant note dry_run input_bin input_val_bin peak_tflops resume
-        save_every keep_last max_bad_steps hang_timeout balance_log_interval log_dir results_csv
-        log_every sample_every trackers
-    """.split()
-    SCHEDULED = """
-        num_iterations lr_schedule warmup_iters warmdown_iters warmdown_frac min_lr_frac
-        decay_schedule momentum_start momentum_warmup_iters momentum_cooldown_iters
-        aux_loss_coef aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac
-    """.split()
-    AUTO = {  # settings that may say auto, and the setting that they follow then
-        "embed_lr": "lr",
-        "head_lr": "lr",
-        "muon_lr": "lr",
-        "d_ff": "n_embd",
-        "vocab_size": "input_bin",
-        "peak_tflops": "device",
-    }
-    NEEDS = {  # what must hold, or else these settings have no effect
-        "FFN=moe": """num_experts top_k expert shared_expert router_optimizer aux_loss_coef
-            aux_loss_coef_start aux_loss_coef_end aux_warmup_frac aux_decay_end_frac""",
-        "BALANCE=aux": """aux_loss_coef aux_loss_coef_start aux_loss_coef_end aux_warmup_frac
-            aux_decay_end_frac""",
-        "AUX_LOSS_COEF_START=none": "aux_loss_coef",
-        "AUX_LOSS_COEF_START!=none": "aux_warmup_frac aux_decay_end_frac",
-        "MIXER=attention": "attngate gatepos gateact qk_norm",
-        "ATTNGATE!=none": "gatepos gateact",
-        "OPTIMIZER=muon": """muon_lr muon_scale muon_momentum orthogonalize muon_norm
-            momentum_start momentum_warmup_iters momentum_cooldown_iters""",
-        "MOMENTUM_START!=none": "momentum_warmup_iters momentum_cooldown_iters",
-        "WEIGHT_DECAY!=0.0": "decay_schedule cautious_decay",
-        "LR_SCHEDULE=trapezoid": "warmdown_iters warmdown_frac",
-        "WARMDOWN_FRAC=none": "warmdown_iters",
-        "LR_SCHEDULE=cosine": "min_lr_frac",
-        "TIE_EMBEDDINGS=0": "head_lr",
-    }
-
     @classmethod
     def choices(cls):
         return axes()
@@ -322,6 +326,8 @@ def check_run(cfg):
         "deterministic",
         "COMPILE=0 or auto: 1 times its kernels",
     )
+    may_rise = cfg.momentum_start is None or cfg.muon_momentum > 0
+    cfg.require(may_rise, "momentum_start", "MUON_MOMENTUM above 0")
     cfg.require(
         cfg.router_optimizer in ("adamw", cfg.optimizer),
         "router_optimizer",

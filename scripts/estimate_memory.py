@@ -139,10 +139,12 @@ def saved_bytes(cfg: Config) -> int:
 
 def kept_bytes(cfg: Config, gpus: int = 1) -> float:
     """Bytes of float32 weights, their gradients, and the ranks' share of the optimizers: 4 B a
-    weight of Muon's, which has one momentum, 8 B of AdamW's; and of the states that are carried."""
+    weight of Muon's, which has one momentum, 8 B of AdamW's; of moving averages; and of the states
+    that are carried."""
     total = count(cfg)["params_total"]
     muon = layout(shape(cfg))["matrices"] if cfg.optimizer == "muon" else 0
-    return 8 * total + (4 * muon + 8 * (total - muon) + carried_bytes(cfg)) / gpus
+    averages = 4 * total if cfg.ema_iters else 0
+    return 8 * total + averages + (4 * muon + 8 * (total - muon) + carried_bytes(cfg)) / gpus
 
 
 @functools.cache
@@ -160,8 +162,9 @@ def memory(cfg: Config, gpus: int = 1) -> float:
     backward pass and Muon's update need besides."""
     sizes = layout(shape(cfg))
     tokens = cfg.device_batch_size * cfg.sequence_length
-    # 2 + 4 + 4 + 2 B: raw, float32, log, gradient
-    logits = 12 * min(tokens * cfg.vocab_size, LOGITS_PER_CHUNK["cuda"])
+    # 2 + 4 + 4 + 2 B: raw, float32, log, gradient; and 4 of what the softcap has left
+    bytes_of_logit = 16 if cfg.logit_softcap else 12
+    logits = bytes_of_logit * min(tokens * cfg.vocab_size, LOGITS_PER_CHUNK["cuda"])
     cast_head = 2 * cfg.vocab_size * cfg.n_embd
     passes = saved_bytes(cfg) + logits + cast_head
 

@@ -42,6 +42,7 @@ Tensors = dict[str, Tensor]
 # of which a layer has norm1, q, k, v, o, norm2, up, down, and a gate where its FFN has one.
 Names = dict[str, list[str]]
 
+NOT_EXPORTED = ("attngate", "residual", "value_residual", "value_embeds", "logit_softcap")
 ACTS = {"relu2": "relu2", "gelu": "gelu_pytorch_tanh", "swiglu": "silu"}  # {FFN: their name}
 OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "swish": "silu"}
 GATED = [name for name in ACTS if EXPERTS[name].parts == 2]
@@ -220,8 +221,9 @@ def find_kind(cfg: Config) -> str:
     only = f"a class here has to compute the same, and they are {', '.join(KINDS)}"
     if set(cfg.mixer.split(",")) != {"attention"}:
         raise ConfigError(f"MIXER={cfg.mixer} cannot be exported, only attention: {only}")
-    if cfg.attngate != "none":
-        raise ConfigError(f"ATTNGATE={cfg.attngate}: a gate cannot be exported: {only}")
+    for name in NOT_EXPORTED:
+        if getattr(cfg, name) != getattr(Config, name):
+            raise ConfigError(f"{assignment(name, getattr(cfg, name))} cannot be exported: {only}")
     ffn = ffn_of(cfg)
     if ffn not in ACTS:
         raise ConfigError(f"FFN={ffn} cannot be exported, only {', '.join(ACTS)}: {only}")

@@ -174,4 +174,5 @@ def supervised(cfg: Config, rl: RLConfig) -> RLConfig:
     rates = {name: getattr(cfg, name) for name in RATES}
     rates = vars(scaled_rates(dataclasses.replace(rl, **rates), rl.warm_up_lr / cfg.lr))
     forever = {"num_iterations": 2**31, "warmup_iters": 0, "warmdown_iters": 0}
+    forever["warmdown_frac"] = None
     return RLConfig(**rates | forever | {"lr_schedule": "trapezoid"})

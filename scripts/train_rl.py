@@ -129,7 +129,7 @@ def prepare(given: Mapping[str, Any], env: Mapping[str, str]) -> Start:
             f"VOCAB_SIZE={cfg.vocab_size}: the vocabulary has {tokenizer.vocab_size}; unset it"
         )
 
-    trainer = dataclasses.replace(cfg, carry_state=False)
+    trainer = dataclasses.replace(cfg, carry_state=False, ema_iters=0)
     asked = cfg = with_options(trainer, given)
     changes = {
         "vocab_size": cfg.vocab_size or tokenizer.vocab_size,

@@ -177,6 +177,10 @@ def test_the_promised_choices_are_there():
         "dtype": "auto float32 bfloat16 float16",
         "compile": "auto 0 1",
         "trackers": "none tensorboard wandb",
+        "residual": "plain x0 unet",
+        "orthogonalize": "newton_schulz polar_express",
+        "muon_norm": "none rows",
+        "decay_schedule": "constant follow_lr to_zero",
     }
     missing = {
         (axis, name)
@@ -288,7 +292,9 @@ def test_what_settings_need_names_settings_and_choices():
         assert {setting.lower(), *names.split()} <= FIELDS.keys()
         choices = Config.choices().get(setting.lower())
         if choices is None:
-            assert (setting, value) in (("AUX_LOSS_COEF_START", "none"), ("TIE_EMBEDDINGS", "0"))
+            defaults = vars(Config()) | {"tie_embeddings": False}
+            is_off = {None: "none", False: "0"}.get(defaults[setting.lower()])
+            assert value == (is_off or str(defaults[setting.lower()])), need
         else:
             assert value in choices
     assert {*Config.AUTO, *Config.AUTO.values()} <= FIELDS.keys()

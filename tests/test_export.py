@@ -257,7 +257,11 @@ def test_tokenizer_and_padded_vocabulary(kind, family, tmp_path, capsys):
     [
         ({"ffn": "moe"}, "FFN=moe cannot be exported"),
         ({"ffn": "relu2,gelu"}, "FFN=relu2,gelu cannot be exported"),
-        ({"attngate": "headwise"}, "ATTNGATE=headwise: a gate cannot be exported"),
+        ({"attngate": "headwise"}, "ATTNGATE=headwise cannot be exported"),
+        ({"residual": "x0"}, "RESIDUAL=x0 cannot be exported"),
+        ({"value_residual": True}, "VALUE_RESIDUAL=1 cannot be exported"),
+        ({"value_embeds": 1}, "VALUE_EMBEDS=1 cannot be exported"),
+        ({"logit_softcap": 15.0}, "LOGIT_SOFTCAP=15.0 cannot be exported"),
         ({"norm": "layer"}, "ApertusForCausalLM, needs NORM=rms"),
         ({"pos": "learned", "qk_norm": False}, "GPT2LMHeadModel, needs NORM=layer"),
     ],
