@@ -292,9 +292,8 @@ def test_what_settings_need_names_settings_and_choices():
         assert {setting.lower(), *names.split()} <= FIELDS.keys()
         choices = Config.choices().get(setting.lower())
         if choices is None:
-            defaults = vars(Config()) | {"tie_embeddings": False}
-            is_off = {None: "none", False: "0"}.get(defaults[setting.lower()])
-            assert value == (is_off or str(defaults[setting.lower()])), need
+            off = {"TIE_EMBEDDINGS": "0", "WEIGHT_DECAY": "0.0"}.get(setting, "none")
+            assert value == off and Config.from_env({setting: off}).holds(f"{setting}={off}")
         else:
             assert value in choices
     assert {*Config.AUTO, *Config.AUTO.values()} <= FIELDS.keys()
