@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
-from harness.checkpoints import import_weights
+from harness.checkpoints import export_weights, import_weights
 from harness.files import quoted
 from harness.provenance import bytes_per_token, check_tokenizers, dataset_folder, dataset_index
 from harness.provenance import fingerprint, how_to_get
@@ -2609,6 +2609,13 @@ def train(cfg, run, train_loader, val_loader):
     return state
 
 
+def export_averages(state, cfg, run):
+    """Writes the moving averages of a run that has come to its end as weights of their own."""
+    if state.averages and run.ranks.rank == 0 and not run.status:
+        with averaged(state) as model:
+            export_weights(model.state_dict(), cfg, run.records.files.folder / "averages")
+
+
 def main(argv, env):
     """One run as the environment sets it; returns the exit code."""
     if "-h" in argv or "--help" in argv:
@@ -2642,6 +2649,7 @@ def main(argv, env):
             columns.append("ema_val_loss")
         run.open(cfg, asked.changes_text(), plan, warnings, columns)
         state = train(cfg, run, train_loader, val_loader)
+        export_averages(state, cfg, run)
         run.close(state.model.state_dict())
     return run.exit_code
 

@@ -18,6 +18,23 @@ another text. Data are kept in data/rnn_demo, a folder for each text.
 of its own, RUN_ID-rl, after a warm-up on right answers. The vocabulary must have the characters of
 the task. --load RUN_ID --do-rl without --epochs begins with it at once.
 Exit codes: 0 it has written, 2 a wrong option or text, 130 interrupted, others as of train_gpt.py.
+Options of rnn-rust, a program of this kind, in its order, and what is another here:
+  --hiddenSize --embedSize --numLayers --numHeads: --hidden-size (the embedding's, too) --layers
+      --heads (twice that divides the size)
+  --numExperts --topK: --experts --top-k; both count the expert for all tokens in the first
+  --fastMode --useRWKV=false: --fast-mode --no-rwkv; other mixers by MIXER
+  --trainingText --epochs --logEvery --temperature --genLength: TEXT or --file, --epochs
+      --log-every --temperature --gen-length; later: scripts/sample.py RUN_ID --prompt TEXT
+  --learningRate --weightDecay --batchSize --seqLength: --lr --weight-decay --batch-size
+      --seq-length; states are carried from one sample to the next
+  --savePath --saveOnComplete=false --saveEvery --loadCheckpoint: --run-id and --log-dir, --no-save
+      --save-every (epochs, all kept) --load
+  --useBPE --bpeLoadPath: --tokenizer FILE
+  --trainBPE --bpeVocabSize --bpeMinFrequency --bpeSavePath --bpeTrainingFile --bpeTrainingText:
+      scripts/train_tokenizer.py --vocab-size (257 or more) --min-frequency --out --source --text
+  --doRL --rlTask --rlEpisodes --rlLearningRate: --do-rl --rl-task --rl-episodes --rl-learning-rate
+      and --rl-length; an episode is a prompt with 16 answers, a step has 8 of them: 800 episodes,
+      not 100, at half of LR, not 0.0001; --epochs=0 with a checkpoint is --load RUN --do-rl
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
