@@ -425,6 +425,10 @@ def cautions(env, cfg):
         sentences.append(
             f"VOCAB_SIZE={cfg.vocab_size}, the data have {in_data} ids; VOCAB_SIZE=0 takes these"
         )
+    if cfg.dtype == "float16" and cfg.has_moe() and cfg.device == "cuda":
+        sentences.append(
+            "DTYPE=float16: experts wait for the host on CUDA; DTYPE=bfloat16 is twice as fast"
+        )
     idle = cfg.idle()
     for name in cfg.changes():
         if name.lower() in idle:
@@ -484,6 +488,8 @@ class Linear(nn.Module):
     fan_in). `to_residual` says that the output is added to the residual stream.
     """
 
+    in_float32 = False  # whether its input is in float32 whatever the model's dtype
+
     def __init__(self, cfg, fan_in, fan_out, parts=1, to_residual=False, bias=None, experts=()):
         super().__init__()
         shape = (fan_out, fan_in) if parts == 1 else (parts, fan_out, fan_in)
@@ -497,6 +503,19 @@ class Linear(nn.Module):
         weight = self.weight.flatten(0, -2).type_as(x)
         y = linear(x, weight)
         return y if self.bias is None else y + self.bias.type_as(x)
+
+
+class CastBefore(torch.autograd.Function):
+    """A weight in another dtype, of which there is a copy; gradients add up in the weight's own."""
+
+    @staticmethod
+    def forward(ctx, weight, copy):
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
 
 
 class RMSNorm(nn.Identity):
@@ -1037,7 +1056,7 @@ class MoE(nn.Module):
         self.biases_choice = cfg.balance == "quantile"
         self.next_state = BALANCES[cfg.balance]
         self.router = Linear(cfg, cfg.n_embd, cfg.num_experts, bias=False)
-        self.router.optim = cfg.router_optimizer
+        self.router.optim, self.router.in_float32 = cfg.router_optimizer, True
         active = cfg.top_k + cfg.shared_expert
         self.experts = EXPERTS[cfg.expert](cfg, ExpertLinear, active)
         self.always = nn.ModuleList()
@@ -1325,18 +1344,32 @@ class GPT(nn.Module):
         self.context = math.inf if is_endless else cfg.sequence_length  # tokens it can see
         self.is_dense = not any(isinstance(block.ffn, MoE) for block in self.blocks)
 
+    def cast_weights(self, index):
+        """{name: (weight, its copy in `dtype`)} of what each visit of a block would cast anew."""
+        casts = {}
+        if self.dtype != self.embed.dtype and self.order.count(index) > 1:
+            for name, part in self.blocks[index].named_modules():
+                is_cast = isinstance(part, Linear) and not part.in_float32
+                if is_cast and f"{name}.weight" not in self.banked:
+                    weight = part.weight
+                    casts[f"{name}.weight"] = weight, weight.detach().to(self.dtype)
+        return casts
+
     def visits(self):
-        """For each visit its block, and what the visit has for itself: {name: tensor}."""
-        banks = []
-        for block in self.blocks:
+        """For each visit its block, and tensors that are not the block's own: {name: tensor}."""
+        banks, casts = [], []
+        for index, block in enumerate(self.blocks):
             tensors = block.state_dict(keep_vars=True) if self.banked else {}
             # One unbind for all visits: its gradient is written once.
             banks.append({name: t.unbind(0) for name, t in tensors.items() if name in self.banked})
+            casts.append(self.cast_weights(index))
         visits_until_now = Counter()
         for index in self.order:
             visit = visits_until_now[index]
             visits_until_now[index] += 1
-            yield self.blocks[index], {name: parts[visit] for name, parts in banks[index].items()}
+            own = {name: parts[visit] for name, parts in banks[index].items()}
+            own |= {name: CastBefore.apply(*pair) for name, pair in casts[index].items()}
+            yield self.blocks[index], own
 
     def values_at(self, visit, tokens_BT):
         """The fields of a visit's Context that are for its values: {name: tensor}."""

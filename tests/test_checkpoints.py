@@ -654,6 +654,18 @@ def test_the_exported_weights_are_the_model_and_start_another_run(settings):
     ).stat().st_mode & 0o777
 
 
+def test_a_checkpoint_touches_no_gpu(settings, monkeypatch):
+    """Where there is one, torch's loader for it opens device 0 in a thread of every rank."""
+
+    def refuse(*args, **options):
+        raise AssertionError("a loader that copies from a GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dcp.filesystem, "_OverlappingCpuLoader", refuse)
+    codes, out = launch(settings)
+    assert codes == [0] and checkpoints(settings), out
+
+
 def test_tally_adds_slices_and_compares_copies():
     a = {"x": ("slice", "f", 2, 5), "y": ("copy", "f", 3, 7)}
     assert tally([a, a, {"z": ("own", "f", 1, 1)}]) == {

@@ -286,6 +286,15 @@ def test_a_setting_without_effect_is_told_and_counts_for_nothing(settings, name,
     assert name.lower() in Config.from_env(env | met).effective()
 
 
+def test_experts_in_float16_on_cuda_are_told_to_be_slow():
+    slow = Config(ffn="relu2,moe", dtype="float16", device="cuda")
+    assert "DTYPE=bfloat16 is twice as fast" in cautions({}, slow)[0]
+    for change in ({"ffn": "relu2"}, {"dtype": "bfloat16"}, {"device": "cpu"}):
+        assert not any(
+            "float16" in words for words in cautions({}, dataclasses.replace(slow, **change))
+        )
+
+
 def test_what_settings_need_names_settings_and_choices():
     for need, names in Config.NEEDS.items():
         setting, value = need.replace("!", "").split("=")

@@ -5,16 +5,20 @@ import dataclasses
 import json
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import launch, rows
 
 import split_results
 import train_gpt
 from harness.contract import ConfigError
 from harness.files import sha256sum
+from harness.ranks import Ranks, setup
 from harness.records import truncate_to_step, update_results
 from harness.settings import Settings
 from harness import source
 from harness.source import code_tokens, source_hash, text_hash
+from train_gpt import Config
 
 TEXT = '''"""A program."""
 
@@ -184,3 +188,19 @@ def test_lines_of_steps_that_are_run_again_are_left_out(tmp_path):
     log.write_text(kept + "step:3/9 train_loss:1.0\n[MOE] step:3/9 coef:0.1\nstep:4/9 val_lo")
     assert truncate_to_step(log, 3) == kept
     assert truncate_to_step(tmp_path / "none", 3) == ""
+
+
+def test_nccl_is_set_up_before_the_first_step(monkeypatch):
+    """A barrier without a device would go to gloo, and leave that to the first step."""
+    calls = []
+    fakes = {
+        (dist, "init_process_group"): lambda *args, **options: calls.append(args[0]),
+        (dist, "barrier"): lambda **options: calls.append(options),
+        (dist, "broadcast_object_list"): lambda *args, **options: None,
+        (torch.cuda, "set_device"): calls.append,
+    }
+    for (module, name), fake in fakes.items():
+        monkeypatch.setattr(module, name, fake)
+    ranks = Ranks(rank=3, local_rank=1, world_size=4, local_world_size=2)
+    setup(Config(device="cuda", run_id="x"), ranks, {})
+    assert calls == [1, "cpu:gloo,cuda:nccl", {"device_ids": [1]}]

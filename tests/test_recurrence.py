@@ -1,14 +1,18 @@
 """Recurrent depth: a loop over banks is the stacked model, a shared block a stack of equal ones."""
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from check_recurrence import by_layer
 from harness.contract import ConfigError
 from harness.ranks import Ranks
 from train_gpt import (
     GPT,
+    IMPORTANCE,
     LOAD,
     PER_VISIT,
     Config,
@@ -179,6 +183,41 @@ def test_counts_are_of_weights_once_and_of_products_by_visit():
     )
     assert plans["shared"]["params_total"] == 64 * 32 + 12 * 32 * 32
     assert len({plan["flops_per_token"] for plan in plans.values()}) == 1
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts from float32 to bfloat16, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            self.count[tuple(args[0].shape)] += args[0].dtype == torch.float32
+        return result
+
+
+def test_the_weights_of_a_block_that_is_visited_often_are_cast_once(monkeypatch):
+    """In bfloat16; losses and gradients are those of a cast at each visit, to the last bit."""
+    settings = dict(n_layer=4, ffn="moe", recurrence="shared", attngate="headwise", n_embd=48)
+    tokens, found, shapes = torch.arange(34).view(2, 17) % 64, {}, {(8, 128, 48), (48, 48), (2, 48)}
+    for kind in ("once", "at each visit"):
+        if kind == "at each visit":
+            monkeypatch.setattr(GPT, "cast_weights", lambda model, index: {})
+        torch.manual_seed(0)
+        model = GPT(tiny(**settings), torch.bfloat16)
+        randomize(model)
+        with Casts() as casts:
+            loss, routing = model(tokens[:, :-1], tokens[:, 1:])
+            (loss + routing[:, IMPORTANCE].square().sum()).backward()
+        gradients = [p.grad for p in model.parameters()]
+        found[kind] = [loss, *gradients], {shape: casts.count[shape] for shape in shapes}
+    assert found["once"][1] == dict.fromkeys(shapes, 1)
+    assert found["at each visit"][1] == dict.fromkeys(shapes, 4)
+    for ours, theirs in zip(found["once"][0], found["at each visit"][0]):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_load_is_pooled_over_the_visits_of_a_block(group):

@@ -250,9 +250,9 @@ class Checkpoints:
         temporary = final.with_name(f".tmp_{final.name}")
         try:
             about["entries"] = self.gather(copies)
-            dcp.save(
-                to_write, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group
-            )
+            # Nothing is to be copied ahead: a loader for CUDA would open device 0 on every rank.
+            writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
+            dcp.save(to_write, storage_writer=writer, process_group=self.group)
             if self.rank == 0:
                 self.publish(temporary, final, about)
                 seconds = time.perf_counter() - began

@@ -61,6 +61,8 @@ def setup(cfg: Settings, ranks: Ranks, env: Mapping[str, str]) -> str:
         world_size=ranks.world_size,
         timeout=timedelta(seconds=FIRST_STEP_TIMEOUT),
     )
+    if cfg.device == "cuda":  # nccl is set up here, and not in the first step on the clock
+        dist.barrier(device_ids=[ranks.local_rank])
     return from_rank0(lambda: cfg.run_id or new_run_id(cfg.preset))
 
 
