@@ -56,7 +56,9 @@ VARIANTS = [
     for act in GATE_ACTS
 ]
 VARIANTS += [
-    {axis: choice} for axis in ("mixer", "ffn", "norm", "pos", "init") for choice in axes()[axis]
+    {axis: choice}
+    for axis in ("mixer", "ffn", "norm", "pos", "init", "residual")
+    for choice in axes()[axis]
 ]
 VARIANTS += [
     {"bias": True, "norm": "layer"},
@@ -73,6 +75,19 @@ VARIANTS += [{"mixer": choice, "recurrence": "indexed"} for choice in axes()["mi
 VARIANTS += [
     {"ffn": "moe", "norm": "rms_gain", "recurrence": "shared", "n_layer": 4, "per_visit": choice}
     for choice in axes()["per_visit"]
+]
+GATED_VALUES = {"value_residual": True, "value_embeds": 1, "attngate": "headwise"}
+GATED_VALUES |= {"gatepos": "value"}
+VARIANTS += [
+    {"value_residual": True},
+    {"value_embeds": 1},
+    {"logit_softcap": 5.0},
+    {"recurrence": "indexed", "residual": "unet"} | GATED_VALUES,
+]
+VARIANTS += [
+    {"ffn": "moe", "recurrence": "shared", "n_layer": 4, "logit_softcap": 5.0, "residual": choice}
+    | GATED_VALUES
+    for choice in axes()["residual"]
 ]
 
 

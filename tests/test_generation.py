@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import VARIANTS, curve, launch, summary, tiny, write_shard
 from test_model import trained_a_little
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +32,7 @@ def one_by_one(model, prompt, steps):
 
 def logits_of(model, tokens, *cached):
     x, head, _ = model.hidden(tokens, *cached)
-    return F.linear(x, head)
+    return model.logits(x, head)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -60,10 +59,15 @@ def test_pieces_are_the_full_pass(variant):
     assert cache.filled.tolist() == seen
 
 
-@pytest.mark.parametrize("recurrence", [{}, {"recurrence": "shared", "ffn": "moe"}], ids=str)
-def test_generate_is_the_likeliest_by_full_passes(recurrence):
+MIXED_VALUES = {"n_layer": 4, "residual": "unet", "value_residual": True, "value_embeds": 2}
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"recurrence": "shared", "ffn": "moe"}, MIXED_VALUES], ids=str
+)
+def test_generate_is_the_likeliest_by_full_passes(variant):
     """Prompts of different lengths, several samples of each, until the context is full."""
-    model = model_of(**recurrence)
+    model = model_of(**variant)
     prompts = [[5, 9, 33], [1], [60, 2, 3, 4, 5]]
     made = list(generate(model, prompts, 11, samples=2, temperature=0))
     assert len(made) == 11 and all(len(tokens) == 6 for tokens in made)
@@ -82,8 +86,9 @@ def test_a_device_writes_what_the_cpu_writes(variant):
     assert list(generate(model.cuda(), prompts, 30, samples=2, temperature=0)) == wanted
 
 
-def test_when_the_context_is_full_its_newer_half_stays():
-    model = model_of()
+@pytest.mark.parametrize("variant", [{}, MIXED_VALUES], ids=str)
+def test_when_the_context_is_full_its_newer_half_stays(variant):
+    model = model_of(**variant)
     prompt = list(range(14))
     made = [token for (token,) in generate(model, [prompt], 6, temperature=0)]
     first = one_by_one(model, prompt, 3)  # 16 tokens are seen before the third
@@ -91,7 +96,7 @@ def test_when_the_context_is_full_its_newer_half_stays():
     assert made == first + rest
     with pytest.raises(ValueError, match="17 tokens for a cache of 16"):
         next_logits(model, [list(range(17))], model.new_cache(1, 16))
-    of_one = model_of(sequence_length=1)
+    of_one = model_of(sequence_length=1, **variant)
     assert len(list(generate(of_one, [[3]], 4))) == 4
 
 

@@ -104,17 +104,18 @@ def test_contract_in_bfloat16(variant):
 
 
 def check_causal(variant):
-    """No logit feels an embedding of a later position, and every one feels that of its own."""
+    """No logit feels an embedding of a later position, and every one feels those of its own."""
     model = trained_a_little(tiny(**SMALL | variant))
     if model.head is None:  # tied: another matrix, for here the embedding is to be the input alone
         model.head = torch.nn.Parameter(model.embed.detach().clone())
     logits = model(torch.arange(8)[None])[0]  # the row of an embedding is its position
     weights = torch.randn(64, generator=torch.Generator().manual_seed(0))
     for t in (0, 5):  # neither is the last in a chunk of two, four or eight positions
-        (grad,) = torch.autograd.grad(logits[t] @ weights, model.embed, retain_graph=True)
-        feels = grad[:8].abs().amax(-1) > 0
-        assert not feels[t + 1 :].any(), f"{variant}: position {t} feels the future"
-        assert feels[t], f"{variant}: position {t} does not feel itself"
+        tables = [model.embed, *model.value_embeds]
+        for grad in torch.autograd.grad(logits[t] @ weights, tables, retain_graph=True):
+            feels = grad[:8].abs().amax(-1) > 0
+            assert not feels[t + 1 :].any(), f"{variant}: position {t} feels the future"
+            assert feels[t], f"{variant}: position {t} does not feel itself"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
