@@ -5,10 +5,15 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VARIANTS, context, tiny
+from conftest import VARIANTS, context, run_ranks, tiny
 
+from harness.contract import ConfigError
 from harness.ranks import Ranks
-from ops.cross_entropy import LOGITS_PER_CHUNK, LinearCrossEntropy, loss_chunk
+from ops.cross_entropy import LOGITS_PER_CHUNK, LinearCrossEntropy, loss_chunk, score_chunk
+from ops.cross_entropy import soft_cap
+from ops.generation import next_logits
+from rollouts import Batch, token_logprobs
+from scoring import Window, score
 import train_gpt
 from train_gpt import (
     GPT,
@@ -303,3 +308,251 @@ def test_initial_weights():
     gpt2 = GPT(tiny(init="gpt2", n_embd=64, n_head=2))
     assert abs(gpt2.blocks[0].ffn.fc.weight.std() - 0.02) < 1e-3
     assert abs(gpt2.blocks[0].ffn.proj.weight.std() - 0.02 / 2) < 1e-3  # 0.02 / sqrt(2 * 2 layers)
+
+
+# A cap on logits
+
+
+@pytest.mark.parametrize("cap", [0.5, 3.0])
+@pytest.mark.parametrize("chunk", [2**23, 64 * 5])
+def test_a_capped_loss_equals_torch_in_float64(monkeypatch, cap, chunk):
+    """Loss, both gradients and the score, whatever the chunks."""
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", chunk)
+    x, head, targets = capped_inputs()
+    wanted = capped_by_torch(x, head, targets, cap)
+    found = capped_by_chunks(x, head, targets, cap, loss_chunk)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    logits = cap * torch.tanh(x.double() @ head.double().T / cap)
+    likeliest = (logits.argmax(-1) == targets).double().sum()
+    summed = F.cross_entropy(logits, targets, reduction="sum")
+    scored = score_chunk(x.detach(), head.detach(), targets, cap).double()
+    assert torch.allclose(scored, torch.stack([summed, likeliest]), rtol=1e-5)
+
+
+def capped_inputs():
+    """x (23, 8), head (64, 8), whose logits go to 10 and more, and targets (23,)."""
+    generator = torch.Generator().manual_seed(0)
+    x, head = (torch.randn(n, 8, generator=generator, requires_grad=True) for n in (23, 64))
+    return x, head, torch.randint(0, 64, (23,), generator=generator)
+
+
+def capped_by_torch(x, head, targets, cap):
+    """Loss and 3 times its gradients, of logits cap * tanh(z / cap)."""
+    leaves = [t.detach().double().requires_grad_() for t in (x, head)]
+    loss = F.cross_entropy(cap * torch.tanh(leaves[0] @ leaves[1].T / cap), targets)
+    return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
+
+
+def capped_by_chunks(x, head, targets, cap, of_chunk):
+    loss = LinearCrossEntropy.apply(x, head, targets, of_chunk, cap)
+    return loss.detach(), *torch.autograd.grad(3 * loss, (x, head))
+
+
+def test_a_traced_capped_loss_equals_torch():
+    """The cap is a constant of the graph, and no other cap goes by it."""
+
+    def compiled(ranks):
+        fast = torch.compile(loss_chunk, dynamic=False, backend="aot_eager")
+        return [capped_by_chunks(*capped_inputs(), cap, fast) for cap in (3.0, 0.5)]
+
+    (found,) = run_ranks(1, compiled)
+    for cap, ours in zip((3.0, 0.5), found):
+        for a, b in zip(ours, capped_by_torch(*capped_inputs(), cap), strict=True):
+            assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_cap_logits_stay_as_they_are():
+    logits = torch.randn(5, 7)
+    assert soft_cap(logits, 0.0) is logits and GPT(tiny()).softcap == 0
+
+
+def test_all_who_read_logits_read_capped_ones():
+    """Passes, pieces, scores and the log-probabilities of reinforcement learning."""
+    model, cap = trained_a_little(tiny(logit_softcap=0.3)).requires_grad_(False), 0.3
+    tokens = torch.randint(0, 64, (3, 13), generator=torch.Generator().manual_seed(1))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    hidden, head, _ = model.hidden(x)
+    z = hidden.double() @ head.double().T
+    logits = cap * torch.tanh(z / cap)
+    assert z.abs().max() > 3 * cap
+    assert torch.allclose(model(x).double(), logits, atol=1e-6)
+    assert torch.allclose(
+        next_logits(model, x.tolist(), model.new_cache(3, 12)).double(), logits[:, -1], atol=1e-6
+    )
+    logp = logits.log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
+    hits = (logits.argmax(-1) == y).double().mean()
+    assert torch.allclose(model.score(x, y).double(), torch.stack([-logp.mean(), hits]), atol=1e-6)
+    assert torch.allclose(model(x, y)[0].double(), -logp.mean(), atol=1e-6)
+    for row, scores in enumerate(score(model, [Window(row, 12) for row in tokens.numpy()], 2)):
+        assert torch.allclose(torch.from_numpy(scores.logp).double(), logp[row], atol=1e-6)
+    everything = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    of_policy, _, _ = token_logprobs(model, everything, 0.7, 64)
+    wanted = (logits / 0.7).log_softmax(-1).gather(-1, y[..., None]).flatten()
+    assert torch.allclose(of_policy.double(), wanted, atol=1e-5)
+
+
+# What blocks and values read of earlier visits
+
+
+def in_float64(**changes):
+    """A model in float64 whose every part has a say, and the blocks that it visits in turn."""
+    model = trained_a_little(tiny(**SMALL | changes), torch.float64).double().requires_grad_(False)
+    return model, [model.blocks[index] for index in model.order]
+
+
+def normed(x):
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def embedding_loop(model, blocks, x):
+    """Before each block x is a sum of x and the embeddings, with two factors of its own."""
+    embeddings = x
+    for (own, of_embeddings), block in zip(model.residual.factors, blocks, strict=True):
+        x, _ = block(own * x + of_embeddings * embeddings, context(8))
+    return x
+
+
+def unet_loop(model, blocks, x):
+    """As modded-nanogpt has it: an encoder pushes, a decoder pops, one in the middle neither."""
+    half, left = len(blocks) // 2, []
+    for block in blocks[:half]:
+        x, _ = block(x, context(8))
+        left.append(x)
+    for block in blocks[half : len(blocks) - half]:
+        x, _ = block(x, context(8))
+    for factor, block in zip(model.residual.factors, blocks[len(blocks) - half :], strict=True):
+        x, _ = block(x + factor * left.pop(), context(8))
+    return x
+
+
+@pytest.mark.parametrize("recurrence", ["stacked", "shared"])
+@pytest.mark.parametrize("n_layer", [2, 4, 5])
+@pytest.mark.parametrize("residual, loop", [("x0", embedding_loop), ("unet", unet_loop)])
+def test_residuals_equal_a_naive_loop(residual, loop, n_layer, recurrence):
+    """Every visit has its factors, of a shared block too."""
+    model, blocks = in_float64(residual=residual, n_layer=n_layer, recurrence=recurrence)
+    tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(1))
+    x, _, _ = model.hidden(tokens)
+    wanted = loop(model, blocks, F.embedding(tokens, model.embed))
+    assert torch.allclose(x, normed(wanted), rtol=1e-10, atol=1e-10)
+    plain, _ = in_float64(n_layer=n_layer, recurrence=recurrence)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.allclose(x, plain.hidden(tokens)[0], atol=1e-2)
+
+
+def test_residuals_start_as_published():
+    """With the embeddings' part at 0 a model is the plain one, to the bit; skips have factors 1."""
+    tokens, logits = torch.randint(0, 64, (2, 16)), []
+    for residual in ("plain", "x0"):
+        torch.manual_seed(0)
+        logits.append(GPT(tiny(residual=residual, init="gpt2", n_layer=4))(tokens))
+    assert torch.equal(*logits)
+    assert GPT(tiny(residual="unet", n_layer=5)).residual.factors.tolist() == [1, 1]
+    assert GPT(tiny(value_residual=True, n_layer=3)).value_mix.tolist() == [0.5, 0.5]
+
+
+def values_of(model, visit, mixer, x, first, tokens):
+    """The values (B, T, C) of a visit, and those before embeddings; first is None in the first."""
+    v = x @ mixer.qkv.weight[2].T
+    if first is not None and model.value_mix is not None:
+        part = model.value_mix[visit - 1]
+        v = (1 - part) * v + part * first
+    own, n_tables = v, len(model.value_embeds)
+    if visit < n_tables:
+        v = v + model.value_embeds[visit][tokens]
+    if visit >= len(model.order) - n_tables:
+        v = v + model.value_embeds[visit - (len(model.order) - n_tables)][tokens]
+    return v, own
+
+
+def attended(mixer, x, v):
+    """Causal attention of learned positions without QK norm, over values (B, T, C), gated."""
+    q, k = x @ mixer.qkv.weight[0].T, x @ mixer.qkv.weight[1].T
+    open_ = torch.sigmoid(x @ mixer.gate_value.score.weight.T)  # (B, T, heads)
+    y, n_heads = torch.zeros_like(x), open_.size(-1)
+    size = x.size(-1) // n_heads
+    for head in range(n_heads):
+        part = slice(size * head, size * head + size)
+        gated = v[..., part] * open_[..., head, None]
+        for t in range(x.size(1)):
+            scores = k[:, : t + 1, part] @ q[:, t, part, None] / size**0.5
+            y[:, t, part] = (scores.softmax(1) * gated[:, : t + 1]).sum(1)
+    return y @ mixer.proj.weight.T
+
+
+def values_loop(model, blocks, tokens):
+    """The normed output of a model whose values are mixed, added to and gated, in this order."""
+    x, first = model.embed[tokens] + model.add_position.weight, None
+    for visit, block in enumerate(blocks):
+        v, own = values_of(model, visit, block.mixer, normed(x), first, tokens)
+        first = own if first is None else first
+        x = x + attended(block.mixer, normed(x), v)
+        h = normed(x) @ block.ffn.fc.weight.T
+        x = x + h.clamp(min=0).square() @ block.ffn.proj.weight.T
+    return normed(x)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"value_residual": True},
+        {"value_embeds": 2},
+        {"value_residual": True, "value_embeds": 2, "n_layer": 5},
+        {"value_residual": True, "value_embeds": 1, "recurrence": "shared", "n_layer": 3},
+    ],
+    ids=str,
+)
+def test_values_of_the_first_visit_and_of_tokens_equal_a_naive_loop(changes):
+    gate = {"attngate": "headwise", "gatepos": "value", "pos": "learned", "qk_norm": False}
+    model, blocks = in_float64(**{"n_layer": 4} | gate | changes)
+    tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(1))
+    x, _, _ = model.hidden(tokens)
+    wanted = values_loop(model, blocks, tokens)
+    assert torch.allclose(x, wanted, rtol=1e-9, atol=1e-9), (x - wanted).abs().max()
+
+
+def compiled_values(ranks):
+    """Of a deep model with mixed values: losses and gradients, plain and compiled, and graphs."""
+    cfg = tiny(**SMALL | dict(n_layer=6, value_residual=True, value_embeds=2, residual="unet"))
+    model, graphs, found = trained_a_little(cfg), [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    for is_compiled in (False, True):
+        for block in model.blocks if is_compiled else ():
+            block.compile(backend=backend, fullgraph=True)
+        loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+        grads = torch.autograd.grad(loss, [*model.parameters()])
+        found.append([loss.detach(), model.score(tokens[:, :-1], tokens[:, 1:]), *grads])
+    return found, len(graphs)
+
+
+def test_compiled_blocks_mix_values_without_a_break():
+    """A graph each for the first visit, those with embeddings and the rest, with gradients and
+    without: not one for each visit, of which torch would give up after eight."""
+    (((plain, compiled), n_graphs),) = run_ranks(1, compiled_values)
+    for a, b in zip(plain, compiled, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert n_graphs == 6
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"value_residual": True, "mixer": "attention,gru"}, "VALUE_RESIDUAL=True needs MIXER="),
+        ({"value_embeds": 1, "mixer": "rwkv"}, "VALUE_EMBEDS=1 needs MIXER=attention"),
+        ({"value_residual": True, "n_layer": 1}, "MIXER=attention, N_LAYER=2 or more"),
+        ({"value_embeds": 1, "n_layer": 1}, "MIXER=attention, N_LAYER=2 or more"),
+        ({"value_embeds": 3, "n_layer": 5}, "VALUE_EMBEDS=3 needs at most half of N_LAYER, 2"),
+        ({"residual": "unet", "n_layer": 1}, "RESIDUAL=unet needs N_LAYER=2 or more"),
+    ],
+    ids=str,
+)
+def test_what_has_no_earlier_visit_or_no_values_is_refused(changes, sentence):
+    with pytest.raises(ConfigError) as error:
+        tiny(**changes)
+    assert sentence in str(error.value)
