@@ -3,15 +3,18 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, run_ranks, tiny
 
 from harness.ranks import Ranks
+from ops.orthogonalize import POLAR_EXPRESS, norm_rows, polar_express
 import train_gpt
 from train_gpt import (
     GPT,
     AdamW,
+    MUON_NORMS,
     OPTIMIZERS,
     RECURRENCES,
     SCHEDULES,
@@ -19,8 +22,11 @@ from train_gpt import (
     Muon,
     Optimizer,
     State,
+    averaged,
     build_optimizers,
+    decay_factor,
     lr_factor,
+    momentum_factor,
     split_params,
     train_step,
     zeropower_via_newtonschulz5,
@@ -173,20 +179,26 @@ def assert_equal(a, b):
         assert torch.equal(tensor, b[key]), key
 
 
-def of_optimizer(name):
-    return tiny(optimizer=name, lr=0.01, weight_decay=0.1, num_iterations=100, warmdown_iters=0)
+SWITCHES = dict(orthogonalize="polar_express", muon_norm="rows", cautious_decay=True)
+SWITCHES |= dict(momentum_start=0.85, momentum_warmup_iters=3, decay_schedule="to_zero")
+RULES = [(name, switches) for name in OPTIMIZERS for switches in ({}, SWITCHES)]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_loss_falls(name, group):
-    losses = trained(of_optimizer(name), 10)[1]
+def of_optimizer(name, switches):
+    base = dict(optimizer=name, lr=0.01, weight_decay=0.1, num_iterations=100, warmdown_iters=0)
+    return tiny(**base | switches)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_loss_falls(rule, group):
+    losses = trained(of_optimizer(*rule), 10)[1]
     assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_whose_gradients_are_not_finite_changes_nothing(name, group):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(rule, group):
     """Neither parameters nor what a checkpoint holds of the optimizers, nor what follows."""
-    cfg = of_optimizer(name)
+    cfg = of_optimizer(*rule)
     state, _ = trained(cfg, 2)
     before = bits(state)
     hooks = [p.register_hook(lambda grad: grad * math.nan) for p in state.model.parameters()]
@@ -194,13 +206,14 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(name, group):
     for hook in hooks:
         hook.remove()
     assert_equal(bits(state), before)
+    state.step = 2  # schedules go by it
     assert_equal(bits(trained(cfg, 2, state)[0]), bits(trained(cfg, 4)[0]))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_checkpoint_holds_all_that_later_steps_need(name, group):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_checkpoint_holds_all_that_later_steps_need(rule, group):
     """What is filled from it goes on as what it was taken from."""
-    cfg = of_optimizer(name)
+    cfg = of_optimizer(*rule)
     state, _ = trained(cfg, 2)
     kept, (other, _) = bits(state), trained(cfg, 0)
     for key, (tensor, _) in other.tensors().items():
@@ -218,7 +231,8 @@ def three_steps(ranks, **settings):
         own = batch[ranks.rank * share :][:share]
         loss, norm, routing = train_step(state, cfg, own[:, :-1], own[:, 1:])
         stats.append(torch.cat([loss[None], norm[None], routing.flatten()]))
-    return torch.cat([p.detach().flatten() for p in state.model.parameters()]), torch.stack(stats)
+    held = [*state.model.parameters(), *state.averages]
+    return torch.cat([p.detach().flatten() for p in held]), torch.stack(stats)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +250,8 @@ def three_steps(ranks, **settings):
             "device_batch_size": 1,
         },
         {"ffn": "moe", "recurrence": "indexed", "router_optimizer": "muon"},
+        {"muon_norm": "rows", "residual": "x0", "value_residual": True, "ema_iters": 2},
+        {"optimizer": "adamw", "value_embeds": 1, "logit_softcap": 5.0, "cautious_decay": True},
     ],
     ids=str,
 )
@@ -423,16 +439,17 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_2000_good_steps():
     assert fixed.value == 1
 
 
+@pytest.mark.parametrize("norm", MUON_NORMS)
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_an_expert_without_tokens_keeps_weights_and_momentum(decay):
+def test_an_expert_without_tokens_keeps_weights_and_state(decay, norm):
     """An update has one size however old the momentum is; other experts move as ever."""
     bank = torch.nn.Parameter(torch.randn(2, 3, 8, 16))
     twin, optimizers = torch.nn.Parameter(bank.detach().clone()), []
     for p in (bank, twin):
-        optimizers.append(build("muon", [p], muon_lr=0.02, weight_decay=decay))
+        optimizers.append(build("muon", [p], muon_lr=0.02, weight_decay=decay, muon_norm=norm))
         steps(optimizers[-1], [p], 1)
     state = optimizers[0].partitions[0].state
-    before, momentum = bank.detach().clone(), state["momentum"].clone()
+    before, kept = bank.detach().clone(), {name: t.clone() for name, t in state.items()}
     for optimizer, p in zip(optimizers, (bank, twin)):
         gradients([p], 1)
         if p is bank:
@@ -440,6 +457,302 @@ def test_an_expert_without_tokens_keeps_weights_and_momentum(decay):
         optimizer.reduce_grads()
         optimizer.step(1, None, GO)
     assert torch.equal(bank[1, 2], before[1, 2])
-    assert torch.equal(state["momentum"][5], momentum[5])
+    for name, tensor in state.items():
+        assert torch.equal(tensor[5], kept[name][5]), name
+        assert not torch.equal(tensor[4], kept[name][4]), name
     assert not torch.equal(twin[1, 2], before[1, 2])
     assert torch.equal(bank.flatten(0, 1)[:5], twin.flatten(0, 1)[:5])
+
+
+# Orthogonalisers and what follows them
+
+
+def quintic(lower, upper):
+    """(a, b, c) of the a x + b x^3 + c x^5 that is closest to 1 on [lower, upper], by Remez."""
+    inner = np.array([(3 * lower + upper) / 4, (lower + 3 * upper) / 4])
+    for _ in range(60):
+        x = np.array([lower, *inner, upper])
+        equations = np.stack([x, x**3, x**5, [1, -1, 1, -1]], axis=1)
+        a, b, c, _ = np.linalg.solve(equations, np.ones(4))
+        inner = np.sort(np.roots([5 * c, 3 * b, a]).real ** 0.5)  # where its slope is 0
+    return np.array([a, b, c])
+
+
+def published_coefficients(lower=1e-3, n=5, safety=1.02, cushion=0.02):
+    """The greedy composition of arXiv 2505.16932, algorithm 1 with what its section 4.4 adds.
+
+    Each quintic but the last is over x / safety. A narrow interval is taken as wider, by cushion,
+    and the result put into the middle of what it does to the true one.
+    """
+    found, upper = [], 1.0
+    for _ in range(n):
+        p = quintic(max(lower, cushion * upper), upper)
+        ends = [x * p[0] + x**3 * p[1] + x**5 * p[2] for x in (lower, upper)]
+        p = p * 2 / sum(ends)
+        safe = p / [safety, safety**3, safety**5]
+        found.append(safe)
+        lower = lower * safe[0] + lower**3 * safe[1] + lower**5 * safe[2]
+        upper = 2 - lower
+    found[-1] = p
+    return found
+
+
+def test_the_coefficients_of_polar_express_are_the_published_minimax():
+    assert np.allclose(POLAR_EXPRESS, published_coefficients(), rtol=1e-9, atol=0)
+
+
+def iterated(G, coefficients, margin):
+    """Float64 matrices (n, rows, cols), one after another, by the odd polynomials one by one."""
+    made = []
+    for matrix in G.double():
+        X = matrix / (margin * matrix.square().sum().sqrt())
+        for a, b, c in coefficients:
+            cubic = X @ X.T @ X
+            X = a * X + b * cubic + c * X @ X.T @ cubic
+        made.append(X)
+    return torch.stack(made)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (1, 8, 8)])
+def test_polar_express_equals_a_loop_in_float64(shape):
+    G = torch.randn(shape) * torch.tensor([1e-3, 1e3])[: shape[0], None, None]
+    wanted = iterated(G, POLAR_EXPRESS, 1.02)
+    assert torch.allclose(polar_express(G, torch.float32).double(), wanted, atol=2e-5)
+    assert polar_express(torch.zeros(shape), torch.float32).abs().max() == 0
+
+
+def test_polar_express_is_closer_to_orthogonal_than_newton_schulz():
+    """Singular values as its docstring has them, against U V^T of a decomposition."""
+    G = torch.randn(4, 128, 256, generator=torch.Generator().manual_seed(0))
+    U, _, V = torch.linalg.svd(G.double(), full_matrices=False)
+    away = {}
+    for f in (polar_express, zeropower_via_newtonschulz5):
+        X = f(G, torch.float32)
+        away[f] = torch.linalg.matrix_norm(X - U @ V).mean()
+        if f is polar_express:
+            singular = torch.linalg.svdvals(X)
+            assert singular.min() > 0.855 and singular.max() < 1.145
+    assert away[polar_express] < 0.7 * away[zeropower_via_newtonschulz5]
+
+
+def normed_rows(update, kept):
+    """NorMuon of one matrix, row after row, in numpy; kept (rows,) changes in place."""
+    scaled = np.zeros_like(update)
+    for row in range(len(update)):
+        kept[row] = 0.95 * kept[row] + 0.05 * np.mean(update[row] ** 2)
+        scaled[row] = update[row] / np.sqrt(kept[row])
+    return scaled * np.sqrt((update**2).sum() / (scaled**2).sum())
+
+
+def test_rows_are_normed_as_a_loop_does_it():
+    """Over steps, of matrices apart; one that is frozen keeps what is known of its rows."""
+    squares, kept = torch.zeros(3, 6, 1), np.zeros((3, 6))
+    sizes = torch.logspace(-3, 1, 6)[:, None]
+    for step in range(4):
+        update = torch.randn(3, 6, 10) * sizes
+        frozen = torch.tensor([False, step == 2, step == 0])
+        before = update.clone()
+        ours = norm_rows(update, squares, frozen.view(3, 1, 1))
+        for i in range(3):
+            if not frozen[i]:
+                wanted = normed_rows(before[i].double().numpy(), kept[i])
+                assert np.allclose(ours[i].numpy(), wanted, rtol=1e-4, atol=1e-5)
+        assert ours.isfinite().all() and np.allclose(squares[..., 0].numpy(), kept, rtol=1e-5)
+    norms = [torch.linalg.matrix_norm(m) for m in (ours, before)]
+    assert torch.allclose(*norms, rtol=1e-5)
+    nothing = norm_rows(torch.zeros(1, 6, 10), torch.zeros(1, 6, 1), torch.zeros(1, 1, 1).bool())
+    assert nothing.abs().max() == 0
+
+
+# Decay and momentum
+
+
+def muon_loop(p, cfg, n_steps, factors):
+    """Weights (n, rows, cols) after steps of Muon by `gradients`, in float64 one by one.
+
+    factors: for each step its learning rate, momentum and decay.
+    """
+    p, kept = p.detach().double(), np.zeros(p.shape[:2])
+    momentum, coefficients, margin = torch.zeros_like(p), [(3.4445, -4.7750, 2.0315)] * 5, 1
+    if cfg.orthogonalize == "polar_express":
+        coefficients, margin = published_coefficients(), 1.02
+    for step in range(n_steps):
+        lr, mu, decay = factors[step]
+        holder = torch.nn.Parameter(torch.empty(p.shape))
+        gradients([holder], step)
+        grad = holder.grad.double()
+        momentum = mu * momentum + (1 - mu) * grad
+        direction = iterated(mu * momentum + (1 - mu) * grad, coefficients, margin)
+        for i in range(len(p)):
+            if cfg.muon_norm == "rows":
+                normed = normed_rows(direction[i].numpy(), kept[i])
+                direction[i] = torch.from_numpy(normed)
+        agrees = (direction * p >= 0).double() if cfg.cautious_decay else torch.ones_like(p)
+        p = p - lr * decay * agrees * p - lr * max(p.shape[1:]) ** 0.5 * direction
+    return p
+
+
+@pytest.mark.parametrize("orthogonalize", ["newton_schulz", "polar_express"])
+@pytest.mark.parametrize("norm", ["none", "rows"])
+@pytest.mark.parametrize("cautious", [False, True])
+def test_muon_equals_a_loop_in_float64(orthogonalize, norm, cautious):
+    """Four steps of a stack, with every switch, each step at its momentum and decay."""
+    cfg = tiny(
+        orthogonalize=orthogonalize,
+        muon_norm=norm,
+        cautious_decay=cautious,
+        weight_decay=2.0,
+        muon_lr=0.02,
+        decay_schedule="to_zero",
+        momentum_start=0.8,
+        momentum_warmup_iters=2,
+        momentum_cooldown_iters=2,
+        num_iterations=4,
+        warmdown_iters=2,
+    )
+    rates, momenta = (0.02, 0.02, 0.02, 0.01), (0.8, 0.875, 0.95, 0.875)
+    factors = list(zip(rates, momenta, (2.0, 1.5, 1.0, 0.5)))
+    p = torch.nn.Parameter(torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(7)))
+    wanted = muon_loop(p, cfg, 4, factors)
+    optimizer = Optimizer([p], Muon(cfg), Muon.peak(cfg), cfg, ONE)
+    steps(optimizer, [p], 4)
+    assert torch.allclose(p.double(), wanted, atol=1e-5), (p - wanted).abs().max()
+    assert np.allclose([optimizer.hyper_at(step) for step in range(4)], factors)
+
+
+def test_cautious_adamw_equals_torch_and_a_mask():
+    """torch's takes the step without decay; only what it shrinks decays besides."""
+    shapes, generator = [(300, 300), (7,), (4, 5)], torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    twins = [torch.nn.Parameter(p.detach().double()) for p in params]
+    theirs = torch.optim.AdamW(twins, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    ours = build("adamw", params, lr=0.01, weight_decay=2.0, cautious_decay=True)
+    for step in range(4):
+        gradients(params, step)
+        for p, twin in zip(params, twins):
+            twin.grad = p.grad.double()
+        before = [twin.detach().clone() for twin in twins]
+        ours.reduce_grads()
+        ours.step(step, None, GO)
+        theirs.step()
+        for twin, old in zip(twins, before):
+            shrinks = (old - twin.detach()) * old >= 0
+            twin.data -= 0.01 * 2.0 * shrinks * old
+    for p, twin in zip(params, twins):
+        away = (p - twin).abs().detach()
+        assert (away < 1e-5).double().mean() > 0.9999  # but where a sign is one of rounding
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_cautious_decay_is_plain_where_all_agree_and_none_where_none_does(name, sign):
+    p = torch.randn(3, 4, 8)
+    rules = [OPTIMIZERS[name](tiny(optimizer=name, cautious_decay=on)) for on in (True, False)]
+    cautious, plain = p.clone(), p.clone()
+    hyper, no = train_gpt.Hyper(0.1, 0.9, 0.5), torch.tensor(False)
+    rules[0].decay(cautious, sign * p, hyper, no)
+    if sign == 1:
+        rules[1].decay(plain, sign * p, hyper, no)
+        assert torch.allclose(plain, p * (1 - 0.1 * 0.5), rtol=1e-6)
+    assert torch.equal(cautious, plain)
+    rules[0].decay(cautious, cautious, hyper, torch.tensor(True))
+    assert torch.equal(cautious, plain)
+
+
+def test_cautious_adamw_decays_nothing_in_a_skipped_step():
+    for grad in (torch.ones(3, 4), torch.full((3, 4), math.nan)):
+        p = torch.nn.Parameter(torch.ones(3, 4))
+        optimizer = build("adamw", [p], cautious_decay=True, **DECAYING)
+        p.grad = grad
+        optimizer.reduce_grads()
+        optimizer.step(0, None, torch.ones(()))
+        assert torch.equal(p, torch.ones(3, 4))
+
+
+def test_schedules_of_the_decay():
+    base = dict(num_iterations=10, warmup_iters=2, warmdown_iters=4, weight_decay=0.3)
+    wanted = {
+        "constant": [1.0] * 10,
+        "follow_lr": [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25],
+        "to_zero": [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+    }
+    assert wanted.keys() == train_gpt.DECAY_SCHEDULES.keys()
+    for name, factors in wanted.items():
+        cfg = tiny(decay_schedule=name, **base)
+        assert [decay_factor(step, cfg) for step in range(10)] == pytest.approx(factors)
+        for rule in OPTIMIZERS.values():
+            optimizer = Optimizer([], rule(cfg), rule.peak(cfg), cfg, ONE)
+            decays = [optimizer.hyper_at(step).weight_decay for step in range(10)]
+            assert decays == pytest.approx([0.3 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("start", [0.85, 0.99])
+def test_momentum_rises_to_its_value_and_falls_at_the_end(start):
+    """Or the other way round, where it starts above. Only Muon's."""
+    cfg = tiny(
+        momentum_start=start,
+        muon_momentum=0.95,
+        momentum_warmup_iters=4,
+        momentum_cooldown_iters=2,
+        num_iterations=10,
+    )
+    muon = Optimizer([], Muon(cfg), Muon.peak(cfg), cfg, ONE)
+    found = [muon.hyper_at(step).momentum for step in range(10)]
+    way = 0.95 - start
+    rise = [start + way * part for part in (0, 0.25, 0.5, 0.75)]
+    assert found == pytest.approx([*rise, *[0.95] * 5, start + way / 2])
+    assert found[4:9] == [0.95] * 5
+    adamw = Optimizer([], AdamW(cfg), AdamW.peak(cfg), cfg, ONE)
+    assert {adamw.hyper_at(step).momentum for step in range(10)} == {cfg.beta1}
+    assert {momentum_factor(step, tiny()) for step in range(8)} == {1.0}
+
+
+@pytest.mark.parametrize("n, fraction, iters", [(100, 0.5, 50), (7, 0.4, 3), (10, 0, 0), (9, 1, 9)])
+def test_a_fraction_of_the_run_for_the_warm_down(n, fraction, iters):
+    by_fraction = tiny(num_iterations=n, warmdown_frac=fraction, warmdown_iters=5)
+    by_steps = tiny(num_iterations=n, warmdown_iters=iters)
+    for step in range(n):
+        assert lr_factor(step, by_fraction) == lr_factor(step, by_steps)
+
+
+# Moving averages of the weights
+
+
+def test_averages_equal_a_recurrence_in_float64(group):
+    """A mean of all weights so far, then exponential; a step that is left out counts as one."""
+    cfg = of_optimizer("muon", {"ema_iters": 3, "num_iterations": 8})
+    state, seen = State.build(cfg, ONE), []
+    for step in range(7):
+        left_out = step == 4
+        scale = math.nan if left_out else 1.0
+        hook = state.model.embed.register_hook(lambda grad, scale=scale: grad * scale)
+        before = [p.detach().clone() for p in state.model.parameters()]
+        trained(cfg, 1, state)
+        hook.remove()
+        weights = [p.detach().clone() for p in state.model.parameters()]
+        assert left_out == all(map(torch.equal, before, weights))
+        if step < 3:
+            seen.append(weights)
+            wanted = [torch.stack(same).double().mean(0) for same in zip(*seen)]
+        else:
+            wanted = [w + (p.double() - w) / 3 for w, p in zip(wanted, weights)]
+        for ours, theirs in zip(state.averages, wanted, strict=True):
+            assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_within_averaged_the_model_has_the_averages_and_after_it_its_weights(group):
+    state, _ = trained(of_optimizer("muon", {"ema_iters": 3}), 3)
+    kept = [p.detach().clone() for p in state.model.parameters()]
+    tokens = BATCH[:, :-1]
+    raw = state.model(tokens)
+    with pytest.raises(KeyError), averaged(state) as model:
+        for p, average in zip(model.parameters(), state.averages, strict=True):
+            assert torch.equal(p, average)
+        assert not torch.equal(model(tokens), raw)
+        raise KeyError
+    assert all(map(torch.equal, state.model.parameters(), kept))
+    other, _ = trained(of_optimizer("muon", {}), 3)
+    trained(of_optimizer("muon", {"ema_iters": 3}), 1, state)
+    trained(of_optimizer("muon", {}), 1, other)
+    assert all(map(torch.equal, state.model.parameters(), other.model.parameters()))
+    assert other.averages == [] and not [key for key in other.tensors() if "average" in key]
