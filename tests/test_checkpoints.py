@@ -24,8 +24,10 @@ from conftest import (
     dies_at,
     folder,
     launch,
+    points,
     row,
     run_ranks,
+    summary,
     tensors,
     tiny,
     write_shard,
@@ -105,6 +107,18 @@ def test_a_killed_run_that_goes_on_is_the_run_that_was_never_stopped(
         {"OPTIMIZER": "adamw", "TIE_EMBEDDINGS": 0, "LR": 0.003},
         {"DTYPE": "float16"},
         {"DTYPE": "bfloat16", "NORM": "layer", "BIAS": 1, "WEIGHT_DECAY": 0.1},
+        {
+            "MUON_NORM": "rows",
+            "EMA_ITERS": 3,
+            "RESIDUAL": "x0",
+            "VALUE_RESIDUAL": 1,
+            "VALUE_EMBEDS": 1,
+            "WEIGHT_DECAY": 0.1,
+            "CAUTIOUS_DECAY": 1,
+            "MOMENTUM_START": 0.8,
+            "MOMENTUM_WARMUP_ITERS": 5,
+            "MOMENTUM_COOLDOWN_ITERS": 2,
+        },
     ],
     ids=str,
 )
@@ -445,6 +459,16 @@ def test_a_longer_run_before_its_cooldown_is_the_longer_run(settings, monkeypatc
         ({"warmdown_iters": 8}, False),
         ({"warmup_iters": 2}, False),
         ({"lr_schedule": "cosine"}, False),
+        ({"warmdown_frac": 0.25}, True),
+        ({"warmdown_frac": 0.75}, False),
+        ({"decay_schedule": "follow_lr"}, True),
+        ({"decay_schedule": "to_zero"}, False),
+        ({"momentum_cooldown_iters": 4}, True),
+        ({"momentum_cooldown_iters": 8}, False),
+        ({"momentum_warmup_iters": 4}, False),
+        ({"momentum_start": 0.9}, False),
+        ({"ema_iters": 5}, False),
+        ({"logit_softcap": 5.0}, False),
         (
             {"val_every": 1, "log_every": 3, "save_every": 1, "note": "x", "device_batch_size": 4},
             True,
@@ -457,7 +481,8 @@ def test_a_longer_run_before_its_cooldown_is_the_longer_run(settings, monkeypatc
     ids=str,
 )
 def test_what_may_change_at_step_6_of_12(changes, same):
-    base = dict(num_iterations=12, warmdown_iters=4)
+    base = dict(num_iterations=12, warmdown_iters=4, momentum_start=0.8)
+    base |= dict(momentum_warmup_iters=3, momentum_cooldown_iters=2)
     saved = {"version": VERSION, "step": 6, "config": vars(tiny(**base))} | FACTS
     if same:
         assert len(changed_settings(saved, tiny(**base | changes), FACTS)) == 1
@@ -664,6 +689,39 @@ def test_a_checkpoint_touches_no_gpu(settings, monkeypatch):
     monkeypatch.setattr(dcp.filesystem, "_OverlappingCpuLoader", refuse)
     codes, out = launch(settings)
     assert codes == [0] and checkpoints(settings), out
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_averages_are_validated_saved_and_left_and_change_nothing(settings, world):
+    """Their loss is that of the weights that the checkpoint holds, computed here by torch."""
+    settings |= {"NUM_ITERATIONS": 6, "VAL_EVERY": 2, "VOCAB_SIZE": 2305}
+    averaging = settings | {"EMA_ITERS": 3}
+    assert launch(settings | {"RUN_ID": "none"}, world)[0] == [0] * world
+    codes, out = launch(averaging, world)
+    assert codes == [0] * world, out
+    assert curve(settings, "toy") == curve(settings, "none")
+    told = points(averaging)
+    assert "ema_val_loss" not in points(settings, "none")[0]
+    assert [point["step"] for point in told if point["ema_val_loss"]] == ["0", "2", "4", "6"]
+    assert told[0]["ema_val_loss"] == told[0]["val_loss"]
+    saved, plain = tensors(folder(averaging, 6)), tensors(folder(settings, 6, "none"))
+    averages = {key[8:]: saved.pop(key) for key in [*saved] if key.startswith("average.")}
+    assert saved.keys() == plain.keys()
+    assert all(torch.equal(saved[key], plain[key]) for key in saved)
+    assert not torch.equal(averages["embed"], saved["model.embed"])
+
+    left = averaging["LOG_DIR"] / "toy" / "averages"
+    model = train_gpt.GPT(Config(**json.loads((left / "config.json").read_text())))
+    train_gpt.import_weights(model, left)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, averages[name]), name
+    tokens = torch.from_numpy(np.fromfile(settings["INPUT_VAL_BIN"].replace("*", "000000"), "<u2"))
+    tokens = tokens[512 : 512 + 65].long()  # after the header
+    logits = model(tokens[:-1].view(4, 16)).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, tokens[1:]).item()
+    assert summary(averaging)["ema_val_loss"] == float(told[-1]["ema_val_loss"])
+    assert summary(averaging)["ema_val_loss"] == pytest.approx(loss, rel=1e-6)
+    assert summary(averaging)["ema_val_loss"] != summary(averaging)["final_loss"]
 
 
 def test_tally_adds_slices_and_compares_copies():

@@ -270,6 +270,15 @@ def test_what_is_resolved_is_what_the_optimizers_and_the_model_get():
             "AUX_LOSS_COEF",
             "AUX_LOSS_COEF_START=none",
         ),
+        ("OPTIMIZER=adamw MUON_NORM=rows", "MUON_NORM", "OPTIMIZER=muon"),
+        ("OPTIMIZER=adamw ORTHOGONALIZE=polar_express", "ORTHOGONALIZE", "OPTIMIZER=muon"),
+        ("OPTIMIZER=adamw MOMENTUM_START=0.8", "MOMENTUM_START", "OPTIMIZER=muon"),
+        ("MOMENTUM_WARMUP_ITERS=9", "MOMENTUM_WARMUP_ITERS", "MOMENTUM_START!=none"),
+        ("MOMENTUM_COOLDOWN_ITERS=9", "MOMENTUM_COOLDOWN_ITERS", "MOMENTUM_START!=none"),
+        ("CAUTIOUS_DECAY=1", "CAUTIOUS_DECAY", "WEIGHT_DECAY!=0.0"),
+        ("DECAY_SCHEDULE=to_zero", "DECAY_SCHEDULE", "WEIGHT_DECAY!=0.0"),
+        ("WARMDOWN_ITERS=9 WARMDOWN_FRAC=0.5", "WARMDOWN_ITERS", "WARMDOWN_FRAC=none"),
+        ("LR_SCHEDULE=cosine WARMDOWN_FRAC=0.5", "WARMDOWN_FRAC", "LR_SCHEDULE=trapezoid"),
     ],
 )
 def test_a_setting_without_effect_is_told_and_counts_for_nothing(settings, name, need):
@@ -278,8 +287,9 @@ def test_a_setting_without_effect_is_told_and_counts_for_nothing(settings, name,
     assert f"{name} has no effect without {need}" in cautions({}, cfg)
     assert cfg.effective() == without.effective() and cfg.hash() != without.hash()
     assert name.lower() not in cfg.effective()
-    met = dict([need.replace("GATE!=none", "GATE=const").replace("!=none", "=1").split("=")])
-    if "START" in need:
+    met = need.replace("GATE!=none", "GATE=const").replace("!=none", "=0.5")
+    met = dict([met.replace("!=0.0", "=0.5").split("=")])
+    if need.startswith("AUX_LOSS_COEF_START"):
         met["AUX_LOSS_COEF_END"] = met["AUX_LOSS_COEF_START"]
     if "FFN" in env:
         met["FFN"] = "moe"
@@ -337,12 +347,23 @@ def test_what_settings_need_names_settings_and_choices():
         ("N_EMBD=4", "N_EMBD=4 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
         ("N_EMBD=18", "N_EMBD=18 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
         ("N_EMBD=30", "N_EMBD=30 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 24 or 36"),
+        ("RESIDUAL=skip", "RESIDUAL=skip: choose one of plain, x0, unet"),
+        ("LOGIT_SOFTCAP=-1", "LOGIT_SOFTCAP=-1.0: must lie between 0 and "),
+        ("VALUE_EMBEDS=7", "VALUE_EMBEDS=7 needs at most half of N_LAYER, 6"),
+        ("MOMENTUM_START=1", "MOMENTUM_START=1.0: must lie between 0 and 0.9999999"),
+        ("WARMDOWN_FRAC=1.5", "WARMDOWN_FRAC=1.5: must lie between 0 and 1"),
+        ("EMA_ITERS=-1", "EMA_ITERS=-1: must lie between 0 and "),
         ("VAL_TOKENS=1023", "VAL_TOKENS=1023 needs at least SEQUENCE_LENGTH=1024"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name_and_choices(setting, sentence):
     name, _, text = setting.partition("=")
     assert refused({name: text}).startswith(sentence)
+
+
+def test_a_momentum_of_nothing_cannot_rise():
+    sentence = refused({"MOMENTUM_START": "0.5", "MUON_MOMENTUM": "0"})
+    assert sentence == "MOMENTUM_START=0.5 needs MUON_MOMENTUM above 0"
 
 
 def test_the_longest_run_id_and_an_odd_head_with_learned_positions_are_taken():
