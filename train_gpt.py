@@ -2585,6 +2585,8 @@ def begin(run, cfg):
             stats = StepStats(*(torch.tensor(stat) for stat in last_stats))
     elif cfg.init_from:
         import_weights(state.model, cfg.init_from)
+        for average, p in zip(state.averages, state.model.parameters()):
+            average.copy_(p.data)
     if cfg.compile == "1":
         run.print("compiling blocks and loss: a minute or two the first time on a machine")
         with run.timed("compile_time"):

@@ -724,6 +724,15 @@ def test_averages_are_validated_saved_and_left_and_change_nothing(settings, worl
     assert summary(averaging)["ema_val_loss"] != summary(averaging)["final_loss"]
 
 
+def test_averages_start_from_the_weights_that_a_run_starts_from(settings):
+    settings |= {"NUM_ITERATIONS": 1, "VAL_EVERY": 1}
+    assert launch(settings)[0] == [0]
+    tuned = {"INIT_FROM": settings["LOG_DIR"] / "toy", "RUN_ID": "tuned", "EMA_ITERS": 3}
+    assert launch(settings | tuned)[0] == [0]
+    first = points(settings, "tuned")[0]
+    assert first["ema_val_loss"] == first["val_loss"] == points(settings)[-1]["val_loss"]
+
+
 def test_tally_adds_slices_and_compares_copies():
     a = {"x": ("slice", "f", 2, 5), "y": ("copy", "f", 3, 7)}
     assert tally([a, a, {"z": ("own", "f", 1, 1)}]) == {
