@@ -109,6 +109,33 @@ def test_orthogonalisation_is_of_each_matrix_by_itself():
     assert zeropower_via_newtonschulz5(torch.zeros(4, 8)).abs().max() == 0
 
 
+def newton_schulz(G, steps):
+    """The iteration as published, of one matrix in float64."""
+    X = G.double().numpy()
+    X = X / np.linalg.norm(X)
+    for _ in range(steps):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return torch.from_numpy(X)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("shape", [(32, 64), (32, 128), (128, 32), (32, 63)])
+def test_flat_matrices_take_the_published_iteration(shape, steps):
+    """Whatever their singular values: alike, over four decades, few."""
+    U, _, V = torch.linalg.svd(torch.randn(3, *shape, dtype=torch.float64), full_matrices=False)
+    rank = U.size(-1)
+    few = (torch.arange(rank) < 4).double()
+    singular = torch.stack([torch.ones(rank), torch.logspace(0, -4, rank), few]).unsqueeze(-2)
+    G = (U * singular) @ V
+    expected = torch.stack([newton_schulz(matrix, steps) for matrix in G])
+    exact = zeropower_via_newtonschulz5(G, torch.float64, steps)
+    assert torch.allclose(exact, expected, rtol=0, atol=1e-11)
+    expected = torch.stack([newton_schulz(matrix, steps) for matrix in G.float()])
+    single = zeropower_via_newtonschulz5(G.float(), torch.float32, steps)
+    assert torch.allclose(single.double(), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_equals_torch(decay):
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(300, 300), (7,), (4, 5)]]
