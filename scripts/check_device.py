@@ -94,18 +94,19 @@ class Result(NamedTuple):
 
 
 def make_checks(group: str, parts: Mapping[str, Part], device: torch.device, file: Path) -> None:
-    """Makes the checks of parts one after another and appends them to a file."""
+    """Makes the checks of parts one after another and appends them to a file, which also gets the
+    name of each part that is done."""
     for name, part in parts.items():
-        print(f"part {name}", flush=True)  # the last line of one that hangs
         torch.manual_seed(0)
         began = time.monotonic()
         try:
             for check in part(device):
-                append(file, check, time.monotonic() - began)
+                append(file, [*check, time.monotonic() - began])
                 began = time.monotonic()
         except Exception as error:  # the other parts are checked all the same
             traceback.print_exc()
-            append(file, held(name, first_line(error), False), time.monotonic() - began)
+            append(file, [*held(name, first_line(error), False), time.monotonic() - began])
+        append(file, [name])
 
 
 def be_a_group(args: argparse.Namespace) -> int:
@@ -149,7 +150,7 @@ class Process:
         self.report, self.output = folder / f"{label}.jsonl", folder / f"{label}.out"
         self.report.touch()
         self.read = 0  # bytes of the report
-        self.results: list[Result] = []
+        self.done: list[str] = []  # parts
         self.began = time.monotonic()
         self.limit = args.limit or GROUPS[group].limits[args.device]
         env = dict(os.environ) if group == "ranks" else plain_environment()
@@ -157,25 +158,31 @@ class Process:
         if group != "speed":  # small models beside others are fastest so
             env.setdefault("OMP_NUM_THREADS", "1")
         self.mark = f"{MARK}={env[MARK]}".encode()
-        words = ["--process", f"{group}:{','.join(parts)}", "--report", str(self.report)]
         with open(self.output, "w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, "--device", args.device, *words],
+                self.command(args.device),
                 env=env,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
+    def command(self, device: str) -> list[str]:
+        """What is started."""
+        work = f"{self.group}:{','.join(self.parts)}"
+        options = ["--device", device, "--process", work, "--report", str(self.report)]
+        return [sys.executable, __file__, *options]
+
     def listen(self) -> Iterator[Result]:
         """The results that have come since the last call."""
         text = self.report.read_bytes()[self.read :]
         whole = text[: text.rfind(b"\n") + 1]
         self.read += len(whole)
-        for line in whole.splitlines():
-            result = Result(self.group, *json.loads(line))
-            self.results.append(result)
-            yield result
+        for words in map(json.loads, whole.splitlines()):
+            if len(words) == 1:
+                self.done += words
+            else:
+                yield Result(self.group, *words)
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
@@ -197,13 +204,15 @@ class Process:
         yield from self.listen()
         lines = [line for line in self.output.read_text(errors="replace").splitlines() if line]
         last = "\n    ".join(["", *lines[-LAST_LINES:]])
+        missing = [part for part in self.parts if part not in self.done]
         if code is None and time.monotonic() >= deadline:
-            yield no_time(self.group, self.parts, self.seconds())
-        elif code is None:
-            text = f"stopped after its limit of {self.limit:g} s{last}"
+            yield no_time(self.group, missing, self.seconds())
+        elif code is None or code:
+            why = f"ended with {code}"
+            if code is None:
+                why = f"stopped after its limit of {self.limit:g} s"
+            text = f"{why}, not done: {', '.join(missing) or 'nothing'}{last}"
             yield Result(self.group, "process", text, FAILED, self.seconds())
-        elif code:
-            yield Result(self.group, "process", f"ended with {code}{last}", FAILED, self.seconds())
 
 
 def shares(names: list[str], count: int) -> list[list[str]]:
@@ -365,10 +374,11 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
+    """A number of seconds from an option."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -101,7 +101,7 @@ def plain_environment() -> dict[str, str]:
     }
 
 
-def append(file: Path, check: Check, seconds: float) -> None:
-    """Writes a check and what it took for the process that waits for it."""
+def append(file: Path, words: list) -> None:
+    """Writes a line for the process that waits for it."""
     with open(file, "a") as lines:
-        lines.write(json.dumps([*check, seconds]) + "\n")
+        lines.write(json.dumps(words) + "\n")

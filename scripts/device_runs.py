@@ -209,20 +209,22 @@ def ranks_agree(device: torch.device) -> Iterator[Check]:
         yield left_out("ranks", "one rank, or one CUDA device")
         return
     rank_command = [__file__]
-    settings = {"BATCH_SIZE": 4 * world}
+    # Norms and biases make parameters that are copied, beside slices and stacks.
+    settings = {"BATCH_SIZE": 4 * world, "NORM": "layer", "BIAS": 1}
     with data_folder() as folder:
         if launched:
             folder = shared_folder(os.environ, folder)
-            settings |= torchrun_environment()
+            torchrun = torchrun_environment()
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone"]
             rank_command = [*launcher, f"--nproc_per_node={world}", __file__]
-        several = Trainer(folder, device, "several", rank_command, **settings)
-        code = several.wait()
+            torchrun = {}
+        several = Trainer(folder, device, "several", rank_command, **settings | torchrun)
         if launched and os.environ["RANK"] != "0":
+            several.wait()
             return
-        alone = Trainer(folder, device, "alone", BATCH_SIZE=settings["BATCH_SIZE"])
-        codes = [code, alone.wait()]
+        alone = Trainer(folder, device, "alone", **settings)
+        codes = [several.wait(), alone.wait()]
 
         report = folder / "collectives.json"
         wrong = json.loads(report.read_text()) if report.exists() else "no result"
