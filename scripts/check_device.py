@@ -38,7 +38,7 @@ from device_report import FAILED, LEFT_OUT, OK, Part, append, config, first_line
 from device_report import plain_environment
 from harness.files import write_whole
 from harness.provenance import device_name, git_state, machine_text, utc_now
-from harness.ranks import Ranks, setup
+from harness.ranks import Ranks, setup, tune_process
 from harness.settings import ROOT
 
 LOG = ROOT / "experiments" / "LOG.md"
@@ -119,6 +119,7 @@ def be_a_group(args: argparse.Namespace) -> int:
         cfg = config(device)
         setup(cfg, Ranks(), {})
         device = Ranks().device(cfg)
+    tune_process(launched=True, keep_memory=False)  # ends with who has started it
     make_checks(group, parts, device, args.report)
     return 0
 

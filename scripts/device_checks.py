@@ -160,8 +160,8 @@ def fused_adamw(device: torch.device) -> Iterator[Check]:
     yield held("adamw_found_inf", value, untouched)
 
     wanted, first, second = 2.0, 0.0, 0.0
-    for count, grad in enumerate((3.0, -1.0), 1):
-        step(2 * grad, 2.0, skip=0)
+    for count, (grad, scale) in enumerate(((3.0, 2.0), (-1.0, 8.0)), 1):
+        step(scale * grad, scale, skip=0)
         first = cfg.beta1 * first + (1 - cfg.beta1) * grad
         second = cfg.beta2 * second + (1 - cfg.beta2) * grad**2
         unbiased = first / (1 - cfg.beta1**count), second / (1 - cfg.beta2**count)

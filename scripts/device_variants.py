@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.optim.adamw import adamw
 
 from device_report import Check, Part, config, first_line, held, left_out
@@ -204,6 +203,8 @@ def compiled_part(name: str) -> Part:
     """The part that compares a variant compiled with the same as it is written."""
 
     def check_compiled(device: torch.device) -> Iterator[Check]:
+        from torch._dynamo.utils import counters  # a second to load
+
         settings = COMPILED[name]
         if device.type == "cuda":
             settings = settings | {"dtype": "bfloat16"}

@@ -9,32 +9,23 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run_ranks
 
 import check_device
+import device_checks
+import device_report
+import device_runs
 import device_variants
 from device_report import config, held
 from harness.settings import ROOT
+from ops import cross_entropy, products
 import train_gpt
 from train_gpt import axes
 
+CPU = torch.device("cpu")
+
 # Faults
-
-WRONG_PRODUCT = """
-from ops import products
-outer = products.grouped_outer
-products.grouped_outer = lambda y, x, offsets: 1.01 * outer(y, x, offsets)
-"""
-
-WRONG_RATE = """
-import torch.nn.functional as F
-attention = F.scaled_dot_product_attention
-
-def too_much(*args, dropout_p=0.0, **kwargs):
-    return attention(*args, dropout_p=dropout_p and dropout_p + 1 / 16, **kwargs)
-
-F.scaled_dot_product_attention = too_much
-"""
 
 SKIPPED_REDUCTION = """
 import os
@@ -52,47 +43,105 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def check_with(fault, tmp_path, *options):
-    """(exit code, {name: (status, value)}, output) of the real command, whose processes have a
-    fault."""
-    (tmp_path / "sitecustomize.py").write_text(fault)
-    path = os.pathsep.join(map(str, [tmp_path, ROOT, ROOT / "scripts"]))
-    env = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "scripts" / "check_device.py", "--device", "cpu"]
-    report = tmp_path / "report.json"
-    done = subprocess.run(
-        [*command, "--json", report, *options], env=env, capture_output=True, text=True
-    )
-    results = json.loads(report.read_text())["results"]
-    found = {f"{r['group']}.{r['name']}": (r["status"], r["value"]) for r in results}
-    return done.returncode, found, done.stdout + done.stderr
+def checks(part):
+    """{name: (status, value)} of a part, checked in a process of its own."""
+    (found,) = run_ranks(1, lambda ranks: [*part(CPU)])
+    return {check.name: (check.status, check.value) for check in found}
 
 
 def test_sound_operations_pass(tmp_path):
-    code, found, output = check_with("", tmp_path, "--only", "ops")
-    assert code == 0, output
-    assert {status for status, _ in found.values()} <= {"ok", "left out"} and len(found) > 20
+    """The command as users start it."""
+    command = [sys.executable, check_device.__file__, "--device", "cpu", "--only", "ops"]
+    report = tmp_path / "report.json"
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [*command, "--json", report], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(report.read_text())["results"]
+    assert len(results) > 20 and {r["status"] for r in results} <= {"ok", "left out"}
 
 
-def test_a_product_one_percent_off_is_found(tmp_path):
-    code, found, output = check_with(WRONG_PRODUCT, tmp_path, "--only", "ops.grouped,ops.loss")
-    assert code == 1, output
-    wrong = {name for name, (status, _) in found.items() if status == "FAILED"}
-    assert wrong == {name for name in found if name.startswith("ops.grouped_")}
+def test_a_product_one_percent_off_is_found(monkeypatch):
+    outer = products.grouped_outer
+    monkeypatch.setattr(products, "grouped_outer", lambda *args: 1.01 * outer(*args))
+    found = checks(device_checks.PARTS["grouped"])
+    assert len(found) > 3 and {status for status, _ in found.values()} == {"FAILED"}
 
 
-def test_a_dropout_rate_a_sixteenth_too_high_is_found(tmp_path):
-    code, found, output = check_with(WRONG_RATE, tmp_path, "--only", "ops.dropout")
-    assert code == 1, output
-    status, value = found["ops.dropout_default"]
+def no_update(*args, **kwargs):
+    """In place of a function that changes its arguments."""
+
+
+def loss_off(*args):
+    loss, grad = loss_chunk(*args)
+    return loss, 1.01 * grad
+
+
+def applied(*args, found_inf, **kwargs):
+    return adamw(*args, found_inf=None, **kwargs)
+
+
+def later(self, first, count):
+    return read(self, first + 1, count)
+
+
+loss_chunk = cross_entropy.loss_chunk
+adamw = train_gpt.adamw
+rms_norm = F.rms_norm
+read = train_gpt.ShardLoader.read
+
+
+@pytest.mark.parametrize(
+    "part, owner, name, replacement, wrong",
+    [
+        ("loss", cross_entropy, "loss_chunk", loss_off, "loss_"),
+        ("loss", cross_entropy, "soft_cap", lambda logits, cap: logits, "loss_float32_257_cap15"),
+        ("orthogonalize", torch, "baddbmm", lambda a, *args, **kwargs: a, "newton_schulz"),
+        ("adamw", train_gpt, "adamw", applied, "adamw_found_inf"),
+        ("adamw", torch, "_foreach_div_", no_update, "adamw_grad_scale"),
+        ("loss_scale", torch, "_amp_update_scale_", no_update, "loss_scale"),
+        ("rotary_norm", train_gpt.Rotary, "forward", lambda self, x, ctx: x, "rotary"),
+        ("rotary_norm", F, "rms_norm", lambda *a, **k: 1.01 * rms_norm(*a, **k), "rms_norm_"),
+        ("collectives", torch.distributed, "all_reduce", torch.Tensor.zero_, "collectives_alone"),
+        ("prefetch", train_gpt.ShardLoader, "read", later, "prefetch"),
+    ],
+)
+def test_a_wrong_operation_is_found(monkeypatch, part, owner, name, replacement, wrong):
+    monkeypatch.setattr(owner, name, replacement)
+    found = checks(device_checks.PARTS[part])
+    failed = {check for check, (status, _) in found.items() if status == "FAILED"}
+    named = {check for check in found if check.startswith(wrong)}
+    assert named and named <= failed
+
+
+def test_a_dropout_rate_a_sixteenth_too_high_is_found(monkeypatch):
+    attention = F.scaled_dot_product_attention
+
+    def too_much(*args, dropout_p=0.0, **kwargs):
+        return attention(*args, dropout_p=dropout_p and dropout_p + 1 / 16, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", too_much)
+    status, value = checks(device_checks.PARTS["dropout"])["dropout_default"]
     assert status == "FAILED" and abs(float(value.split()[0]) - 0.1625) < 0.01
 
 
-def test_a_rank_that_skips_a_reduction_is_found(tmp_path):
-    code, found, output = check_with(SKIPPED_REDUCTION, tmp_path, "--only", "ranks")
-    assert code == 1, output
-    assert found["ranks.collectives"][0] == "ok"  # the fault is in the trainer's own use
-    assert found["ranks.weights_of_ranks"][0] == "FAILED"
+def test_settings_and_ranks_of_the_caller_do_not_reach_the_checks(monkeypatch):
+    names = ("LR", "PRESET", "RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "HF_HOME")
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    assert [name for name in names if name in device_report.plain_environment()] == ["HF_HOME"]
+    assert set(device_report.torchrun_environment()) == {*names[2:5]}
+
+
+def test_a_rank_that_skips_a_reduction_is_found(monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SKIPPED_REDUCTION)
+    path = os.pathsep.join(map(str, [tmp_path, ROOT, ROOT / "scripts"]))
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = checks(device_runs.RANKS["ranks"])
+    assert found["collectives"][0] == "ok"  # the fault is in the trainer's own use of them
+    assert found["weights_of_ranks"][0] == "FAILED"
 
 
 # Variants
@@ -103,20 +152,20 @@ def test_every_value_of_every_axis_has_an_effect_where_it_is_checked():
         assert axis in device_variants.PARTS
         for value in values:
             settings = device_variants.settings_of(axis, value)
-            cfg = config(torch.device("cpu"), **settings)
+            cfg = config(CPU, **settings)
             assert getattr(cfg, axis) == value and axis not in cfg.idle()
 
 
 def test_a_new_value_is_checked_by_itself(monkeypatch):
     monkeypatch.setitem(train_gpt.EXPERTS, "relu", train_gpt.ReLU2)
-    names = [check.name for check in device_variants.PARTS["expert"](torch.device("cpu"))]
+    names = [check.name for check in device_variants.PARTS["expert"](CPU)]
     assert names == [f"expert={name}" for name in axes()["expert"]] and "expert=relu" in names
 
 
 def test_a_wrong_product_in_float32_alone_shows_in_a_curve(monkeypatch):
     """What a broken library would do; in float64 it is right."""
     linear = train_gpt.linear
-    cfg = config(torch.device("cpu"), num_iterations=3)
+    cfg = config(CPU, num_iterations=3)
 
     def off(x, weight):
         return linear(x, weight) * (1.001 if x.dtype == torch.float32 else 1)
@@ -244,7 +293,7 @@ def test_a_part_that_raises_does_not_end_the_others(tmp_path):
         yield held("second", "2", False)
 
     file = tmp_path / "report"
-    check_device.make_checks("ops", {"bad": raises, "good": fine}, torch.device("cpu"), file)
+    check_device.make_checks("ops", {"bad": raises, "good": fine}, CPU, file)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line[:3] for line in lines] == [
         ["first", "1", "ok"],
@@ -270,6 +319,6 @@ def test_a_part_that_raises_does_not_end_the_others(tmp_path):
 )
 def test_wrong_options_are_refused(capsys, options, sentence):
     with pytest.raises(SystemExit) as ended:
-        check_device.main(options)
+        check_device.main(["--only", "ops.loss_scale", *options])
     assert ended.value.code == 2
     assert f"error: {sentence}" in capsys.readouterr().err
