@@ -481,7 +481,7 @@ def test_a_longer_run_before_its_cooldown_is_the_longer_run(settings, monkeypatc
     ids=str,
 )
 def test_what_may_change_at_step_6_of_12(changes, same):
-    base = dict(num_iterations=12, warmdown_iters=4, momentum_start=0.8)
+    base = dict(num_iterations=12, warmdown_iters=4, weight_decay=0.1, momentum_start=0.8)
     base |= dict(momentum_warmup_iters=3, momentum_cooldown_iters=2)
     saved = {"version": VERSION, "step": 6, "config": vars(tiny(**base))} | FACTS
     if same:

@@ -91,6 +91,7 @@ def test_it_trains_and_resumes(settings, tmp_path, monkeypatch, combination):
     settings |= {name.upper(): value for name, value in combination.items()}
     settings |= {"N_LAYER": 4, "N_UNIQUE": 2 if settings["RECURRENCE"] == "shared" else 1}
     settings |= {"NUM_ITERATIONS": 5, "VAL_EVERY": 0, "BALANCE_LOG_INTERVAL": 2, "BATCH_SIZE": 4}
+    settings["WEIGHT_DECAY"] = 0.1  # or its schedules would have no say
     with monkeypatch.context() as patch:
         dies_at(patch, 1, signal.SIGTERM)
         codes, out = launch(settings)
