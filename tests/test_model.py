@@ -353,7 +353,7 @@ def test_a_traced_capped_loss_equals_torch():
     """The cap is a constant of the graph, and no other cap goes by it."""
 
     def compiled(ranks):
-        fast = torch.compile(loss_chunk, dynamic=False, backend="aot_eager")
+        fast = torch.compile(loss_chunk, dynamic=False, backend="eager")
         return [capped_by_chunks(*capped_inputs(), cap, fast) for cap in (3.0, 0.5)]
 
     (found,) = run_ranks(1, compiled)
@@ -514,7 +514,7 @@ def test_values_of_the_first_visit_and_of_tokens_equal_a_naive_loop(changes):
 
 def compiled_values(ranks):
     """Of a deep model with mixed values: losses and gradients, plain and compiled, and graphs."""
-    cfg = tiny(**SMALL | dict(n_layer=6, value_residual=True, value_embeds=2, residual="unet"))
+    cfg = tiny(**SMALL | dict(n_layer=5, value_residual=True, value_embeds=1, residual="unet"))
     model, graphs, found = trained_a_little(cfg), [], []
 
     def backend(graph, _):
@@ -527,17 +527,17 @@ def compiled_values(ranks):
             block.compile(backend=backend, fullgraph=True)
         loss, _ = model(tokens[:, :-1], tokens[:, 1:])
         grads = torch.autograd.grad(loss, [*model.parameters()])
-        found.append([loss.detach(), model.score(tokens[:, :-1], tokens[:, 1:]), *grads])
+        found.append([loss.detach(), *grads])
     return found, len(graphs)
 
 
 def test_compiled_blocks_mix_values_without_a_break():
-    """A graph each for the first visit, those with embeddings and the rest, with gradients and
-    without: not one for each visit, of which torch would give up after eight."""
+    """A graph each for the first visit, the last with its embeddings and those between: not one for
+    each visit, of which torch would give up after eight."""
     (((plain, compiled), n_graphs),) = run_ranks(1, compiled_values)
     for a, b in zip(plain, compiled, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert n_graphs == 6
+    assert n_graphs == 3
 
 
 @pytest.mark.parametrize(
