@@ -1551,9 +1551,12 @@ def momentum_factor(step, cfg):
     """Fraction of MUON_MOMENTUM: MOMENTUM_START's at both ends, linear between that and 1."""
     if cfg.momentum_start is None:
         return 1.0
-    rise = step / max(1, cfg.momentum_warmup_iters)
-    fall = (cfg.num_iterations - step) / max(1, cfg.momentum_cooldown_iters)
-    return float(np.interp(min(rise, fall), (0, 1), (cfg.momentum_start / cfg.muon_momentum, 1)))
+    rise, fall, part = cfg.momentum_warmup_iters, cfg.momentum_cooldown_iters, 1.0
+    if rise:
+        part = step / rise
+    if fall:
+        part = min(part, (cfg.num_iterations - step) / fall)
+    return float(np.interp(part, (0, 1), (cfg.momentum_start / cfg.muon_momentum, 1)))
 
 
 def aux_coef(step, cfg):
@@ -2301,6 +2304,7 @@ class StepStats(NamedTuple):
 
 def compile_model(model, cfg, device):
     """Compiles blocks and loss, and runs them once, so that no step waits for it."""
+    torch._dynamo.config.recompile_limit = 64  # visits differ in kind: first, last, mixer, FFN
     for block in model.blocks:
         block.compile()
     # Two sizes, since the last chunk has its own.

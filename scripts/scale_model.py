@@ -94,12 +94,19 @@ def epochs(cfg: Config) -> float | None:
     return tokens / FINEWEB_TOKENS if "fineweb" in cfg.input_bin else None
 
 
+def scheduled_steps(cfg: Config) -> list[str]:
+    """The settings that count steps of a schedule."""
+    names = ["warmup_iters", "warmdown_iters"]
+    if cfg.momentum_start is not None:
+        names += ["momentum_warmup_iters", "momentum_cooldown_iters"]
+    return names
+
+
 def with_steps(cfg: Config, steps: int) -> Config:
     """cfg over so many steps, of which warm-up and decay are the same fractions, and as many epochs
     as they take."""
     scaled = {
-        name: getattr(cfg, name) * steps // cfg.num_iterations
-        for name in ("warmup_iters", "warmdown_iters")
+        name: getattr(cfg, name) * steps // cfg.num_iterations for name in scheduled_steps(cfg)
     }
     cfg = replace(cfg, num_iterations=steps, **scaled)
     if not cfg.max_epochs:  # no limit

@@ -27,7 +27,7 @@ from harness.contract import ConfigError, DataError
 from harness.files import RunFiles, write_whole
 from launch_runs import command, environment
 from plan_stage import PlannedRun, plan_runs, results
-from scale_model import positive, with_steps
+from scale_model import positive, scheduled_steps, with_steps
 from stages import FOLDER, TRAINER, Stage, check_name, load_stage, read, stage_of, toml_text
 import train_gpt
 from train_gpt import Config
@@ -211,7 +211,7 @@ def schedules_of(runs: Sequence[PlannedRun], times: Times, seconds: float) -> di
         made[label] = {"NUM_ITERATIONS": scaled.num_iterations, "VAL_EVERY": every}
         made[label] |= {
             name.upper(): getattr(scaled, name)
-            for name in ("warmup_iters", "warmdown_iters")
+            for name in scheduled_steps(cfg)
             if getattr(cfg, name) and name not in cfg.idle()
         }
     return made

@@ -75,6 +75,7 @@ COLUMNS = """
 """.split()
 COURSE = """
     num_iterations val_every log_every save_every grad_clip lr_schedule warmup_iters warmdown_iters
+    warmdown_frac decay_schedule momentum_start momentum_warmup_iters momentum_cooldown_iters
 """.split()  # settings that the run of a checkpoint says for itself only
 LABELS = [*Config.LABELS, "init_from", "device"]  # likewise
 MODEL = """

@@ -733,6 +733,8 @@ def test_momentum_rises_to_its_value_and_falls_at_the_end(start):
     adamw = Optimizer([], AdamW(cfg), AdamW.peak(cfg), cfg, ONE)
     assert {adamw.hyper_at(step).momentum for step in range(10)} == {cfg.beta1}
     assert {momentum_factor(step, tiny()) for step in range(8)} == {1.0}
+    no_ramp = dict(momentum_start=start, momentum_warmup_iters=0, momentum_cooldown_iters=0)
+    assert {momentum_factor(step, tiny(**no_ramp)) for step in range(8)} == {1.0}
 
 
 @pytest.mark.parametrize("n, fraction, iters", [(100, 0.5, 50), (7, 0.4, 3), (10, 0, 0), (9, 1, 9)])
