@@ -3,6 +3,7 @@
     PRESET=quickstart python scripts/bench.py --json experiments/bench/quickstart.json
     torchrun --standalone --nproc_per_node=8 scripts/bench.py     # all but the start
     PRESET=moe_muon_exp5 python scripts/bench.py --against FFN=gelu D_FF=3072   # in turn
+    PRESET=quickstart python scripts/bench.py --against-file HEAD~3   # or another train_gpt.py
 
 Of several ranks every one measures, and rank 0 tells. Tokens are random, so no data is needed, but
 VOCAB_SIZE=0 asks for the dataset's index.json. All files except that of --json are temporary;
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from bench_versions import VersionError, losses_compared, other_version, steps_in_turn
+from bench_worker import timed_step as timed_parts
 from harness.checkpoints import Checkpoints, step_folders
 from harness.contract import CURVE, ConfigError, DataError, EXIT_CODES
 from harness.files import write_whole
@@ -33,6 +37,7 @@ from harness.provenance import device_name, git_state, machine_text, utc_now
 from harness.ranks import Ranks, from_rank0, setup
 from harness.records import Records
 from harness.settings import ROOT
+from harness.source import source_hash
 from ops.products import matmul_nt
 import train_gpt
 from train_gpt import Config, State
@@ -45,6 +50,7 @@ WAITS = 50
 RECORDS = 200
 PRODUCTS = 5
 SAVES = 5
+NAMES = ("ours", "other")  # of two models that are timed in turn
 
 Figure = dict[str, float | str | None]  # value, min, max and unit
 Figures = dict[str, Figure]  # by name
@@ -76,55 +82,53 @@ def timed(call: Callable[[], object], count: int, device: torch.device | None = 
     return np.diff(marks)
 
 
-def timed_step(state: State, cfg: Config, ranks: Ranks) -> np.ndarray:
-    """Seconds of one train_step on random tokens: (forward and backward, reduction and
-    optimizer)."""
-    device = ranks.device(cfg)
-    first = state.optimizers[0]
+def timed_step(state: State, cfg: Config, ranks: Ranks) -> list[float]:
+    """Seconds of one train_step on random tokens: [forward and backward, reduction and
+    optimizer]."""
     shape = cfg.batch_size // ranks.world_size, cfg.sequence_length + 1
-    batch = torch.randint(cfg.vocab_size, shape, device=device)
-    marks = [now(device)]
-    reduce_grads = first.reduce_grads
-
-    def marked_reduce_grads() -> torch.Tensor:
-        marks.append(now(device))  # here the backward pass has ended
-        return reduce_grads()
-
-    first.reduce_grads = marked_reduce_grads
-    train_gpt.train_step(state, cfg, batch[:, :-1], batch[:, 1:])
-    first.reduce_grads = reduce_grads
-    return np.diff([*marks, now(device)])
+    batch = torch.randint(cfg.vocab_size, shape, device=ranks.device(cfg))
+    return timed_parts(train_gpt.train_step, state, cfg, batch)[0]
 
 
-def bench_against(
-    state: State, cfg: Config, other_cfg: Config, ranks: Ranks, args: argparse.Namespace
-) -> Figures:
-    """Steps of this model and another in turn, and their ratios pair by pair: above 1, this one
-    takes longer."""
-    other_cfg = replace(other_cfg, num_iterations=cfg.num_iterations)
-    other = State.build(other_cfg, ranks)
-    if other_cfg.compile == "1":
-        train_gpt.compile_model(other.model, other_cfg, ranks.device(cfg))
-
-    times = {"ours": [], "other": []}
-    models = [("ours", state, cfg), ("other", other, other_cfg)]
-    for _ in range(args.warmup + args.steps):
-        models.reverse()  # so that neither is always the first
-        for name, one_state, one_cfg in models:
-            times[name].append(timed_step(one_state, one_cfg, ranks))
-
-    ours, theirs = (np.array(times[name])[args.warmup :].T for name in ("ours", "other"))
-    parts = {
-        "step": (ours.sum(0), theirs.sum(0)),
-        "forward_backward": (ours[0], theirs[0]),
-        "optimizer": (ours[1], theirs[1]),
-    }
+def compared(ours: np.ndarray, other: np.ndarray) -> Figures:
+    """Steps of two models that were made in turn, and their ratios pair by pair: above 1, ours
+    takes longer. From seconds (steps, parts), as timed_step has them."""
+    parts = {"step": (ours.sum(1), other.sum(1))}
+    if ours.shape[1] == other.shape[1] == 2:  # else a version does not tell them apart
+        parts["forward_backward"] = ours[:, 0], other[:, 0]
+        parts["optimizer"] = ours[:, 1], other[:, 1]
     figures = {}
     for name, (a, b) in parts.items():
         figures[f"{name}_ours"] = figure("ms", 1000 * a)
         figures[f"{name}_other"] = figure("ms", 1000 * b)
         figures[f"{name}_ratio"] = figure("ours / other", a / b)
     return figures
+
+
+def bench_against(
+    state: State, cfg: Config, other_cfg: Config, ranks: Ranks, args: argparse.Namespace
+) -> Figures:
+    """Steps of this model and another in turn, compared."""
+    other_cfg = replace(other_cfg, num_iterations=cfg.num_iterations)
+    other = State.build(other_cfg, ranks)
+    if other_cfg.compile == "1":
+        train_gpt.compile_model(other.model, other_cfg, ranks.device(cfg))
+
+    times = {name: [] for name in NAMES}
+    models = [("ours", state, cfg), ("other", other, other_cfg)]
+    for _ in range(args.warmup + args.steps):
+        models.reverse()  # so that neither is always the first
+        for name, one_state, one_cfg in models:
+            times[name].append(timed_step(one_state, one_cfg, ranks))
+
+    ours, theirs = (np.array(times[name])[args.warmup :] for name in NAMES)
+    return compared(ours, theirs)
+
+
+def token_speed(cfg: Config, seconds: np.ndarray) -> Figure:
+    """Tokens per second of steps that took so long, at their median."""
+    tokens = cfg.batch_size * cfg.sequence_length
+    return figure("tokens/s", tokens / seconds, tokens / np.median(seconds))
 
 
 def bench_step(state: State, cfg: Config, ranks: Ranks, args: argparse.Namespace) -> Figures:
@@ -134,12 +138,13 @@ def bench_step(state: State, cfg: Config, ranks: Ranks, args: argparse.Namespace
     backward, optimizer = np.array(times)[args.warmup :].T
     seconds = backward + optimizer
     tokens = cfg.batch_size * cfg.sequence_length
-    speed = tokens / np.median(seconds)
+    tokens_per_sec = token_speed(cfg, seconds)
+    speed = tokens_per_sec["value"]
     flops = state.model.flops_per_token() / ranks.world_size
     peak = peak_flops(cfg, device)
     return {
         "step_time": figure("ms", 1000 * seconds),
-        "tokens_per_sec": figure("tokens/s", tokens / seconds, speed),
+        "tokens_per_sec": tokens_per_sec,
         "flops": figure("TFLOP/s a rank", flops * tokens / 1e12 / seconds, flops * speed / 1e12),
         "mfu": figure("%", [100 * flops * speed / peak] if peak else []),
         "forward_backward": figure("% of step", 100 * backward / seconds),
@@ -359,6 +364,43 @@ def bench(args: argparse.Namespace, env: Mapping[str, str], ranks: Ranks, folder
     setup(cfg, ranks, env)
     figures |= measure(args, cfg, other_cfg, ranks, train, folder)
     torch.distributed.destroy_process_group()
+    return report_of(asked, cfg, ranks, figures)
+
+
+def bench_file(args: argparse.Namespace, env: Mapping[str, str], ranks: Ranks) -> dict:
+    """Like bench, of this train_gpt.py and another version of it. Raises VersionError, too."""
+    if ranks.world_size > 1:
+        raise ConfigError(
+            f"--against-file measures one process of each version, and here are {ranks.world_size} "
+            "ranks; start it without torchrun"
+        )
+    asked = Config.from_env(env)
+    cfg = train_gpt.resolve(asked)
+    train_gpt.check_batch(cfg, ranks)
+    with other_version(args.against_file) as version:
+        count = args.warmup + args.steps
+        measured = steps_in_turn(version, env, dict(args.against), count)
+        shas = source_hash(train_gpt.SOURCE), version.source_sha()
+
+    seconds = [np.array([step["seconds"] for step in steps])[args.warmup :] for steps in measured]
+    losses = [[step["loss"] for step in steps] for steps in measured]
+    figures = compared(*seconds)
+    for name, times in zip(NAMES, seconds):
+        figures[f"tokens_per_sec_{name}"] = token_speed(cfg, times.sum(1))
+    for name, steps in zip(NAMES, measured):
+        figures[f"peak_memory_{name}"] = figure("GiB", [steps[-1]["memory"]])
+    for name, of_steps in zip(NAMES, losses):
+        figures[f"loss_{name}"] = figure("of the last step", of_steps[-1:])
+    facts = {
+        "other": {"version": version.label, "git": version.commit, "settings": dict(args.against)},
+        "source_sha": dict(zip(NAMES, shas)),
+        "losses": losses_compared(*losses),
+    }
+    return report_of(asked, cfg, ranks, figures) | facts
+
+
+def report_of(asked: Config, cfg: Config, ranks: Ranks, figures: Figures) -> dict:
+    """The report: figures, and where and with what they were measured."""
     git, dirty = git_state()
     return {
         "command": f"python {' '.join(sys.argv)}",
@@ -382,6 +424,12 @@ def print_table(report: Mapping) -> None:
         values = [row[key] for key in ("value", "min", "max")]
         cells = ["" if value is None else f"{value:,.4g}" for value in values]
         print(f"{name:28}{cells[0]:>12}{cells[1]:>12}{cells[2]:>12}  {row['unit']}")
+    if "other" in report:
+        sources, other = report["source_sha"], report["other"]
+        commit = f", commit {other['git'][:12]}" if other["git"] else ""
+        print(f"ours: source_sha {sources['ours']}")
+        print(f"other: source_sha {sources['other']}, {other['version']}{commit}")
+        print(report["losses"])
 
 
 def names(text: str) -> set[str]:
@@ -410,11 +458,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=setting,
         help="settings of another model to time in turn with this one; nothing else is measured",
     )
+    parser.add_argument(
+        "--against-file",
+        metavar="PATH_OR_REF",
+        help="another version to time in turn with this one, each in a process of its own: the "
+        "path of a train_gpt.py beside its scripts/, or a git ref like HEAD~3; nothing else is "
+        "measured. Settings and PRESET are the same for both, and --against gives some to the "
+        "other alone. On one GPU there must be memory for both",
+    )
     parser.add_argument("--json", help="file for the report; without it the table is all")
     args = parser.parse_args(argv)
     if any(len(pair) < 2 for pair in args.against):
         parser.error("--against takes settings like FFN=gelu D_FF=3072")
-    if args.against:
+    if args.against or args.against_file:
         args.only = set()
     if not args.only <= SECTIONS or min(args.steps, args.warmup) < 1:
         parser.error(
@@ -429,9 +485,12 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     args = parse(argv)
     ranks = Ranks.from_env(env)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            report = bench(args, {**env, "DRY_RUN": ""}, ranks, folder)
-    except (ConfigError, DataError) as error:
+        if args.against_file:
+            report = bench_file(args, {**env, "DRY_RUN": ""}, ranks)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                report = bench(args, {**env, "DRY_RUN": ""}, ranks, folder)
+    except (ConfigError, DataError, VersionError) as error:
         if ranks.local_rank == 0:
             print(f"{error.status}: {error}", file=sys.stderr)
         if ranks.rank > 0:
@@ -447,4 +506,6 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    for number in signal.SIGTERM, signal.SIGHUP:  # end like Ctrl-C: nothing is left behind
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:], dict(os.environ)))
