@@ -125,9 +125,8 @@ def bench_against(
     return compared(ours, theirs)
 
 
-def token_speed(cfg: Config, seconds: np.ndarray) -> Figure:
-    """Tokens per second of steps that took so long, at their median."""
-    tokens = cfg.batch_size * cfg.sequence_length
+def token_speed(tokens: int, seconds: np.ndarray) -> Figure:
+    """Tokens per second of steps of so many that took so long, at their median."""
     return figure("tokens/s", tokens / seconds, tokens / np.median(seconds))
 
 
@@ -138,7 +137,7 @@ def bench_step(state: State, cfg: Config, ranks: Ranks, args: argparse.Namespace
     backward, optimizer = np.array(times)[args.warmup :].T
     seconds = backward + optimizer
     tokens = cfg.batch_size * cfg.sequence_length
-    tokens_per_sec = token_speed(cfg, seconds)
+    tokens_per_sec = token_speed(tokens, seconds)
     speed = tokens_per_sec["value"]
     flops = state.model.flops_per_token() / ranks.world_size
     peak = peak_flops(cfg, device)
@@ -385,8 +384,9 @@ def bench_file(args: argparse.Namespace, env: Mapping[str, str], ranks: Ranks) -
     seconds = [np.array([step["seconds"] for step in steps])[args.warmup :] for steps in measured]
     losses = [[step["loss"] for step in steps] for steps in measured]
     figures = compared(*seconds)
+    tokens = {name: steps[0]["tokens"] for name, steps in zip(NAMES, measured)}
     for name, times in zip(NAMES, seconds):
-        figures[f"tokens_per_sec_{name}"] = token_speed(cfg, times.sum(1))
+        figures[f"tokens_per_sec_{name}"] = token_speed(tokens[name], times.sum(1))
     for name, steps in zip(NAMES, measured):
         figures[f"peak_memory_{name}"] = figure("GiB", [steps[-1]["memory"]])
     for name, of_steps in zip(NAMES, losses):
@@ -507,5 +507,6 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     for number in signal.SIGTERM, signal.SIGHUP:  # end like Ctrl-C: nothing is left behind
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:], dict(os.environ)))

@@ -3,9 +3,9 @@
     python scripts/bench_worker.py PATH/TO/train_gpt.py
 
 A line of JSON each way: in, the settings; out, {"ready": true}; then for every further line in a
-step, and out {"seconds", "loss", "memory"}. Last may come {"status", "error"}: why there is no
-more. Harness and ops are those beside that file. So that versions as old as scripts/harness/ can be
-measured, nothing is imported from ours, and of theirs only what all of them have.
+step, and out {"seconds", "tokens", "loss", "memory"}. Last may come {"status", "error"}: why there
+is no more. Harness and ops are those beside that file. So that versions as old as scripts/harness/
+can be measured, nothing is imported from ours, and of theirs only what all of them have.
 """
 
 import dataclasses
@@ -115,7 +115,8 @@ class Steps:
             trainer.compile_model(self.state.model, self.cfg, self.device)
 
     def step(self) -> dict[str, Any]:
-        """Makes the next step: its seconds, the loss before it, and the most memory until now."""
+        """Makes the next step: its seconds and tokens, the loss before it, the most memory until
+        now (GiB)."""
         generator = torch.Generator().manual_seed(self.made)
         shape = self.cfg.batch_size, self.cfg.sequence_length + 1
         batch = torch.randint(self.cfg.vocab_size, shape, generator=generator).to(self.device)
@@ -123,6 +124,7 @@ class Steps:
         self.made += 1
         return {
             "seconds": seconds,
+            "tokens": batch[:, 1:].numel(),
             "loss": float(stats[0]),
             "memory": peak_memory(self.device),
         }

@@ -1,14 +1,23 @@
 """scripts/bench.py: all figures are there and agree with each other; nothing is left behind."""
 
+import contextlib
 import json
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 import bench
+import bench_versions
+import bench_worker
+from harness.contract import ConfigError
 from harness.settings import ROOT
+import train_gpt
 
 SETTINGS = {
     "RUN_ID": "of-test-bench",
@@ -176,3 +185,221 @@ def test_two_models_are_timed_in_turn(capsys):
         bench.main(["--against", "N_LAYER"], SETTINGS)
     assert "--against takes settings like" in capsys.readouterr().err
     assert bench.main(["--against", "N_EMBD=33"], SETTINGS) == 2
+
+
+# Another version
+
+SLOW = """
+
+ours = train_step
+
+
+def train_step(*args):
+    time.sleep(0.05)
+    return ours(*args)
+"""
+COUNTED = """
+
+ours = train_step
+
+
+def train_step(*args):
+    with open(os.environ["STEPS"], "a") as file:
+        file.write(f"{os.getpid()} begins\\n")
+    stats = ours(*args)
+    with open(os.environ["STEPS"], "a") as file:
+        file.write(f"{os.getpid()} ends\\n")
+    return stats
+"""
+
+
+def copied(folder, text):
+    """A version with the scripts of this one and more text at the end of its train_gpt.py."""
+    shutil.copytree(
+        ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (folder / "train_gpt.py").write_text((ROOT / "train_gpt.py").read_text() + text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository of two commits: a slow version, then one that tells of its steps."""
+    folder = copied(tmp_path_factory.mktemp("repository"), SLOW)
+    who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for text in (SLOW, COUNTED):
+        (folder / "train_gpt.py").write_text((ROOT / "train_gpt.py").read_text() + text)
+        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "version"]):
+            subprocess.run(["git", *who, *words], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder of temporary files, of this process and those that it starts."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return folder
+
+
+def left_in(folder):
+    """What lies there but torch's cache."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
+
+
+def test_a_version_of_git_is_timed_in_turn(repository, temporary, tmp_path, monkeypatch, capsys):
+    """One that sleeps takes longer, in the part where it sleeps; its numbers are the same."""
+    monkeypatch.setattr(bench_versions, "ROOT", repository)
+    argv = ["--against-file", "HEAD~1", "--steps", "5", "--warmup", "1"]
+    assert bench.main([*argv, "--json", str(tmp_path / "report.json")], SETTINGS) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    figures = report["figures"]
+    parts = ("step", "forward_backward", "optimizer")
+    names = [f"{part}_{kind}" for part in parts for kind in ("ours", "other", "ratio")]
+    for part in ("tokens_per_sec", "peak_memory", "loss"):
+        names += [f"{part}_ours", f"{part}_other"]
+    assert list(figures) == names
+    value = {name: figures[name]["value"] for name in names}
+
+    assert value["step_ratio"] < 1 and value["forward_backward_ratio"] < 1
+    assert figures["forward_backward_other"]["min"] >= 50
+    assert figures["step_ours"]["min"] < figures["step_other"]["min"] - 40
+    for name in bench.NAMES:
+        speed = value[f"tokens_per_sec_{name}"] * value[f"step_{name}"] / 1000
+        assert speed == pytest.approx(4 * 16)
+        assert 0.05 < value[f"peak_memory_{name}"] < 4
+    assert value["loss_ours"] == value["loss_other"] == pytest.approx(math.log(64), abs=0.5)
+
+    shas = report["source_sha"]
+    assert shas["ours"] == train_gpt.source_hash(train_gpt.SOURCE) != shas["other"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-3]] == names
+    assert lines[-3:] == [
+        f"ours: source_sha {shas['ours']}",
+        f"other: source_sha {shas['other']}, HEAD~1, commit {report['other']['git'][:12]}",
+        "losses of all 6 steps: equal to the bit",
+    ]
+    assert left_in(temporary) == []
+
+
+def test_a_version_that_crashes_ends_the_other(temporary, tmp_path, monkeypatch, capfd):
+    """Its sentence is told after its traceback, with the place; no process stays."""
+    folder = copied(tmp_path / "version", "\nprint(1)\nraise RuntimeError('an idea')\n")
+    pids = []
+    start = subprocess.Popen
+
+    def remembered(*args, **kwargs):
+        process = start(*args, **kwargs)
+        pids.append(process.pid)
+        return process
+
+    monkeypatch.setattr(bench_versions.subprocess, "Popen", remembered)
+    assert bench.main(["--against-file", str(folder)], SETTINGS) == 1
+    out, err = capfd.readouterr()
+    *trace, said = err.splitlines()
+    file = folder / "train_gpt.py"
+    line = len(file.read_text().splitlines())
+    assert said == f"crash: {folder}: RuntimeError: an idea ({file}:{line})"
+    assert trace[-1] == "RuntimeError: an idea" and out == ""
+    assert len(pids) == 2 and not any(map(is_there, pids))
+
+
+def is_there(pid):
+    """Whether there is such a process."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("moment", ["it builds", "steps"])
+def test_nothing_is_left_of_an_interrupted_comparison(repository, temporary, tmp_path, moment):
+    """Neither of Ctrl-C nor of a launcher's signal: no process and no files. Until then there was
+    one step at a time, A B B A."""
+    steps = tmp_path / "steps"
+    steps.touch()
+    command = [sys.executable, repository / "scripts" / "bench.py", "--against-file", "HEAD"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(
+        [*command, "--steps", "100000"],
+        env=env | SETTINGS | {"STEPS": str(steps)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell has it ignored in what it runs behind
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as run:
+        deadline = time.monotonic() + 60
+        ready = temporary.rglob if moment == "it builds" else None
+        while not (list(ready("train_gpt.py")) if ready else steps.read_text().count("ends") > 7):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM if ready else signal.SIGINT)
+        # what a worker says it says here, so this ends with the last of them
+        out, _ = run.communicate(timeout=20)
+    assert (run.returncode, out) == (-signal.SIGINT, "interrupted\n")
+    assert left_in(temporary) == []
+
+    if moment == "steps":
+        begun = [line.split()[0] for line in steps.read_text().splitlines()[::2]][:8]
+        ended = [line.split()[0] for line in steps.read_text().splitlines()[1::2]][:8]
+        a, b = begun[:2]
+        assert begun == ended == [a, b, b, a, a, b, b, a] and a != b
+        assert not is_there(int(a)) and not is_there(int(b))
+
+
+@pytest.mark.parametrize(
+    "version, change, sentence",
+    [
+        ("HEAD~no", {}, "config: --against-file HEAD~no: no such file, and no commit of git here"),
+        ("{empty}", {}, "config: --against-file {empty}: no such file, and no commit"),
+        ("{alone}", {}, "config: --against-file {alone}: it needs scripts/harness/ beside"),
+        ("HEAD", {"N_EMBD": "33"}, "config: N_EMBD=33 needs"),
+        ("HEAD", {"WORLD_SIZE": "2"}, "config: --against-file measures one process of each"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys, version, change, sentence):
+    places = {"empty": tmp_path / "empty", "alone": tmp_path / "train_gpt.py"}
+    places["empty"].mkdir()
+    places["alone"].touch()
+    argv = ["--against-file", version.format(**places)]
+    assert bench.main(argv, SETTINGS | change) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(sentence.format(**places)) and captured.out == ""
+
+
+def test_a_version_is_given_what_can_change_a_step():
+    """The environment over our preset; a blank change takes a setting away."""
+    env = {"PRESET": "quickstart", "LR": "0.5", "RUN_ID": "x", "SAVE_EVERY": "7", "HOME": "/"}
+    given = bench_versions.settings_of(env, {})
+    assert given["N_EMBD"] == "192" and given["LR"] == "0.5" and "INPUT_BIN" in given
+    assert not {"PRESET", "RUN_ID", "SAVE_EVERY", "HOME"} & given.keys()
+    changes = {"N_EMBD": "", "LR": "0.1", "OF_THE_OTHER": "1"}
+    changed = bench_versions.settings_of(env, changes)
+    del given["N_EMBD"], changes["N_EMBD"]
+    assert changed == given | changes
+
+
+def test_a_setting_that_a_version_does_not_know_is_told():
+    with pytest.raises(
+        ConfigError, match="^SO_NEW=1 is no setting there; --against SO_NEW= leaves"
+    ):
+        bench_worker.Steps(train_gpt, {"N_EMBD": "32", "SO_NEW": "1"})
+
+
+@pytest.mark.parametrize(
+    "ours, other, sentence",
+    [
+        ([2.0, math.nan], [2.0, math.nan], "losses of all 2 steps: equal to the bit"),
+        (
+            [2.0, 2.0, 1.5],
+            [2.0, math.nextafter(2, 3), 1.25],
+            "losses of 3 steps: different from step 2 on, at the last by 0.25 (ours - other)",
+        ),
+    ],
+)
+def test_losses_are_compared_to_the_bit(ours, other, sentence):
+    assert bench_versions.losses_compared(ours, other) == sentence
