@@ -54,7 +54,7 @@ def layout(cfg: Config) -> dict[str, int]:
         stacks[p.shape[-2:]] += p.numel()
 
     cast = 0  # times top_k
-    for i in model.order:
+    for i in model.order if cfg.recurrence == "indexed" else {*model.order}:
         for part in model.blocks[i].modules():
             if isinstance(part, train_gpt.Linear):
                 is_experts = isinstance(part, train_gpt.ExpertLinear)
