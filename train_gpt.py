@@ -47,8 +47,8 @@ from harness.run import Run
 from harness.settings import Settings, near_misses, settings_table
 from harness.source import source_hash
 from ops.cross_entropy import LinearCrossEntropy, loss_chunk, rows_per_chunk, score_chunk, soft_cap
-from ops.experts import HEALTH, aux_loss, expert_health, leave_bias, leave_load, leave_state
-from ops.experts import pooled_health
+from ops.experts import HEALTH, Gather, aux_loss, expert_health, leave_bias, leave_load
+from ops.experts import leave_state, pooled_health, sort_by_expert
 from ops.generation import generate
 from ops.orthogonalize import keep_rows, norm_rows, polar_express
 from ops.orthogonalize import zeropower_via_newtonschulz5
@@ -1078,16 +1078,11 @@ class MoE(nn.Module):
         p, chosen, weight = self.route(rows)
         N, E = p.shape
 
-        # Choices sorted by expert, and where those of each expert end.
-        expert, order = chosen.flatten().sort(stable=True)
-        every_expert = torch.arange(E, device=x.device)
-        offsets = torch.searchsorted(expert, every_expert, right=True, out_int32=True)
-
         # Each expert on its rows, and back into the order of the tokens.
-        token = order // self.top_k
-        back = order.argsort()  # the inverse permutation
-        y = self.experts.transform(rows.index_select(0, token), expert, offsets)
-        y = y.index_select(0, back).view(N, self.top_k, -1)
+        expert, order, back, offsets = sort_by_expert(chosen, E)
+        y = Gather.apply(rows, order // self.top_k, back)
+        y = self.experts.transform(y, expert, offsets)
+        y = Gather.apply(y, back, order).view(N, self.top_k, -1)
         y = (y * weight.unsqueeze(-1).type_as(y)).sum(1)
         for ffn in self.always:
             y = y + ffn.transform(rows)

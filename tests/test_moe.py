@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.ranks import Ranks
 from ops import products
+from ops.experts import Gather, sort_by_expert
 from ops.products import grouped_matmul, grouped_outer
 import train_gpt
 from train_gpt import (
@@ -123,6 +124,29 @@ def test_grouped_products_are_loops_also_over_empty_groups(sizes):
     torch.testing.assert_close(grouped_outer(y, x, offsets), torch.stack(outer))
     theirs = F.grouped_mm(x, w.mT.contiguous(), offs=offsets)
     torch.testing.assert_close(grouped_matmul(x, w, offsets), theirs)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_rows_go_to_their_experts_and_back(k):
+    """Against lists of Python, and autograd of plain indexing in float64; two experts have none."""
+    chosen = torch.stack([torch.randperm(5)[:k] for _ in range(11)])
+    chosen += chosen >= 2  # nobody's first choice, nor any other, is 2 or 6
+    flat = chosen.flatten().tolist()
+    expert, order, back, offsets = sort_by_expert(chosen, 7)
+    assert order.tolist() == sorted(range(11 * k), key=lambda i: flat[i])
+    assert expert.tolist() == sorted(flat) and offsets.dtype == torch.int32
+    assert [order.tolist().index(i) for i in range(11 * k)] == back.tolist()
+    assert offsets.tolist() == [sum(e <= i for e in flat) for i in range(7)]
+
+    x = torch.randn(11, 4).double().requires_grad_()
+    weight = torch.randn(11 * k, 4).double()
+    rows, plain = Gather.apply(x, order // k, back), x[order // k]
+    assert torch.equal(rows, plain)
+    y, plain_y = Gather.apply(rows.tanh() * weight, back, order), (plain.tanh() * weight)[back]
+    assert torch.equal(y, plain_y)
+    (ours,), (theirs,) = (torch.autograd.grad((out * weight).sum(), x) for out in (y, plain_y))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: Gather.apply(x, order // k, back), x)
 
 
 def test_the_order_of_the_experts_does_not_matter():

@@ -1,11 +1,48 @@
-"""How evenly the experts of a layer are loaded, and what evens that out.
+"""Rows to experts and back, how evenly these are loaded, and what evens that out.
 
-Shapes: N tokens, E experts.
+Shapes: N tokens, k choices of each, E experts, C channels.
 """
 
 import math
 
 import torch
+
+
+def sort_by_expert(chosen, experts):
+    """The choices (N, k) of tokens, sorted by expert; n = N k of them.
+
+    Returns the expert of each (n,), the choice that stands at each place (n,), the place of each
+    choice (n,), which is the inverse permutation, and where the choices of each expert end (E,).
+    """
+    expert, order = chosen.flatten().sort(stable=True)
+    places = torch.arange(len(order), device=order.device)
+    back = torch.empty_like(order).scatter_(0, order, places)
+    every_expert = torch.arange(experts, device=order.device)
+    offsets = torch.searchsorted(expert, every_expert, right=True, out_int32=True)
+    return expert, order, back, offsets
+
+
+class Gather(torch.autograd.Function):
+    """x[index], (N, C) -> (n, C), where each row of x is taken n / N times.
+
+    The places of the first row, then of the second, and so on, are `inverse` (n,). So the gradient
+    is a gather, too, and adds in a fixed order; that of indexing adds rows as they come on CUDA.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        grads = grad.index_select(0, inverse)
+        if len(grads) > ctx.rows:
+            grads = grads.unflatten(0, (ctx.rows, -1)).sum(1)
+        return grads, None, None
+
 
 # What expert_health measures.
 HEALTH = ("aux", "entropy", "load_min", "load_max", "dead", "dropped")
