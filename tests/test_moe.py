@@ -114,7 +114,8 @@ def test_one_expert_is_the_dense_ffn(expert, bias):
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 5, 1), (0, 0, 9, 0), (9, 0, 0, 0), (0, 0, 0, 9)])
-def test_grouped_products_are_loops_also_over_empty_groups(sizes):
+def test_grouped_products_are_loops_also_over_empty_groups(sizes, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size: x.new_full(size, math.nan))
     x, w, y = torch.randn(9, 8), torch.randn(4, 12, 8), torch.randn(9, 12)
     ends, starts = torch.tensor(sizes).cumsum(0), torch.tensor((0, *sizes)).cumsum(0)
     rows = [x[a:b] @ w[i].T for i, (a, b) in enumerate(zip(starts, ends))]
@@ -124,6 +125,28 @@ def test_grouped_products_are_loops_also_over_empty_groups(sizes):
     torch.testing.assert_close(grouped_outer(y, x, offsets), torch.stack(outer))
     theirs = F.grouped_mm(x, w.mT.contiguous(), offs=offsets)
     torch.testing.assert_close(grouped_matmul(x, w, offsets), theirs)
+
+
+def test_only_large_groups_are_worth_a_kernel_of_their_size(monkeypatch):
+    """On processors where oneDNN multiplies faster but makes a kernel for each number of rows."""
+    large = []
+
+    def matmul_nt(a, b):
+        large.append(a.numel() * len(b))
+        return (a.double() @ b.double().mT).float()
+
+    monkeypatch.setattr(products, "ONEDNN", True)
+    monkeypatch.setattr(products, "matmul_nt", matmul_nt)
+    x, w = torch.randn(1284, 256), torch.randn(2, 256, 256)
+    offsets, groups = torch.tensor([1024, 1284]), x.split([1024, 260])
+    y = grouped_matmul(x, w, offsets)
+    torch.testing.assert_close(
+        y, torch.cat([a @ b.T for a, b in zip(groups, w)]), rtol=0, atol=1e-3
+    )
+    outer = grouped_outer(x, y, offsets)
+    theirs = torch.stack([a.T @ b for a, b in zip(groups, y.split([1024, 260]))])
+    torch.testing.assert_close(outer, theirs, rtol=0, atol=0.1)
+    assert large == [2**26, 2**26]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -416,7 +439,6 @@ def test_widths_that_a_grouped_kernel_cannot_take_go_by_the_loop(monkeypatch):
     """Its rows must be multiples of 16 bytes; what it takes it gets."""
     taken = []
     monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: taken.append(args))
-    monkeypatch.setattr(products, "matmul_nt", lambda a, b: torch.zeros(len(a), len(b)))
 
     class OnCuda(torch.Tensor):
         is_cuda = True
