@@ -8,13 +8,15 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLOCKS, launch, points, row, summary, tiny
+from conftest import CLOCKS, launch, points, row, run_ranks, summary, tiny
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.ranks import Ranks
 from ops import products
 from ops.experts import Gather, sort_by_expert
-from ops.products import grouped_matmul, grouped_outer
+from ops.products import GroupedMatmul, grouped_matmul, grouped_outer
 import train_gpt
 from train_gpt import (
     BALANCES,
@@ -452,6 +454,64 @@ def test_widths_that_a_grouped_kernel_cannot_take_go_by_the_loop(monkeypatch):
         grouped_outer(y, x, offsets)
         assert len(taken) == 2 * takes
         taken.clear()
+
+
+def test_bfloat16_products_on_cuda_are_traced_and_others_opaque(monkeypatch):
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "grouped" in str(function):
+                found.append(str(function))
+            return function(*args, **kwargs or {})
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    opaque = ["train_gpt.grouped_matmul.default"] * 2 + ["train_gpt.grouped_outer.default"]
+    traced = ["aten._grouped_mm.default"] * 3
+    for dtype, width, expected in (
+        (torch.bfloat16, 16, traced),
+        (torch.bfloat16, 12, opaque),
+        (torch.float16, 16, opaque),
+        (torch.float32, 16, opaque),
+    ):
+        found = []
+        with FakeTensorMode(), torch.device("cuda"), Products():
+            shapes = (9, width), (3, 8, width), (9, 8)
+            x, w, y = (torch.empty(shape, dtype=dtype) for shape in shapes)
+            offsets = torch.empty(3, dtype=torch.int32)
+            assert grouped_matmul(x, w, offsets).shape == (9, 8)
+            assert grouped_matmul(y, w.mT, offsets).shape == (9, width)
+            assert grouped_outer(y, x, offsets).shape == (3, 8, width)
+        assert found == expected
+
+
+def test_what_is_traced_has_the_gradients_of_a_loop():
+    """Of torch's own product, in bfloat16 on a CPU; one group is empty."""
+    torch.manual_seed(0)
+    x, w, upstream = (torch.randn(size).bfloat16() for size in ((9, 16), (3, 8, 16), (9, 8)))
+    ends = [4, 4, 9]
+
+    def work(ranks):
+        seen = []
+
+        def keep(graph, inputs):
+            names = [str(node.target) for node in graph.graph.nodes]
+            seen.extend(name for name in names if "grouped" in name)
+            return graph.forward
+
+        products.can_group_on_cuda = lambda *tensors: True
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        run = torch.compile(GroupedMatmul.apply, fullgraph=True, backend=backend)
+        inputs = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = run(*inputs, torch.tensor(ends).int())
+        return y.detach(), *torch.autograd.grad(y, inputs, upstream), seen
+
+    ((*ours, seen),) = run_ranks(1, work)
+    assert seen == ["aten._grouped_mm.default"] * 3
+    plain = [x.double().requires_grad_(), w.double().requires_grad_()]
+    y = torch.cat([plain[0][a:b] @ plain[1][i].T for i, (a, b) in enumerate(zip([0, 4, 4], ends))])
+    theirs = y.detach(), *torch.autograd.grad(y, plain, upstream.double())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-6)
+    assert not ours[2][1].any()
 
 
 def test_resuming_with_other_micro_batches_is_refused_where_they_matter(settings):

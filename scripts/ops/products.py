@@ -68,9 +68,15 @@ def can_group_on_cuda(*tensors):
     return all(t.is_cuda and t.size(-1) * t.element_size() % 16 == 0 for t in tensors)
 
 
+def is_opaque(*tensors):
+    """Whether torch.compile is at work and cannot trace grouped_mm of these: all but bfloat16."""
+    can_trace = can_group_on_cuda(*tensors) and tensors[0].dtype == torch.bfloat16
+    return torch.compiler.is_compiling() and not can_trace
+
+
 def grouped_matmul(x, weight, offsets):
     """Rows x (n, k), in groups that end at offsets (E,), by weight (E, m, k) of theirs: (n, m)."""
-    if torch.compiler.is_compiling():
+    if is_opaque(x, weight, weight.mT):
         return grouped_matmul_op(x, weight, offsets)
     if can_group_on_cuda(x, weight, weight.mT):
         return F.grouped_mm(x, weight.mT, offs=offsets)
@@ -83,7 +89,7 @@ def grouped_matmul(x, weight, offsets):
 
 def grouped_outer(y, x, offsets):
     """Outer products of rows y (n, m) and x (n, k), summed over each group: (E, m, k)."""
-    if torch.compiler.is_compiling():
+    if is_opaque(y, x):
         return grouped_outer_op(y, x, offsets)
     if can_group_on_cuda(y, x):
         return F.grouped_mm(y.mT, x, offs=offsets)
@@ -95,7 +101,7 @@ def grouped_outer(y, x, offsets):
     return sums
 
 
-# Opaque to torch.compile, which traces neither sizes that data decide nor grouped_mm in float32.
+# For torch.compile, which traces neither sizes that data decide nor grouped_mm in float32.
 grouped_matmul_op = torch.library.custom_op(
     "train_gpt::grouped_matmul",
     grouped_matmul,
