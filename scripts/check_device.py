@@ -61,13 +61,13 @@ GROUPS = {
         lambda kind: device_variants.PARTS, {"cuda": 240, "cpu": 120}, {"cuda": 2, "cpu": 2}
     ),
     "compiled": Group(
-        device_variants.compiled_parts, {"cuda": 240, "cpu": 120}, {"cuda": 3, "cpu": 1}
+        device_variants.compiled_parts, {"cuda": 240, "cpu": 200}, {"cuda": 3, "cpu": 1}
     ),
     "ranks": Group(lambda kind: device_runs.RANKS, {"cuda": 150, "cpu": 90}, {"cuda": 1, "cpu": 1}),
     "faults": Group(
         lambda kind: device_runs.FAULTS, {"cuda": 200, "cpu": 120}, {"cuda": 1, "cpu": 1}
     ),
-    "speed": Group(device_speed.parts, {"cuda": 300, "cpu": 90}, {"cuda": 1, "cpu": 1}),
+    "speed": Group(device_speed.parts, {"cuda": 300, "cpu": 120}, {"cuda": 1, "cpu": 1}),
 }
 ALONE = ("ranks", "speed")  # beside which no other group runs
 BUDGET = {"cuda": 480, "cpu": 240}  # seconds

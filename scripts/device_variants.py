@@ -34,7 +34,7 @@ SETTINGS = {
     "optimizer=adamw": {"lr": 0.003},
 }
 COMPILED = {  # on a CPU, where compiling takes longest, the first alone
-    "moe": {"ffn": "moe", "num_experts": 4},
+    "moe": {"ffn": "moe", "num_experts": 4, "n_layer": 1},
     "default": {},
     "headwise": {"attngate": "headwise"},
     "elementwise_value": {"attngate": "elementwise", "gatepos": "value"},
