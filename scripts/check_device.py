@@ -156,6 +156,8 @@ class Process:
         self.limit = args.limit or GROUPS[group].limits[args.device]
         env = dict(os.environ) if group == "ranks" else plain_environment()
         env |= {MARK: str(folder / label), "PYTHONUNBUFFERED": "1"}
+        # What is killed while it compiles leaves half a file where later runs would find it.
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
         if group != "speed":  # small models beside others are fastest so
             env.setdefault("OMP_NUM_THREADS", "1")
         self.mark = f"{MARK}={env[MARK]}".encode()

@@ -187,7 +187,8 @@ for words in (["a", "1", "ok", 0.5], ["b", "2 | 3", "", 0.5], ["c", "why", "left
 FAILS = FINE.replace('"ok"', '"FAILED"')
 CRASHES = FINE + 'print("\\n".join(f"line {i}" for i in range(9)))\nsys.exit(3)\n'
 HANGS = """
-import subprocess, sys, time
+import os, subprocess, sys, time
+print("cache", os.environ["TORCHINDUCTOR_CACHE_DIR"])
 child = subprocess.Popen(["sleep", "60"], start_new_session=True)
 print("child", child.pid, flush=True)
 time.sleep(60)
@@ -258,6 +259,9 @@ def test_what_hangs_is_killed_with_all_that_it_started(checked):
     assert "stopped after its limit of 1 s, not done: grouped, loss" in output
     (pid,) = [line.split()[1] for line in output.splitlines() if line.startswith("    child")]
     assert not is_alive(pid) and "ranks.a" in output
+    # It may have been compiling: what it leaves is gone.
+    (cache,) = [line.split()[1] for line in output.splitlines() if line.startswith("    cache")]
+    assert "check_device_" in cache and not os.path.exists(os.path.dirname(cache))
 
 
 def test_what_does_not_fit_the_budget_is_left_out(checked, monkeypatch):
