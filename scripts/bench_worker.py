@@ -8,6 +8,7 @@ is no more. Harness and ops are those beside that file. So that versions as old 
 can be measured, nothing is imported from ours, and of theirs only what all of them have.
 """
 
+import contextlib
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -153,15 +154,18 @@ def main(file: str) -> int:
         print(json.dumps(facts), file=answers, flush=True)
 
     try:
-        settings = json.loads(sys.stdin.readline())
-        steps = Steps(load(Path(file)), settings)
+        settings = sys.stdin.readline()
+        if not settings:  # who asks is gone
+            return 1
+        steps = Steps(load(Path(file)), json.loads(settings))
         answer({"ready": True})
         for _ in sys.stdin:
             answer(steps.step())
-    except BrokenPipeError:  # who asked is gone
+    except BrokenPipeError:  # who asks is gone
         return 1
     except BaseException as error:
-        answer(failure(error))
+        with contextlib.suppress(BrokenPipeError):
+            answer(failure(error))
         return 1
     return 0
 
