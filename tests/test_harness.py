@@ -3,11 +3,14 @@
 import csv
 import dataclasses
 import json
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import launch, rows
+from conftest import launch, rows, run_ranks
 
 import split_results
 import train_gpt
@@ -204,3 +207,34 @@ def test_nccl_is_set_up_before_the_first_step(monkeypatch):
     ranks = Ranks(rank=3, local_rank=1, world_size=4, local_world_size=2)
     setup(Config(device="cuda", run_id="x"), ranks, {})
     assert calls == [1, "cpu:gloo,cuda:nccl", {"device_ids": [1]}]
+
+
+def say_tf32(way):
+    """What another program of the process may have said before, in torch's old or new words."""
+    if way in ("old", "both"):
+        torch.set_float32_matmul_precision("high")
+    if way == "new":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if way == "new, all":
+        torch.backends.fp32_precision = "tf32"
+    if way == "both":  # of which torch refuses to tell
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("way", ["nothing", "old", "new", "new, all", "both"])
+def test_float32_is_float32_whatever_was_said_before(way):
+    """All that torch.compile asks agrees, and its advice to take TF32 is not heard."""
+    compiler = Path(torch.__file__).parent / "_inductor" / "compile_fx.py"
+    advice = re.search(r'"(TensorFloat32 .*?)"', compiler.read_text())[1]
+
+    def work(ranks):
+        dist.destroy_process_group()
+        say_tf32(way)
+        setup(Config(device="cpu", run_id="x"), ranks, {})
+        cuda = torch.backends.cuda.matmul
+        asked = cuda.fp32_precision, cuda.allow_tf32, torch.get_float32_matmul_precision()
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.warn(advice, stacklevel=1)
+        return asked, len(heard)
+
+    assert run_ranks(1, work) == [(("ieee", False, "highest"), 0)]

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, Self
@@ -51,6 +52,10 @@ def setup(cfg: Settings, ranks: Ranks, env: Mapping[str, str]) -> str:
     if cfg.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Products of float32 are of float32, whatever an environment or sitecustomize said before: by
+    # this call of old torch, after which its old and new settings agree and both can be read.
+    torch.set_float32_matmul_precision("highest")
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice
     if cfg.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     tune_process(launched="TORCHELASTIC_RUN_ID" in env, keep_memory=cfg.device == "cpu")
