@@ -46,7 +46,8 @@ from harness.provenance import fingerprint, how_to_get
 from harness.run import Run
 from harness.settings import Settings, near_misses, settings_table
 from harness.source import source_hash
-from ops.cross_entropy import LinearCrossEntropy, loss_chunk, rows_per_chunk, score_chunk, soft_cap
+from ops.cross_entropy import LinearCrossEntropy, loss_chunk, pad_head, rows_per_chunk, score_chunk
+from ops.cross_entropy import soft_cap
 from ops.experts import HEALTH, Gather, aux_loss, expert_health, leave_bias, leave_load
 from ops.experts import leave_state, pooled_health, sort_by_expert
 from ops.generation import generate
@@ -1427,10 +1428,11 @@ class GPT(nn.Module):
     def score(self, tokens_BT, targets_BT, cache=None):
         """Mean loss and accuracy, (2,), of the likeliest token, of tokens against targets."""
         x, head, _ = self.hidden(tokens_BT, cache)
-        x, weight, targets = x.flatten(0, 1), head.type_as(x), targets_BT.flatten()
+        x, weight, targets = x.flatten(0, 1), pad_head(head.type_as(x)), targets_BT.flatten()
         rows = rows_per_chunk(x, head)
         chunks = zip(x.split(rows), targets.split(rows))
-        sums = sum(self.score_chunk(xs, weight, ts, self.softcap) for xs, ts in chunks)
+        options = self.softcap, len(head)
+        sums = sum(self.score_chunk(xs, weight, ts, *options) for xs, ts in chunks)
         return sums / len(x)
 
     def router_states(self):

@@ -9,7 +9,8 @@ from conftest import VARIANTS, context, run_ranks, tiny
 
 from harness.contract import ConfigError
 from harness.ranks import Ranks
-from ops.cross_entropy import LOGITS_PER_CHUNK, LinearCrossEntropy, loss_chunk, score_chunk
+from ops.cross_entropy import LOGITS_PER_CHUNK, LOGITS_PER_ROW, LinearCrossEntropy, loss_chunk
+from ops.cross_entropy import score_chunk
 from ops.cross_entropy import soft_cap
 from ops.generation import next_logits
 from rollouts import Batch, token_logprobs
@@ -250,6 +251,32 @@ def test_linear_cross_entropy_equals_torch(monkeypatch, vocab, chunk):
         )
 
 
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("chunk", [2**23, 61 * 5])
+def test_a_loss_with_unused_rows_equals_torch_in_float64(monkeypatch, cap, chunk):
+    """As on a GPU, whose products want rows of 64 logits: loss, both gradients and the score."""
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", chunk)
+    monkeypatch.setitem(LOGITS_PER_ROW, "cpu", 64)
+    x, head, targets = capped_inputs(vocab=61)
+    shapes = set()
+
+    def of_chunk(xs, weight, *args):
+        loss, grad = loss_chunk(xs, weight, *args)
+        shapes.add((len(weight), grad.size(1), grad.stride(), grad[:, 61:].abs().sum().item()))
+        return loss, grad
+
+    wanted = capped_by_torch(x, head, targets, cap)
+    found = capped_by_chunks(x, head, targets, cap, of_chunk)
+    assert shapes == {(64, 64, (64, 1), 0.0)} and found[2].shape == (61, 8)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    model = GPT(tiny(vocab_size=61, sequence_length=23, logit_softcap=cap))
+    torch.nn.init.normal_(model.embed)
+    logits, found = model(targets[None]), model.score(targets[None], targets[None])
+    summed = F.cross_entropy(logits[0], targets), (logits[0].argmax(-1) == targets).float().mean()
+    assert torch.allclose(found, torch.stack(summed), rtol=1e-5)
+
+
 def test_linear_parts_are_matrices_side_by_side():
     cfg = tiny(bias=True)
     layer, x = Linear(cfg, 8, 4, parts=3), torch.randn(5, 8)
@@ -330,17 +357,18 @@ def test_a_capped_loss_equals_torch_in_float64(monkeypatch, cap, chunk):
     assert torch.allclose(scored, torch.stack([summed, likeliest]), rtol=1e-5)
 
 
-def capped_inputs():
-    """x (23, 8), head (64, 8), whose logits go to 10 and more, and targets (23,)."""
+def capped_inputs(vocab=64):
+    """x (23, 8), head (vocab, 8), whose logits go to 10 and more, and targets (23,)."""
     generator = torch.Generator().manual_seed(0)
-    x, head = (torch.randn(n, 8, generator=generator, requires_grad=True) for n in (23, 64))
-    return x, head, torch.randint(0, 64, (23,), generator=generator)
+    x, head = (torch.randn(n, 8, generator=generator, requires_grad=True) for n in (23, vocab))
+    return x, head, torch.randint(0, vocab, (23,), generator=generator)
 
 
 def capped_by_torch(x, head, targets, cap):
-    """Loss and 3 times its gradients, of logits cap * tanh(z / cap)."""
+    """Loss and 3 times its gradients, of logits cap * tanh(z / cap), or of z where cap is 0."""
     leaves = [t.detach().double().requires_grad_() for t in (x, head)]
-    loss = F.cross_entropy(cap * torch.tanh(leaves[0] @ leaves[1].T / cap), targets)
+    logits = leaves[0] @ leaves[1].T
+    loss = F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets)
     return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
 
 
@@ -350,15 +378,17 @@ def capped_by_chunks(x, head, targets, cap, of_chunk):
 
 
 def test_a_traced_capped_loss_equals_torch():
-    """The cap is a constant of the graph, and no other cap goes by it."""
+    """Cap and unused rows are constants of the graph, and no others go by it."""
+    cases = [(64, 3.0), (64, 0.5), (61, 3.0)]
 
     def compiled(ranks):
+        LOGITS_PER_ROW["cpu"] = 64
         fast = torch.compile(loss_chunk, dynamic=False, backend="eager")
-        return [capped_by_chunks(*capped_inputs(), cap, fast) for cap in (3.0, 0.5)]
+        return [capped_by_chunks(*capped_inputs(vocab), cap, fast) for vocab, cap in cases]
 
     (found,) = run_ranks(1, compiled)
-    for cap, ours in zip((3.0, 0.5), found):
-        for a, b in zip(ours, capped_by_torch(*capped_inputs(), cap), strict=True):
+    for (vocab, cap), ours in zip(cases, found):
+        for a, b in zip(ours, capped_by_torch(*capped_inputs(vocab), cap), strict=True):
             assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
