@@ -34,8 +34,8 @@ import device_checks
 import device_runs
 import device_speed
 import device_variants
-from device_report import FAILED, LEFT_OUT, OK, Part, append, config, first_line, held
-from device_report import plain_environment
+from device_report import FAILED, LEFT_OUT, OK, Check, Part, append, config, first_line, held
+from device_report import left_out, plain_environment
 from harness.files import write_whole
 from harness.provenance import device_name, git_state, machine_text, utc_now
 from harness.ranks import Ranks, setup, tune_process
@@ -93,6 +93,14 @@ class Result(NamedTuple):
 ########################################
 
 
+def failure(group: str, name: str, error: Exception) -> Check:
+    """What a part comes to that raised. A preset that a small device has no room for is not timed
+    there, and nothing is wrong with it."""
+    if group == "speed" and isinstance(error, torch.OutOfMemoryError):
+        return left_out(name, first_line(error))
+    return held(name, first_line(error), False)
+
+
 def make_checks(group: str, parts: Mapping[str, Part], device: torch.device, file: Path) -> None:
     """Makes the checks of parts one after another and appends them to a file, which also gets the
     name of each part that is done."""
@@ -105,7 +113,7 @@ def make_checks(group: str, parts: Mapping[str, Part], device: torch.device, fil
                 began = time.monotonic()
         except Exception as error:  # the other parts are checked all the same
             traceback.print_exc()
-            append(file, [*held(name, first_line(error), False), time.monotonic() - began])
+            append(file, [*failure(group, name, error), time.monotonic() - began])
         append(file, [name])
 
 

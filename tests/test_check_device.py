@@ -308,6 +308,18 @@ def test_a_part_that_raises_does_not_end_the_others(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("group, status", [("speed", "left out"), ("ops", "FAILED")])
+def test_a_preset_that_a_device_has_no_room_for_is_left_out(tmp_path, group, status):
+    def too_large(device):
+        yield held("small", "1", True)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore")
+
+    file = tmp_path / "report"
+    check_device.make_checks(group, {"large": too_large}, CPU, file)
+    line = json.loads(file.read_text().splitlines()[1])
+    assert line[0] == "large" and line[2] == status and line[1].endswith("allocate 3 GiB.")
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
