@@ -83,6 +83,7 @@ def norm_rows(update, squares, frozen):
     """
     now = update.square().mean(-1, keepdim=True, dtype=torch.float32)
     squares.lerp_(torch.where(frozen, squares, now), 1 - ROW_BETA)
-    scaled = update * squares.clamp(min=1e-20).rsqrt().type_as(update)
-    before, after = (torch.linalg.matrix_norm(m, keepdim=True) for m in (update, scaled))
-    return scaled * (before / after.clamp(min=1e-20))
+    factor = squares.clamp(min=1e-20).rsqrt()
+    before, after = now.sum(-2, keepdim=True), (now * factor.square()).sum(-2, keepdim=True)
+    factor = factor * (before / after.clamp(min=1e-20)).sqrt()
+    return update * factor.type_as(update)
