@@ -350,6 +350,9 @@ def bench(args: argparse.Namespace, env: Mapping[str, str], ranks: Ranks, folder
     """What was measured, where and with what. Raises ConfigError, DataError."""
     asked = Config.from_env(env)
     cfg = train_gpt.resolve(asked)
+    for name, _ in args.against:
+        if name.lower() not in Config.__dataclass_fields__:
+            raise ConfigError(f"--against {name}: no setting; python train_gpt.py --help has them")
     other_cfg = train_gpt.resolve(Config.from_env({**env, **dict(args.against)}))
     train_gpt.check_batch(other_cfg, ranks)
     train, val = make_shards(folder, cfg.vocab_size)

@@ -185,6 +185,8 @@ def test_two_models_are_timed_in_turn(capsys):
         bench.main(["--against", "N_LAYER"], SETTINGS)
     assert "--against takes settings like" in capsys.readouterr().err
     assert bench.main(["--against", "N_EMBD=33"], SETTINGS) == 2
+    assert bench.main(["--against", "NLAYERS=2"], SETTINGS) == 2
+    assert "config: --against NLAYERS: no setting; python" in capsys.readouterr().err
 
 
 # Another version
