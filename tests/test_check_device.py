@@ -19,7 +19,7 @@ import device_runs
 import device_variants
 from device_report import config, held
 from harness.settings import ROOT
-from ops import cross_entropy, products
+from ops import cross_entropy, orthogonalize, products
 import train_gpt
 from train_gpt import axes
 
@@ -113,6 +113,20 @@ def test_a_wrong_operation_is_found(monkeypatch, part, owner, name, replacement,
     failed = {check for check, (status, _) in found.items() if status == "FAILED"}
     named = {check for check in found if check.startswith(wrong)}
     assert named and named <= failed
+
+
+@pytest.mark.parametrize("factor, status", [(1.0, "ok"), (1.01, "FAILED")])
+def test_newton_schulz_may_be_a_bit_off_and_no_more(monkeypatch, factor, status):
+    """A library may sum a stack of matrices in another order than one of them."""
+    coefficients = [(3.4445 * factor, -4.7750, 2.0315)] * 5
+
+    def other(G, dtype=torch.bfloat16):
+        return orthogonalize.iterate(G, coefficients, dtype, 1.0, 1e-7) * (1 + 2**-7)
+
+    monkeypatch.setitem(train_gpt.ORTHOGONALIZERS, "newton_schulz", other)
+    torch.manual_seed(0)
+    found = checks(device_checks.PARTS["orthogonalize"])["newton_schulz"]
+    assert found[0] == status and found[1].startswith("0 of 3"), found
 
 
 def test_a_dropout_rate_a_sixteenth_too_high_is_found(monkeypatch):
