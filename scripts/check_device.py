@@ -7,9 +7,9 @@
 ops: single operations against float64. variants: every value of every axis, some steps. compiled:
 against the same without. ranks: several against one. faults: kill -9, SIGTERM, no memory. speed:
 steps, kernels, ceilings. Each group is a process of its own with a time limit; its results come as
-they are found and again in a table. No data is needed and nothing is kept but what --json and --log
-name. Exit codes: 0 all is well; 1 a check failed, or a group crashed or took too long; 2 a wrong
-option.
+they are found and again in a table. No data is needed and nothing is kept but what --json and
+--log-entry name. Exit codes: 0 all is well; 1 a check failed, or a group crashed or took too long;
+2 a wrong option.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
@@ -412,7 +412,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="processes at a time (4 on cuda, 2 on a CPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="gets the results as well")
-    parser.add_argument("--log", action="store_true", help=f"add an entry to {LOG.name}")
+    # not --log, which torchrun would take for the beginning of its own options
+    parser.add_argument("--log-entry", action="store_true", help=f"add an entry to {LOG.name}")
     parser.add_argument("--process", help=argparse.SUPPRESS)  # group:part,part
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -444,7 +445,7 @@ def main(argv: list[str]) -> int:
     print(f"\n{table(results)}\n\n{verdict(results)}; {report['seconds']} s")
     if args.json:
         write_whole(args.json, json.dumps(report, indent=1) + "\n")
-    if args.log:
+    if args.log_entry:
         add_to_log(log_entry(report, results))
     return int(any(result.status == FAILED for result in results))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.run import get_args_parser
 from conftest import run_ranks
 
 import check_device
@@ -294,7 +296,7 @@ def test_the_log_gets_one_entry_below_its_head(checked, monkeypatch, tmp_path):
     monkeypatch.setattr(check_device, "LOG", log)
     checked({"ops": FINE})
     assert log.read_text() == old
-    checked({"ops": FINE}, "--log")
+    checked({"ops": FINE}, "--log-entry")
     head, entry, rest = log.read_text().partition("## ")[0], "", old.partition("\n## ")[2]
     assert head == "# Log\n\nA head\nof two lines.\n\n" and log.read_text().endswith(rest)
     entry = log.read_text()[len(head) : -len("\n## " + rest)]
@@ -352,3 +354,14 @@ def test_wrong_options_are_refused(capsys, options, sentence):
         check_device.main(["--only", "ops.loss_scale", *options])
     assert ended.value.code == 2
     assert f"error: {sentence}" in capsys.readouterr().err
+
+
+def test_torchrun_leaves_every_option_to_the_script(capsys):
+    with pytest.raises(SystemExit):
+        check_device.main(["--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    options = re.findall("--[a-z-]+", usage)
+    assert len(options) > 5
+    for option in options:
+        args = get_args_parser().parse_args(["check_device.py", option])
+        assert args.training_script_args == [option]
