@@ -365,6 +365,12 @@ def chosen(text: str | None, device: str) -> dict[str, list[str]]:
     return wanted
 
 
+def can_write(file: Path) -> bool:
+    """Whether a file can be put where this says, in a folder that may have to be made."""
+    folder = next(folder for folder in file.absolute().parents if folder.exists())
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
 def complete(args: argparse.Namespace) -> None:
     """Puts in what follows from other options. Raises ValueError with a sentence."""
     has_cuda = torch.cuda.is_available()
@@ -382,6 +388,10 @@ def complete(args: argparse.Namespace) -> None:
         args.only = {name: parts for name, parts in args.only.items() if name == "ranks"}
     if args.json and args.json.is_dir():
         raise ValueError(f"--json {args.json}: is a folder; name a file")
+    if args.json and not can_write(args.json):
+        raise ValueError(f"--json {args.json}: cannot be written; name a file in another folder")
+    if args.log_entry and not (LOG.is_file() and can_write(LOG)):
+        raise ValueError(f"--log-entry: {LOG} cannot be written; keep the results by --json FILE")
 
 
 def positive(text: str) -> float:

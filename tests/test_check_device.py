@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -346,10 +347,14 @@ def test_a_preset_that_a_device_has_no_room_for_is_left_out(tmp_path, group, sta
         (["--limit", "soon"], "argument --limit: must be a number above 0"),
         (["--jobs", "0"], "--jobs: at least 1"),
         (["--json", "."], "--json .: is a folder; name a file"),
+        (["--json", f"{__file__}/a.json"], f"--json {__file__}/a.json: cannot be written"),
+        (["--log-entry"], f"--log-entry: {__file__}/LOG.md cannot be written; "),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
     ],
 )
-def test_wrong_options_are_refused(capsys, options, sentence):
+def test_wrong_options_are_refused(monkeypatch, capsys, options, sentence):
+    """Before anything is checked."""
+    monkeypatch.setattr(check_device, "LOG", Path(__file__) / "LOG.md")
     with pytest.raises(SystemExit) as ended:
         check_device.main(["--only", "ops.loss_scale", *options])
     assert ended.value.code == 2
