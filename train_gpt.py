@@ -73,6 +73,10 @@ class Rules(Settings):
         "D_MODEL": "N_EMBD",
         "MAX_ITERS": "NUM_ITERATIONS",
         "PER_STEP": "PER_VISIT",  # its name in earlier versions
+        "SOFTCAP": "LOGIT_SOFTCAP",
+        "COOLDOWN_FRAC": "WARMDOWN_FRAC",
+        "CAUTIOUS_WEIGHT_DECAY": "CAUTIOUS_DECAY",
+        "EMA_STEPS": "EMA_ITERS",
     }
     LISTS = ("mixer", "ffn", "per_visit", "trackers")
     BOUNDS = {  # inclusive
