@@ -122,7 +122,7 @@ class Worker:
         self.version = version
         # a session of its own: the terminal's Ctrl-C is for this program, which ends it
         self.process = subprocess.Popen(
-            [sys.executable, WORKER, version.file],
+            [sys.executable, "-P", WORKER, version.file],  # -P: its harness is not the one here
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -196,7 +196,8 @@ def losses_compared(ours: Sequence[float], other: Sequence[float]) -> str:
     differ = [i for i, (a, b) in enumerate(pairs) if a != b]
     if not differ:
         return f"losses of all {len(pairs)} steps: equal to the bit"
+    largest = max(abs(a - b) for a, b in zip(ours, other))
     return (
-        f"losses of {len(pairs)} steps: different from step {differ[0] + 1} on, at the last by "
-        f"{ours[-1] - other[-1]:.3g} (ours - other)"
+        f"losses of {len(pairs)} steps: different from step {differ[0] + 1} on, by {largest:.3g} "
+        f"at most and {ours[-1] - other[-1]:.3g} at the last (ours - other)"
     )

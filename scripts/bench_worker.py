@@ -1,6 +1,6 @@
 """Makes steps of one version of train_gpt.py as they are asked for; scripts/bench.py asks two.
 
-    python scripts/bench_worker.py PATH/TO/train_gpt.py
+    python -P scripts/bench_worker.py PATH/TO/train_gpt.py     # -P: nothing of scripts/ here
 
 A line of JSON each way: in, the settings; out, {"ready": true}; then for every further line in a
 step, and out {"seconds", "tokens", "loss", "memory"}. Last may come {"status", "error"}: why there
@@ -78,8 +78,7 @@ def timed_step(
 
 
 def load(file: Path) -> ModuleType:
-    """The module of a train_gpt.py, whatever its name is."""
-    sys.path[0] = str(file.parent / "scripts")  # in place of the folder of this file
+    """The module of a train_gpt.py, whatever its name is; it finds its scripts/ by itself."""
     loader = importlib.machinery.SourceFileLoader("train_gpt", str(file))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("train_gpt", loader))
     sys.modules["train_gpt"] = module

@@ -398,7 +398,8 @@ def test_a_setting_that_a_version_does_not_know_is_told():
         (
             [2.0, 2.0, 1.5],
             [2.0, math.nextafter(2, 3), 1.25],
-            "losses of 3 steps: different from step 2 on, at the last by 0.25 (ours - other)",
+            "losses of 3 steps: different from step 2 on, by 0.25 at most and 0.25 at the last "
+            "(ours - other)",
         ),
     ],
 )
