@@ -33,6 +33,12 @@ SETTINGS = {
     "recurrence=shared": {"n_layer": 4},
     "optimizer=adamw": {"lr": 0.003},
 }
+SWITCHES = {  # what is no choice of an axis
+    "values": {"value_residual": True, "value_embeds": 1},
+    "softcap": {"logit_softcap": 5.0},
+    "decay": {"weight_decay": 0.1, "cautious_decay": True},
+    "momentum": {"momentum_start": 0.8, "momentum_warmup_iters": 8, "momentum_cooldown_iters": 4},
+}
 COMPILED = {  # on a CPU, where compiling takes longest, the first alone
     "moe": {"ffn": "moe", "num_experts": 4, "n_layer": 1},
     "default": {},
@@ -42,6 +48,7 @@ COMPILED = {  # on a CPU, where compiling takes longest, the first alone
     "indexed": {"recurrence": "indexed", "ffn": "moe", "num_experts": 4, "n_layer": 3},
     "shared": SETTINGS["per_visit"] | {"per_visit": "norm,router,scale"},
     "gated_deltanet": {"mixer": "gated_deltanet"},
+    "values": SWITCHES["values"] | {"ffn": "relu2,gelu", "residual": "unet", "logit_softcap": 5.0},
 }
 
 
@@ -193,6 +200,12 @@ def axis_part(axis: str) -> Part:
     return check_values
 
 
+def switches(device: torch.device) -> Iterator[Check]:
+    """Those of SWITCHES, as values of an axis."""
+    for name, settings in SWITCHES.items():
+        yield held(f"switches={name}", *compared(config(device, **settings)))
+
+
 def bfloat16_left_out(device: torch.device) -> Iterator[Check]:
     """Says what is not compared on a CPU."""
     if device.type == "cpu":
@@ -231,8 +244,9 @@ def compiled_parts(device_type: str) -> dict[str, Part]:
 
 
 def variant_parts() -> dict[str, Part]:
-    """A part for each axis of today."""
-    return {axis: axis_part(axis) for axis in model_axes()} | {"bfloat16": bfloat16_left_out}
+    """A part for each axis of today, and for what is none."""
+    others = {"switches": switches, "bfloat16": bfloat16_left_out}
+    return {axis: axis_part(axis) for axis in model_axes()} | others
 
 
 PARTS = variant_parts()

@@ -173,6 +173,13 @@ def test_every_value_of_every_axis_has_an_effect_where_it_is_checked():
             assert getattr(cfg, axis) == value and axis not in cfg.idle()
 
 
+def test_every_switch_has_an_effect_where_it_is_checked():
+    checked = [*device_variants.SWITCHES.values(), *device_variants.COMPILED.values()]
+    for settings in checked:
+        cfg = config(CPU, **settings)
+        assert not settings.keys() & cfg.idle().keys()
+
+
 def test_a_new_value_is_checked_by_itself(monkeypatch):
     monkeypatch.setitem(train_gpt.EXPERTS, "relu", train_gpt.ReLU2)
     names = [check.name for check in device_variants.PARTS["expert"](CPU)]
