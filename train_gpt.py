@@ -425,6 +425,12 @@ def cautions(env, cfg):
         sentences.append(
             f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {start}"
         )
+    ramps = cfg.momentum_warmup_iters + cfg.momentum_cooldown_iters
+    if cfg.momentum_start is not None and ramps > cfg.num_iterations:
+        sentences.append(
+            f"MOMENTUM_WARMUP_ITERS + MOMENTUM_COOLDOWN_ITERS = {ramps} > NUM_ITERATIONS: Muon's "
+            "momentum does not get to MUON_MOMENTUM"
+        )
     in_data = dataset_index(cfg.input_bin).get("vocab_size") or cfg.vocab_size
     if cfg.vocab_size > 1.3 * in_data + 128:
         sentences.append(

@@ -9,7 +9,7 @@ import pytest
 from harness.contract import ConfigError
 import harness.settings
 import train_gpt
-from train_gpt import Config, axes, cautions, help_text
+from train_gpt import Config, axes, cautions, help_text, momentum_factor
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 FOLDER = harness.settings.ROOT / "experiments/presets"
@@ -294,6 +294,17 @@ def test_a_setting_without_effect_is_told_and_counts_for_nothing(settings, name,
     if "FFN" in env:
         met["FFN"] = "moe"
     assert name.lower() in Config.from_env(env | met).effective()
+
+
+@pytest.mark.parametrize("fall, told", [(3, False), (4, True)])
+def test_a_momentum_that_the_run_is_too_short_for_is_told(fall, told):
+    ramps = {"momentum_warmup_iters": 7, "momentum_cooldown_iters": fall}
+    cfg = Config(momentum_start=0.5, num_iterations=10, warmdown_iters=5, **ramps)
+    assert (max(momentum_factor(step, cfg) for step in range(10)) < 1) == told
+    sentences = [words for words in cautions({}, cfg) if "does not get to" in words]
+    assert len(sentences) == told and all(" = 11 > NUM_ITERATIONS" in words for words in sentences)
+    without = dataclasses.replace(cfg, momentum_start=None)
+    assert not any("does not get to" in words for words in cautions({}, without))
 
 
 def test_experts_in_float16_on_cuda_are_told_to_be_slow():
