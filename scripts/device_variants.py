@@ -225,7 +225,8 @@ def compiled_part(name: str) -> Part:
         torch._dynamo.reset()
         counters.clear()
         began = time.perf_counter()
-        curve = train(dataclasses.replace(cfg, compile="1"))
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            curve = train(dataclasses.replace(cfg, compile="1"))
         seconds = time.perf_counter() - began
         gap = curve.gap(train(cfg))
         graphs = counters["stats"]["unique_graphs"]

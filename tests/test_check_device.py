@@ -200,6 +200,22 @@ def test_a_wrong_product_in_float32_alone_shows_in_a_curve(monkeypatch):
     assert not good, text
 
 
+def test_blocks_that_torch_leaves_uncompiled_are_found(monkeypatch):
+    """Without a limit of its own compile_model would be content with some of the graphs."""
+
+    def compile_some(model, cfg, device):
+        for block in model.blocks:
+            block.compile(backend="eager")
+
+    def work(ranks):
+        with torch._dynamo.config.patch(recompile_limit=1):
+            with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+                next(device_variants.compiled_part("values")(CPU))
+
+    monkeypatch.setattr(train_gpt, "compile_model", compile_some)
+    run_ranks(1, work)
+
+
 # Driver
 
 FINE = """
