@@ -7,7 +7,8 @@ Trains a GPT on token shards with Muon + AdamW; every setting is an environment 
 
 Sections: Config, Layers, Gates, Mixers, FFNs, Model, Optimizers, Data, Training. Beside this file
 lie scripts/harness/, which keeps a run, its log, checkpoints and records, and scripts/ops/:
-products, the loss and recurrences, each a formula that another library could compute.
+products, the loss and recurrences, each a formula that another library could compute, and the
+drawing of text from a model.
 Shapes: B sequences, T positions, C channels (n_embd), H heads, D head size, F hidden units (d_ff),
 V vocabulary, E experts, N = B * T tokens. A suffix gives the layout where it is not plain: q_BTHD.
 """
