@@ -26,7 +26,7 @@ from train_gpt import Config, State
 PRESETS = {  # {preset: settings beside it}
     "cuda": {
         "gpt2_small": {},
-        "moe_muon_exp5": {"DTYPE": "bfloat16"},
+        "moe_muon_exp5_bf16": {},
         "recurrent_shared_moe": {},
     },
     "cpu": {"quickstart": {"VOCAB_SIZE": "256"}},
