@@ -42,7 +42,7 @@ from harness.ranks import Ranks, setup, tune_process
 from harness.settings import ROOT
 
 LOG = ROOT / "experiments" / "LOG.md"
-MARK = "CHECK_DEVICE_FOLDER"  # a variable that all processes of a group have
+MARK = device_runs.FOLDER  # a variable that all processes of a group have
 LEAST = 5  # seconds: with less of the budget left no group is started
 LAST_LINES = 6  # of the output of a group that crashed
 
@@ -158,6 +158,7 @@ class Process:
         label = f"{group}.{parts[0]}"
         self.report, self.output = folder / f"{label}.jsonl", folder / f"{label}.out"
         self.report.touch()
+        (folder / label).mkdir()  # where a group that is killed leaves its files
         self.read = 0  # bytes of the report
         self.done: list[str] = []  # parts
         self.began = time.monotonic()
@@ -272,7 +273,10 @@ def check(args: argparse.Namespace) -> list[Result]:
     """Runs all groups and prints each result as it comes."""
     results = []
     deadline = time.monotonic() + args.budget
-    with tempfile.TemporaryDirectory(prefix="check_device_") as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="check_device_",
+        ignore_cleanup_errors=True,  # of processes that have yet to die
+    ) as folder:
         for works in plan(args):
             for result in run_stage(works, args, Path(folder), deadline):
                 results.append(result)

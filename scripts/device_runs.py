@@ -31,6 +31,7 @@ from harness.files import RunFiles
 from harness.ranks import Ranks
 import train_gpt
 
+FOLDER = "CHECK_DEVICE_FOLDER"  # a variable: who ends this process removes what is in there
 PATIENCE = 120  # seconds that a run may take
 NEAR_RANKS = 2e-3  # nats that losses of two numbers of ranks may lie apart
 SIZES = {
@@ -120,7 +121,7 @@ def make_data(folder: Path) -> None:
 @contextlib.contextmanager
 def data_folder() -> Iterator[Path]:
     """A folder with shards, for as long as it is needed."""
-    with tempfile.TemporaryDirectory(prefix="check_device_") as name:
+    with tempfile.TemporaryDirectory(dir=os.environ.get(FOLDER)) as name:
         make_data(Path(name))
         yield Path(name)
 

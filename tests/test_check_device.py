@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -302,6 +303,17 @@ def test_what_hangs_is_killed_with_all_that_it_started(checked):
     # It may have been compiling: what it leaves is gone.
     (cache,) = [line.split()[1] for line in output.splitlines() if line.startswith("    cache")]
     assert "check_device_" in cache and not os.path.exists(os.path.dirname(cache))
+
+
+def test_a_group_that_is_killed_leaves_no_files(checked, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    hangs = 'import os\nopen(os.environ["CHECK_DEVICE_FOLDER"] + "/a", "w")\n' + HANGS
+    code, output = checked({"ops": hangs}, "--limit", "1")
+    assert code == 1 and "    child" in output and not [*tmp_path.iterdir()]
+    monkeypatch.setenv("CHECK_DEVICE_FOLDER", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with device_runs.data_folder() as folder:
+        assert folder.parent == tmp_path
 
 
 def test_what_does_not_fit_the_budget_is_left_out(checked, monkeypatch):
