@@ -203,11 +203,11 @@ REFUSED = [
         {"CARRY_STATE": 1, "MIXER": "gru", "VAL_TOKENS": 191},
         "VAL_TOKENS=191 needs at least 192: a sample for each of BATCH_SIZE=12 streams",
     ),
-    ({"CARRY_STATE": 1}, "CARRY_STATE=True needs recurrent mixers alone, as MIXER=gru_rwkv"),
+    ({"CARRY_STATE": 1}, "CARRY_STATE=1 needs recurrent mixers alone, as MIXER=gru_rwkv"),
     ({"CARRY_STATE": 1, "MIXER": "gru,attention"}, "needs recurrent mixers alone"),
     ({"CARRY_STATE": 1, "MIXER": "gru", "POS": "learned"}, "needs POS=rotary"),
     ({"CARRY_STATE": 1, "MIXER": "gru", "SHUFFLE": 1}, "needs SHUFFLE=0"),
-    ({"RESET_AT_EOT": 1}, "RESET_AT_EOT=True needs a recurrent MIXER"),
+    ({"RESET_AT_EOT": 1}, "RESET_AT_EOT=1 needs a recurrent MIXER"),
     ({"MIXER": "lstm"}, "choose one of attention, gru, rwkv, gru_rwkv, mingru, gated_deltanet"),
 ]
 

@@ -554,7 +554,7 @@ def test_deterministic_runs_are_equal_and_refuse_what_is_not(settings):
     codes, out = launch(settings | {"COMPILE": 1, "RUN_ID": "c"})
     assert (
         codes == [2]
-        and "DETERMINISTIC=True needs COMPILE=0 or auto" in out
+        and "DETERMINISTIC=1 needs COMPILE=0 or auto" in out
         and len(out.splitlines()) == 1
     ), out
 

@@ -599,7 +599,7 @@ def test_blocks_of_several_kinds_are_all_compiled():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"value_residual": True, "mixer": "attention,gru"}, "VALUE_RESIDUAL=True needs MIXER="),
+        ({"value_residual": True, "mixer": "attention,gru"}, "VALUE_RESIDUAL=1 needs MIXER="),
         ({"value_embeds": 1, "mixer": "rwkv"}, "VALUE_EMBEDS=1 needs MIXER=attention"),
         ({"value_residual": True, "n_layer": 1}, "MIXER=attention, N_LAYER=2 or more"),
         ({"value_embeds": 1, "n_layer": 1}, "MIXER=attention, N_LAYER=2 or more"),

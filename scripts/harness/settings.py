@@ -94,13 +94,13 @@ class Settings:
 
     def spelled(self, name: str) -> str:
         """A field with its value as a user gives it."""
-        return f"{name.upper()}={getattr(self, name)}"
+        value = getattr(self, name)
+        return f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
 
     def require(self, sound: Any, name: str, needed: str) -> None:
         """Raises ConfigError that the field `name` needs something, unless that is so."""
         if not sound:
-            value = repr(str(getattr(self, name)))[1:-1]
-            raise ConfigError(f"{name.upper()}={value} needs {needed}")
+            raise ConfigError(f"{repr(self.spelled(name))[1:-1]} needs {needed}")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Self:
