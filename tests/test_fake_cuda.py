@@ -84,6 +84,14 @@ class InFloat32(NoGate):
         return y @ torch.eye(y.size(-1), device=y.device)
 
 
+class InFloat32By2(NoGate):
+    """The same with two dimensions, which torch without numbers lets pass."""
+
+    def forward(self, y, x):
+        product = y.flatten(0, -2) @ torch.eye(y.size(-1), device=y.device)
+        return product.view_as(y).type_as(y)
+
+
 class LeavesFloat32(NoGate):
     """A gate that returns another dtype than it was given."""
 
@@ -105,11 +113,12 @@ class Selects(NoGate):
         return y + y[y > 0].sum()
 
 
-PLANTED = {gate.__name__: gate for gate in (OnGPU, OnCPU, InFloat32, LeavesFloat32, Waits, Selects)}
+GATES_OF_TESTS = OnGPU, OnCPU, InFloat32, InFloat32By2, LeavesFloat32, Waits, Selects
+PLANTED = {gate.__name__: gate for gate in GATES_OF_TESTS}
 
 
 class Watch(TorchDispatchMode):
-    """Refuses copies from the device, and keeps the strides of all that products in a step read."""
+    """Refuses copies from the device and mixed products; keeps the strides of what these read."""
 
     def __init__(self):
         super().__init__()
@@ -121,6 +130,11 @@ class Watch(TorchDispatchMode):
         if name in ("_to_copy", "copy_", "clone"):
             source = args[name == "copy_"]
             assert not (source.is_cuda and result.device.type == "cpu"), "a copy to the CPU"
+        if name in ("mm", "addmm", "bmm", "_grouped_mm"):  # torch does not ask in all of them
+            dtypes = {
+                t.dtype for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()
+            }
+            assert len(dtypes) == 1, f"{name} of {dtypes}"
         if name in ("mm", "addmm"):
             self.strides += [max(t.stride()) for t in args[-2:]]
         return result
