@@ -168,7 +168,7 @@ class Config(Rules):
     qk_norm: bool = True  # RMS norm of every query and key head
     bias: bool = False  # biases in linear layers and layer norms
     tie_embeddings: bool = True  # one matrix for embedding and head
-    residual: str = "plain"  # what a block reads: as said at RESIDUALS
+    residual: str = "plain"  # x0: blocks read the embeddings too; unet: later ones, earlier outputs
     value_residual: bool = False  # values are mixed with the first layer's (2410.17897), learned
     value_embeds: int = 0  # so many first layers, and last, add embeddings of tokens to the values
     logit_softcap: float = 0.0  # logits stay within -this and this (2408.00118); 0: as they are
