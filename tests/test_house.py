@@ -90,13 +90,16 @@ def f(a, *, b=1):  # no word
 @pytest.mark.parametrize(
     "place, files, limit",
     [
-        ("train_gpt.py", TRAINER, 19_200),
-        ("scripts/harness", HARNESS, 12_600),
-        ("scripts/ops", OPS, 7_200),
+        ("train_gpt.py", TRAINER, 19_100),
+        ("scripts/harness", HARNESS, 12_522),
+        ("scripts/ops", OPS, 7_098),
     ],
 )
 def test_tokens_have_a_limit(place, files, limit):
-    """What does not fit must push something weaker out."""
+    """What does not fit must push something weaker out.
+
+    The first two are above the design's 18,000 and 12,500: they are what was there, and may fall.
+    """
     texts = {path: path.read_text() for path in files}
     total = sum(map(count_tokens, texts.values()))
     parts = [
