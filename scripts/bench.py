@@ -30,14 +30,14 @@ import torch
 from bench_versions import VersionError, losses_compared, other_version, steps_in_turn
 from bench_worker import timed_step as timed_parts
 from harness.checkpoints import Checkpoints, step_folders
-from harness.contract import CURVE, ConfigError, DataError, EXIT_CODES
-from harness.files import write_whole
 from harness.meter import now, peak_flops
 from harness.provenance import device_name, git_state, machine_text, utc_now
 from harness.ranks import Ranks, from_rank0, setup
 from harness.records import Records
 from harness.settings import ROOT
-from harness.source import source_hash
+from store.contract import CURVE, ConfigError, DataError, EXIT_CODES
+from store.files import write_whole
+from store.source import source_hash
 from ops.products import matmul_nt
 import train_gpt
 from train_gpt import Config, State

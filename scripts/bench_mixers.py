@@ -27,8 +27,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.contract import ConfigError
 from harness.ranks import Ranks
+from store.contract import ConfigError
 from ops.generation import next_logits
 from ops.recurrences import chunked_wkv, gated_delta_rule, gru
 import train_gpt

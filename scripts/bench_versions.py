@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from harness.contract import ConfigError
 from harness.provenance import output_of
 from harness.settings import ROOT, read_preset
-from harness.source import text_hash
+from store.contract import ConfigError
+from store.source import text_hash
 from train_gpt import Config
 
 WORKER = Path(__file__).with_name("bench_worker.py")

@@ -93,7 +93,7 @@ class Steps:
     """
 
     def __init__(self, trainer: ModuleType, settings: Mapping[str, str]):
-        from harness.contract import ConfigError
+        from store.contract import ConfigError
         from harness.ranks import Ranks, setup
 
         for name, value in settings.items():

@@ -36,10 +36,10 @@ import device_speed
 import device_variants
 from device_report import FAILED, LEFT_OUT, OK, Check, Part, append, config, first_line, held
 from device_report import left_out, plain_environment
-from harness.files import write_whole
 from harness.provenance import device_name, git_state, machine_text, utc_now
 from harness.ranks import Ranks, setup, tune_process
 from harness.settings import ROOT
+from store.files import write_whole
 
 LOG = ROOT / "experiments" / "LOG.md"
 MARK = device_runs.FOLDER  # a variable that all processes of a group have

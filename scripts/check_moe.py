@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.contract import EXIT_CODES, ConfigError, DataError
 from harness.ranks import Ranks
+from store.contract import EXIT_CODES, ConfigError, DataError
 import train_gpt
 from train_gpt import GPT, IMPORTANCE, LOAD, Config
 

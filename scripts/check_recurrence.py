@@ -21,8 +21,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from harness.contract import EXIT_CODES, ConfigError, DataError
 from harness.ranks import Ranks, setup
+from store.contract import EXIT_CODES, ConfigError, DataError
 import train_gpt
 from train_gpt import GPT, IMPORTANCE, LOAD, Config
 

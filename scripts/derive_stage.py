@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from harness.contract import ConfigError
+from store.contract import ConfigError
 from plan_stage import pairs, refuse_unknown
 from stages import (
     FOLDER,

@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from device_checks import write_shard
 from device_report import Check, Part, held, left_out, plain_environment, torchrun_environment
-from harness.contract import EXIT_CODES
 from harness.files import RunFiles
 from harness.ranks import Ranks
+from store.contract import EXIT_CODES
 import train_gpt
 
 FOLDER = "CHECK_DEVICE_FOLDER"  # a variable: who ends this process removes what is in there

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from device_report import Check, Part, config, first_line, held, left_out
-from harness.contract import ConfigError
 from harness.ranks import Ranks
+from store.contract import ConfigError
 import train_gpt
 from train_gpt import Config, State, axes
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from harness.contract import DataError
+from store.contract import DataError
 from text_sources import Piece, Reading, Source
 from tokenization import MAX_VOCAB, Tokenizer
 

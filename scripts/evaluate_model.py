@@ -36,9 +36,9 @@ import torch
 from tqdm import tqdm
 
 import tokenization
-from harness.contract import ConfigError, DataError
-from harness.files import write_whole
 from harness.provenance import dataset_folder, dataset_index
+from store.contract import ConfigError, DataError
+from store.files import write_whole
 from load_model import Trained, load_trained
 from sample import number, with_tokenizer
 from scoring import Scores, Window, score, windows

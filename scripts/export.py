@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.contract import ConfigError, DataError
-from harness.files import sync, write_whole
+from store.contract import ConfigError, DataError
+from store.files import sync, write_whole
 from load_model import Trained, load_trained
 import tokenization
 from train_gpt import EXPERTS, GPT, Config, ffn_width

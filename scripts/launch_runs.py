@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
-from harness.files import write_whole
 from harness.provenance import utc_now
-from harness.records import update_results
 from harness.settings import ROOT
+from store.files import write_whole
+from store.tables import update_results
 import train_gpt
 from plan_stage import HAS_RESULT, PlannedRun, environment_here, results, status_of
 from train_gpt import Config

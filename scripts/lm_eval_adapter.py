@@ -10,7 +10,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
-from harness.contract import ConfigError, DataError
+from store.contract import ConfigError, DataError
 from load_model import Trained
 from sample import encode_prompt, stream
 from scoring import Scores, Window, batches, score

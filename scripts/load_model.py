@@ -15,7 +15,7 @@ import torch
 
 import tokenization
 from harness.checkpoints import defect, step_folders
-from harness.contract import ConfigError, DataError
+from store.contract import ConfigError, DataError
 from rl_settings import OWN, RATES
 from train_gpt import DTYPES, GPT, Config, Linear, MoE, resolve
 

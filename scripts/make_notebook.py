@@ -19,7 +19,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from stages import Stage, load_stage
-from harness.files import write_whole
+from store.files import write_whole
 
 FOLDER = Path("notebooks")
 OPENING = """%matplotlib inline

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import gate_stats
-from harness.files import write_whole
+from store.files import write_whole
 from split_results import RESULTS, comparable, measured, read_results, tried, validation_of
 from split_results import write_table
 from stages import FINAL_LOSS, Stage, load_stage, read, stage_names, stage_of

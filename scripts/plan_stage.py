@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.contract import ConfigError, DataError
 from harness.ranks import Ranks
 from harness.settings import ROOT
-from harness.source import source_hash
+from store.contract import ConfigError, DataError
+from store.source import source_hash
 import train_gpt
 from harness.files import RunFiles
 from stages import TRAINER, Stage

@@ -35,8 +35,8 @@ from filelock import FileLock, Timeout
 import text_sources
 import tokenization
 from encode_shards import Job, Progress, dump, encoder, read_record, write_file
-from harness.contract import DataError
 from harness.settings import ROOT, read_preset
+from store.contract import DataError
 from text_sources import FILES_SPLIT, Reading, Source, fetch, open_source, split_of, survey
 
 PARTIAL = ".partial"  # folder of what is not whole yet

@@ -4,8 +4,8 @@ import csv
 import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
-from harness.contract import ConfigError
 from harness.meter import PEAK_TFLOPS
+from store.contract import ConfigError
 
 
 class Gpu(NamedTuple):

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from harness.records import update_results
+from store.tables import update_results
 from train_gpt import Config
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grpo import ADVANTAGES, LOSSES
-from harness.contract import ConfigError
+from store.contract import ConfigError
 from rl_tasks import REWARDS, TASKS, Arithmetic
 from train_gpt import Config
 

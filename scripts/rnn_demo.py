@@ -62,10 +62,10 @@ import rnn_rl
 import tokenization
 from encode_shards import dump, write_file, write_shard
 from harness.checkpoints import step_folders
-from harness.contract import ConfigError, DataError
 from harness.files import RunFiles
 from harness.provenance import new_run_id
 from harness.settings import ROOT
+from store.contract import ConfigError, DataError
 from load_model import (
     Trained,
     as_environment,

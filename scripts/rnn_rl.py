@@ -18,8 +18,8 @@ import torch
 
 import train_gpt
 from harness.checkpoints import step_folders
-from harness.contract import ConfigError, DataError
 from harness.files import RunFiles
+from store.contract import ConfigError, DataError
 from load_model import Trained, find_folder, read_settings, read_tokenizer
 from rl_settings import with_options
 from rl_tasks import TASKS

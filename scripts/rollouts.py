@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.contract import ConfigError, DataError
+from store.contract import ConfigError, DataError
 from ops.generation import continuations
 from rl_settings import RLConfig
 from rl_tasks import REWARDS, TASKS, Score, Task, held_out_prompts, training_prompt

@@ -43,7 +43,7 @@ from plan_stage import SETTINGS, PlannedRun, description, plan_runs, results
 from price_runs import GPUS
 from stages import Stage, load_stage
 from submit_slurm import submit
-from harness.contract import ConfigError, DataError
+from store.contract import ConfigError, DataError
 from train_gpt import Config
 
 

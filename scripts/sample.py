@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from harness.contract import ConfigError, DataError
+from store.contract import ConfigError, DataError
 from load_model import Trained, load_trained
 from ops.generation import generate
 from tokenization import Tokenizer, named

@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from harness.contract import ConfigError
 from harness.ranks import Ranks
 from harness.settings import ROOT
+from store.contract import ConfigError
 import train_gpt
 from estimate_memory import MARGIN, count, fits, memory
 from price_runs import GPUS, Gpu, choose_mfu, kind_of, run_cost

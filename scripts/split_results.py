@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from harness.files import write_whole
-from harness.contract import RENAMED
 from harness.settings import preset_files, read_preset
-from harness.source import source_hash
+from store.contract import RENAMED
+from store.files import write_whole
+from store.source import source_hash
 from stages import TRAINER, Stage
 
 RESULTS = Path("experiments/results.csv")

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.files import write_whole
+from store.files import write_whole
 
 FOLDER = Path("experiments/stages")
 KEYS = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import launch_runs
 from plan_stage import HAS_RESULT, PlannedRun, description, pairs, plan_runs, results, status_of
 from stages import Stage
-from harness.contract import ConfigError
+from store.contract import ConfigError
 
 if TYPE_CHECKING:  # submitit is only needed where something is submitted
     from submitit import AutoExecutor

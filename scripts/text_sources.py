@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from harness.contract import DataError
+from store.contract import DataError
 from tokenization import CUT
 
 SYMPY_VERSION = "1.14.0"  # the version with published losses

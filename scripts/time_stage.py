@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from derive_stage import overridden
 from estimate_runs import device_here, duration_text
-from harness.contract import ConfigError, DataError
-from harness.files import RunFiles, write_whole
+from harness.files import RunFiles
+from store.contract import ConfigError, DataError
+from store.files import write_whole
 from launch_runs import command, environment
 from plan_stage import PlannedRun, plan_runs, results
 from scale_model import positive, scheduled_steps, with_steps

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.contract import DataError
+from store.contract import DataError
 
 MAX_VOCAB = 1 << 16  # shards store uint16
 END = "<|endoftext|>"

@@ -36,8 +36,8 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from harness.contract import RUN_ID_PATTERN, RUN_ID_RULE
 from harness.files import RunFiles
+from store.contract import RUN_ID_PATTERN, RUN_ID_RULE
 
 FIGURES = """
     tokens train_time tokens_per_sec step_avg peak_mem mfu compile_time data_wait eval_time

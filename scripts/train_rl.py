@@ -33,12 +33,12 @@ import grpo
 import tokenization
 import train_gpt
 from encode_shards import dump
-from harness.contract import ConfigError, DataError, Diverged
-from harness.files import sha256sum, write_whole
 from harness.ranks import Ranks
 from harness.run import Run
 from harness.settings import read_preset
-from harness.source import source_hash
+from store.contract import ConfigError, DataError, Diverged
+from store.files import sha256sum, write_whole
+from store.source import source_hash
 from load_model import as_environment, find_trusted, read_settings, read_tokenizer, read_weights
 from prepare_data import about
 from rl_settings import (

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import text_sources
-from harness.contract import DataError
-from harness.files import write_whole
 from harness.settings import ROOT
+from store.contract import DataError
+from store.files import write_whole
 from text_sources import Reading, fetch, open_source, survey
 from tokenization import END, MAX_VOCAB, SPLITS, Tokenizer, parse, pieces
 

@@ -15,8 +15,8 @@ import pytest
 import bench
 import bench_versions
 import bench_worker
-from harness.contract import ConfigError
 from harness.settings import ROOT
+from store.contract import ConfigError
 import train_gpt
 
 SETTINGS = {

@@ -36,8 +36,8 @@ from conftest import (
 import harness.checkpoints
 import harness.run
 from harness.checkpoints import VERSION, Checkpoints, changed_settings, find_checkpoint, tally
-from harness.contract import CURVE, ConfigError
 from harness.records import Records
+from store.contract import CURVE, ConfigError
 import train_gpt
 from train_gpt import Config, State
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import CLOCKS, dies_at, launch, points, tiny
 from safetensors.torch import load_file
 
-from harness.contract import ConfigError
+from store.contract import ConfigError
 from train_gpt import Config, axes
 
 MACHINE = ("device", "dtype", "compile", "trackers")  # axes that say nothing of what is trained

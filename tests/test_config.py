@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from harness.contract import ConfigError
+from store.contract import ConfigError
 import harness.settings
 import train_gpt
 from train_gpt import Config, axes, cautions, help_text, momentum_factor

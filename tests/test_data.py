@@ -18,8 +18,8 @@ import pytest
 import torch
 from conftest import launch, tiny, write_shard
 
-from harness.contract import DataError
 from harness.provenance import dataset_index, fingerprint, how_to_get
+from store.contract import DataError
 from train_gpt import ShardLoader, load_shard, shard_tokens
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import export
 import tokenization
 from load_model import load_trained
 from harness.checkpoints import export_weights
-from harness.contract import ConfigError
+from store.contract import ConfigError
 from ops.generation import generate
 from train_gpt import EXPERTS, GPT, NORMS, POSITIONS, Config, import_weights
 

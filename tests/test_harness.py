@@ -14,13 +14,14 @@ from conftest import launch, rows, run_ranks
 
 import split_results
 import train_gpt
-from harness.contract import ConfigError
-from harness.files import sha256sum
+from store import source
 from harness.ranks import Ranks, setup
-from harness.records import truncate_to_step, update_results
+from harness.records import truncate_to_step
 from harness.settings import Settings
-from harness import source
-from harness.source import code_tokens, source_hash, text_hash
+from store.tables import update_results
+from store.contract import ConfigError
+from store.files import sha256sum
+from store.source import code_tokens, source_hash, text_hash
 from train_gpt import Config
 
 TEXT = '''"""A program."""

@@ -34,6 +34,7 @@ PYTHON = sorted(
 TRAINER = [ROOT / "train_gpt.py"]
 HARNESS = sorted((ROOT / "scripts" / "harness").glob("*.py"))
 OPS = sorted((ROOT / "scripts" / "ops").glob("*.py"))
+STORE = sorted((ROOT / "scripts" / "store").glob("*.py"))
 LAYOUT = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
 
 
@@ -90,16 +91,14 @@ def f(a, *, b=1):  # no word
 @pytest.mark.parametrize(
     "place, files, limit",
     [
-        ("train_gpt.py", TRAINER, 19_100),
-        ("scripts/harness", HARNESS, 12_522),
-        ("scripts/ops", OPS, 7_098),
+        ("train_gpt.py", TRAINER, 18_000),
+        ("scripts/harness", HARNESS, 12_500),
+        ("scripts/ops", OPS, 8_500),
+        ("scripts/store", STORE, 3_500),
     ],
 )
 def test_tokens_have_a_limit(place, files, limit):
-    """What does not fit must push something weaker out.
-
-    The first two are above the design's 18,000 and 12,500: they are what was there, and may fall.
-    """
+    """What does not fit must push something weaker out."""
     texts = {path: path.read_text() for path in files}
     total = sum(map(count_tokens, texts.values()))
     parts = [
@@ -152,11 +151,13 @@ def imports_of(path):
 
 
 def test_imports_point_one_way():
-    """Scripts to train_gpt to ops to harness; nothing imports a package `scripts`."""
+    """Scripts to train_gpt to ops to harness to store; nothing imports a package `scripts`."""
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} | {"cached_fineweb10B"}
     for path in HARNESS:
         assert "ops" not in imports_of(path), path
-    for path in HARNESS + OPS:
+    for path in STORE:
+        assert not imports_of(path) & {"ops", "harness", "torch"}, path
+    for path in HARNESS + OPS + STORE:
         assert not imports_of(path) & {*scripts, "train_gpt", "scripts"}, path
     assert not imports_of(ROOT / "train_gpt.py") & {*scripts, "scripts"}
     for path in PYTHON:
@@ -181,7 +182,7 @@ def test_scripts_need_no_path_tricks_but_for_the_one_that_finds_the_trainer():
 def test_the_harness_knows_no_model():
     """Not even by name."""
     words = re.compile(r"\b(expert|router|attention|mixer|n_layer|n_embd|muon|GPT)", re.I)
-    for path in HARNESS:
+    for path in HARNESS + STORE:
         tree = ast.parse(path.read_text())
         names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
         names += [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
@@ -194,8 +195,8 @@ def test_a_loop_talks_to_one_object_by_few_methods():
 
 
 def test_a_foreign_package_of_the_same_name_does_no_harm(tmp_path):
-    """Ours comes first, also when PYTHONPATH has packages called harness and scripts."""
-    for name in ("harness", "scripts"):
+    """Ours comes first, also when PYTHONPATH has packages of these names."""
+    for name in ("harness", "store", "scripts"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('a foreign package')")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "DRY_RUN": "1"}
@@ -207,9 +208,9 @@ def test_a_foreign_package_of_the_same_name_does_no_harm(tmp_path):
 
 
 def test_the_trainer_can_be_copied(tmp_path, settings):
-    """With harness and ops beside it, in an empty folder, it trains; the default needs no file."""
+    """With its packages beside it, in an empty folder, it trains; the default needs no file."""
     copy = tmp_path / "elsewhere"
-    for package in ("harness", "ops"):
+    for package in ("harness", "ops", "store"):
         shutil.copytree(ROOT / "scripts" / package, copy / "scripts" / package)
     shutil.copy(ROOT / "train_gpt.py", copy)
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import launch
 
-from harness.contract import EXIT_CODES
+from store.contract import EXIT_CODES
 import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent

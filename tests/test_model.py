@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import VARIANTS, context, run_ranks, tiny
 
-from harness.contract import ConfigError
 from harness.ranks import Ranks
+from store.contract import ConfigError
 from ops.cross_entropy import LOGITS_PER_CHUNK, LOGITS_PER_ROW, LinearCrossEntropy, loss_chunk
 from ops.cross_entropy import score_chunk
 from ops.cross_entropy import soft_cap

@@ -30,8 +30,8 @@ import text_sources
 import tokenization
 from encode_shards import write_shard
 from prepare_data import main
-from harness.contract import DataError
 from harness.settings import ROOT, preset_files
+from store.contract import DataError
 import train_gpt
 from harness.ranks import Ranks
 from train_gpt import load_shard

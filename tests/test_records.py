@@ -11,12 +11,13 @@ import pytest
 from conftest import launch, tiny
 
 import rebuild_results
-from harness.contract import CURVE, ConfigError, DataError
 from harness.failures import record_refusal
-from harness.files import write_whole
 from harness.ranks import Ranks
-from harness.records import Records, update_results
-from harness.source import HARNESS, OPS, source_hash, text_hash
+from harness.records import Records
+from store.tables import update_results
+from store.contract import CURVE, ConfigError, DataError
+from store.files import write_whole
+from store.source import HARNESS, OPS, source_hash, text_hash
 import train_gpt
 from train_gpt import Config
 

@@ -8,8 +8,8 @@ from conftest import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from check_recurrence import by_layer
-from harness.contract import ConfigError
 from harness.ranks import Ranks
+from store.contract import ConfigError
 from train_gpt import (
     GPT,
     IMPORTANCE,

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import rnn_demo
 import rnn_rl
 import tokenization
-from harness.contract import ConfigError, DataError
 from harness.settings import ROOT
+from store.contract import ConfigError, DataError
 import train_rl
 from train_gpt import Config, ShardLoader
 

@@ -25,11 +25,11 @@ import run_stage
 import stages
 import submit_slurm
 import time_stage
-from harness.contract import ConfigError
 from harness.provenance import device_name
-from harness.records import update_results
 from harness.settings import ROOT
-from harness.source import source_hash
+from store.contract import ConfigError
+from store.source import source_hash
+from store.tables import update_results
 import train_gpt
 from conftest import TINY
 from stages import load_stage

@@ -13,7 +13,7 @@ from conftest import TINY, launch, write_shard
 import load_model
 import sample
 import tokenization
-from harness.contract import ConfigError, DataError
+from store.contract import ConfigError, DataError
 from ops.generation import generate
 
 TEXT = "Old pond, a frog jumps in: the sound of wäter. 古池や蛙飛び込む水の音 \n"

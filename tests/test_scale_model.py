@@ -10,8 +10,8 @@ import torch
 
 import price_runs
 import scale_model
-from harness.contract import ConfigError
 from harness.ranks import Ranks
+from store.contract import ConfigError
 import train_gpt
 from estimate_memory import count, kept_by, kept_bytes, memory, recurrent_bytes, saved_bytes
 from price_runs import GPUS, run_cost

@@ -21,11 +21,13 @@ import torch._dynamo  # noqa: F401  makes every model on the meta device load it
 from conftest import Job, launch, points, summary
 
 from harness.checkpoints import Checkpoints, defect
-from harness.contract import ConfigError
-from harness.files import sha256sum
-from harness.settings import ROOT, redact, secrets_of
+from harness.settings import ROOT
+from store.contract import ConfigError
+from store.files import sha256sum
+from store.secrets import redact, secrets_of
 from load_model import load_trained
 import train_gpt
+from ops import sharding
 
 MARK = "Zq7xCanary"
 SECRETS = {
@@ -524,9 +526,8 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(trained):
 
 def test_data_may_lie_anywhere_and_be_called_anything(settings, tmp_path, monkeypatch):
     """It is only read. A name with line ends makes no lines of its own."""
-    monkeypatch.setattr(
-        train_gpt, "squared_norm", lambda tensors: torch.tensor(np.nan)
-    )  # lines that name a shard
+    for module in (train_gpt, sharding):  # lines that name a shard
+        monkeypatch.setattr(module, "squared_norm", lambda tensors: torch.tensor(np.nan))
     folder = tmp_path / "my data"
     folder.mkdir()
     for i in "123":

@@ -16,8 +16,8 @@ import pytest
 
 import prepare_data
 import text_sources
-from harness.contract import DataError
 from harness.settings import ROOT
+from store.contract import DataError
 from text_sources import Reading, articles, fetch, looks_like, open_source, survey
 
 

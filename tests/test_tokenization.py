@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
 import tokenization
-from harness.contract import DataError
+from store.contract import DataError
 from text_sources import find_package
 from tokenization import END, SPLITS, from_chars, load, named, parse, pieces
 

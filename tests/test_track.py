@@ -18,9 +18,9 @@ from conftest import launch
 from filelock import FileLock
 
 import track
-from harness.contract import CURVE
-from harness.files import write_whole
 from harness.settings import ROOT
+from store.contract import CURVE
+from store.files import write_whole
 import train_gpt
 
 HEAD = "step,tokens,epoch,train_loss,val_loss,lr,grad_norm,train_time,tokens_per_sec,data_wait"

@@ -13,7 +13,7 @@ import tokenizers
 
 import prepare_data
 import train_tokenizer
-from harness.contract import DataError
+from store.contract import DataError
 from tokenization import END, load
 from train_tokenizer import main, train
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.contract import ConfigError
-from harness.files import sha256sum, sync, write_whole
 from harness.provenance import dataset_folder
 from harness.ranks import Ranks
 from harness.settings import Settings
+from store.contract import ConfigError
+from store.files import sha256sum, sync, write_whole
 
 MAX_FAILED_SAVES = 3  # in a row
 SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint; a slower one is written meanwhile

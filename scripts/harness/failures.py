@@ -11,13 +11,16 @@ from collections.abc import Mapping
 
 import torch
 
-from harness.contract import EXIT_CODES, RUN_ID_PATTERN, ConfigError
-from harness.files import RunFiles, write_whole
+from harness.files import RunFiles
 from harness.meter import peak_memory
 from harness.provenance import new_run_id, utc_now
 from harness.ranks import Ranks
-from harness.records import Records, update_results
-from harness.settings import Settings, redact
+from harness.records import Records
+from harness.settings import Settings
+from store.contract import EXIT_CODES, RUN_ID_PATTERN, ConfigError
+from store.files import write_whole
+from store.secrets import redact
+from store.tables import update_results
 
 
 def status_of(error: BaseException) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from harness.contract import Diverged
 from harness.provenance import device_name
 from harness.ranks import Ranks
 from harness.settings import Settings
+from store.contract import Diverged
 
 # Dense bfloat16 TFLOP/s by the name that CUDA gives the device, the more particular name first:
 # makers' data sheets.

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.contract import DataError
-from harness.files import sha256sum, write_whole
 from harness.settings import ROOT
+from store.contract import DataError
+from store.files import sha256sum, write_whole
 
 CPUINFO = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
 

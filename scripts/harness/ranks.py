@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed as dist
 
-from harness.contract import ConfigError
 from harness.provenance import new_run_id
 from harness.settings import Settings
+from store.contract import ConfigError
 
 FIRST_STEP_TIMEOUT = 1800  # seconds: joining, compiling and reading may take so long
 

@@ -1,8 +1,6 @@
 """What a run leaves: log, curve, summary, and a row in the table of results."""
 
 import contextlib
-import csv
-import io
 import json
 import math
 import os
@@ -20,12 +18,15 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from harness.checkpoints import changed_settings, find_checkpoint, set_aside, step_folders
-from harness.contract import ConfigError, renamed
-from harness.files import RunFiles, write_whole
+from harness.files import RunFiles
 from harness.provenance import git_state, machine_text, utc_now
 from harness.ranks import Ranks
-from harness.settings import ROOT, Settings, redact
-from harness.source import HARNESS, OPS, source_hash, text_hash
+from harness.settings import ROOT, Settings
+from store.contract import ConfigError
+from store.files import write_whole
+from store.secrets import redact
+from store.source import HARNESS, OPS, source_hash, text_hash
+from store.tables import update_results
 
 
 class Records:
@@ -244,38 +245,3 @@ def truncate_to_step(path: Path, step: int) -> str:
         if not number or int(number[1]) < first_dropped:
             kept.append(line)
     return "".join(kept)
-
-
-def update_results(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Merges rows into the results table, one per run_id, under a lock: columns are united.
-
-    Without rows it only tries whether that could be done. Raises ConfigError.
-    """
-    path = Path(path).resolve()  # a link stays one
-    try:
-        with FileLock(f"{path}.lock"):  # which makes the folder
-            old = path.read_bytes().decode() if path.exists() else ""
-            table = {}
-            for row in csv.DictReader(io.StringIO(old, newline="")):
-                table[row["run_id"]] = renamed(row)
-            for row in map(renamed, rows):
-                cells = {name: int(v) if isinstance(v, bool) else v for name, v in row.items()}
-                table[row["run_id"]] = table.get(row["run_id"], {}) | cells
-            if rows:
-                write_whole(path, table_text(table.values()))
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(
-            f"RESULTS_CSV={path}: cannot be written as a table with a column run_id ({error!r}); "
-            "name another"
-        ) from None
-
-
-def table_text(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as CSV, under a header of all their columns."""
-    header = {column: column for row in rows for column in row}
-    lines = []
-    for row in (header, *rows):
-        line = io.StringIO()
-        csv.DictWriter(line, header).writerow(row)  # to \r\n: only so does Python 3.11 quote a \r
-        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
-    return "".join(lines)

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.checkpoints import Checkpoints, Held, export_weights
-from harness.contract import CURVE, Diverged
 from harness.failures import report_failure
 from harness.meter import Meter
 from harness.provenance import device_name
@@ -18,6 +17,7 @@ from harness.ranks import Ranks, from_rank0, setup
 from harness.records import Records
 from harness.settings import Settings
 from harness.watch import Watch
+from store.contract import CURVE, Diverged
 
 
 class Run:

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from harness.contract import ConfigError
+from store.contract import ConfigError
+from store.secrets import secrets_of
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder that scripts/harness/ is in
 
@@ -236,20 +237,3 @@ def settings_table(cls: type[Settings], source: str) -> str:
         choices = f"[{'|'.join(axes[field.name])}] " if field.name in axes else ""
         lines.append(f"  {field.name.upper():20} {default!s:36} {choices}{comments[field.name]}")
     return "\n".join([*lines, f"Presets: {', '.join(preset_files())}"])
-
-
-def secrets_of(env: Mapping[str, str]) -> dict[str, str]:
-    """Variables whose values no file and no output may show: {name: value}."""
-    endings = ("_TOKEN", "_KEY", "_SECRET", "PASSWORD")
-    return {n: value for n, value in env.items() if n.endswith(endings) and len(value) >= 8}
-
-
-def redact(text: str, env: Mapping[str, str]) -> str:
-    """text with the values of secrets, also as Python and JSON spell them, replaced by names."""
-    hidden = {}
-    for name, value in secrets_of(env).items():
-        spellings = [value, *(spell(value)[1:-1] for spell in (repr, ascii, json.dumps))]
-        hidden |= dict.fromkeys(spellings, name)
-    for spelling in sorted(hidden, key=len, reverse=True):  # one may begin like another
-        text = text.replace(spelling, f"[{hidden[spelling]}]")
-    return text

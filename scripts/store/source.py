@@ -14,7 +14,7 @@ def package_text(name: str) -> str:
     return "".join(path.read_text("utf-8") for path in sorted(folder.glob("*.py")))
 
 
-HARNESS = package_text("harness")
+HARNESS = package_text("store") + package_text("harness")
 OPS = package_text("ops")  # formulas, which a program's results depend on as on its own text
 
 
