@@ -20,6 +20,7 @@ from device_report import Check, Part, config, held, left_out, relative_error, s
 from harness.ranks import Ranks
 from ops import cross_entropy
 from ops.products import GroupedMatmul
+from ops.sharding import collective
 import train_gpt
 from train_gpt import Context
 
@@ -263,8 +264,8 @@ def collectives(device: torch.device) -> Iterator[Check]:
     x = torch.arange(8.0, device=device)
     summed, own, gathered = x.clone(), torch.empty_like(x), torch.empty_like(x)
     dist.all_reduce(summed)
-    train_gpt.collective("reduce_scatter_single", "reduce_scatter_tensor", own, x)
-    train_gpt.collective("all_gather_single", "all_gather_into_tensor", gathered, x)
+    collective("reduce_scatter_single", "reduce_scatter_tensor", own, x)
+    collective("all_gather_single", "all_gather_into_tensor", gathered, x)
     dist.barrier()
     equal = all(torch.equal(x, result) for result in (summed, own, gathered))
     yield held("collectives_alone", dist.get_backend_config(), equal)

@@ -29,6 +29,7 @@ from device_report import Check, Part, held, left_out, plain_environment, torchr
 from harness.files import RunFiles
 from harness.ranks import Ranks
 from store.contract import EXIT_CODES
+from ops.sharding import collective, reduce_scatter
 import train_gpt
 
 FOLDER = "CHECK_DEVICE_FOLDER"  # a variable: who ends this process removes what is in there
@@ -165,11 +166,9 @@ def check_collectives(store: dist.Store, device_type: str) -> str:
     total = values * (world * (world + 1) / 2)
     summed = values * (rank + 1)
     dist.all_reduce(summed)
-    own = train_gpt.reduce_scatter(values * (rank + 1), world)
+    own = reduce_scatter(values * (rank + 1), world)
     gathered = torch.empty_like(values)
-    train_gpt.collective(
-        "all_gather_single", "all_gather_into_tensor", gathered, values[4 * rank :][:4]
-    )
+    collective("all_gather_single", "all_gather_into_tensor", gathered, values[4 * rank :][:4])
     dist.barrier()
     results = {
         "all_reduce": torch.equal(summed, total),

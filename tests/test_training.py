@@ -16,6 +16,7 @@ from conftest import launch, points, rows, summary, write_shard
 
 from harness.settings import ROOT
 import train_gpt
+from ops import sharding
 
 
 def cells(settings, *columns):
@@ -262,14 +263,16 @@ def test_divergence_ends_the_run(settings, changes, reason):
 
 
 def test_a_gradient_that_reaches_nothing_ends_the_run(settings, monkeypatch):
-    monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: train_gpt.torch.zeros(()))
+    for module in (train_gpt, sharding):
+        monkeypatch.setattr(module, "squared_norm", lambda tensors: torch.zeros(()))
     codes, out = launch(settings)
     assert codes == [4] and "the gradient's norm 0.0 at step 1" in out
 
 
 def test_gradients_that_stay_bad_end_the_run(settings, monkeypatch):
     """Each is left out of the update and counted."""
-    monkeypatch.setattr(train_gpt, "squared_norm", lambda tensors: train_gpt.torch.tensor(np.nan))
+    for module in (train_gpt, sharding):
+        monkeypatch.setattr(module, "squared_norm", lambda tensors: torch.tensor(np.nan))
     codes, out = launch(settings | {"NUM_ITERATIONS": 1000})
     assert (
         codes == [4]
