@@ -20,13 +20,18 @@ from pathlib import Path
 SOURCE = Path(__file__).read_text("utf-8")
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))  # our harness, no other
 
+import os
+
+from store.process import before_torch
+
+before_torch(os.environ)
+
 import concurrent.futures
 import contextlib
 import dataclasses
 import glob
 import itertools
 import math
-import os
 import re
 import time
 from collections import Counter, deque
@@ -43,7 +48,7 @@ from harness.checkpoints import export_weights, import_weights
 from harness.provenance import bytes_per_token, check_tokenizers, dataset_folder, dataset_index
 from harness.provenance import fingerprint, how_to_get
 from harness.run import Run
-from harness.settings import Settings, near_misses, settings_table
+from harness.settings import Settings, settings_table
 from store.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
 from store.files import quoted
 from store.source import source_hash
@@ -79,6 +84,15 @@ class Rules(Settings):
         "COOLDOWN_FRAC": "WARMDOWN_FRAC",
         "CAUTIOUS_WEIGHT_DECAY": "CAUTIOUS_DECAY",
         "EMA_STEPS": "EMA_ITERS",
+        "EMA": "EMA_ITERS",
+        "EMA_DECAY": "EMA_ITERS",
+        "MOMENTUM_WARMUP": "MOMENTUM_WARMUP_ITERS",
+        "WD_SCHEDULE": "DECAY_SCHEDULE",
+        "NUM_LAYERS": "N_LAYER",
+        "NUM_HEADS": "N_HEAD",
+        "HIDDEN_SIZE": "N_EMBD",
+        "SEQ_LEN": "SEQUENCE_LENGTH",
+        "MAX_STEPS": "NUM_ITERATIONS",
     }
     LISTS = ("mixer", "ffn", "per_visit", "trackers")
     BOUNDS = {  # inclusive
@@ -347,12 +361,14 @@ def check_model(cfg):
     if cfg.pos == "rotary":
         unit *= 2  # it turns the channels of a head in pairs
     lower = max(unit, cfg.n_embd - cfg.n_embd % unit)
-    cfg.require(
-        cfg.n_embd % unit == 0,
-        "n_embd",
-        f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: "
-        f"{lower} or {lower + unit}",
+    multiple = (
+        f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: {lower} or "
+        f"{lower + unit}"
     )
+    fits = cfg.n_embd % unit == 0
+    if cfg.n_embd == Config.n_embd:  # not what was set
+        cfg.require(fits, "n_head", f"another value, or N_EMBD={cfg.n_embd} {multiple}")
+    cfg.require(fits, "n_embd", multiple)
     smallest = RESIDUALS[cfg.residual].least_visits
     cfg.require(cfg.n_layer >= smallest, "residual", f"N_LAYER={smallest} or more")
     has_values = set(cfg.mixer.split(",")) == {"attention"} and cfg.n_layer > 1
@@ -417,15 +433,15 @@ def check_depth(cfg):
         )
 
 
-def cautions(env, cfg):
+def cautions(cfg):
     """A sentence for everything that is allowed and hardly meant."""
-    sentences = near_misses(env, Config)
+    sentences = []
     if cfg.resume == "auto" and not cfg.run_id:
         sentences.append("RESUME=auto goes on with a RUN_ID; without, every start is a new run")
     if cfg.lr_schedule == "trapezoid" and warmdown(cfg) > cfg.num_iterations:
-        start = f"{lr_factor(0, cfg):.0%}"
         sentences.append(
-            f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at {start}"
+            f"WARMDOWN_ITERS={cfg.warmdown_iters} > NUM_ITERATIONS: LR starts at "
+            f"{lr_factor(0, cfg):.0%}; set WARMDOWN_FRAC=0.3"
         )
     ramps = cfg.momentum_warmup_iters + cfg.momentum_cooldown_iters
     if cfg.momentum_start is not None and ramps > cfg.num_iterations:
@@ -2518,6 +2534,7 @@ def main(argv, env):
         print(help_text())
         return 0
     with Run(Config, env, SOURCE) as run:
+        run.ranks.check(env)
         if argv:
             option = argv[0].partition("=")[0]
             raise ConfigError(
@@ -2526,7 +2543,7 @@ def main(argv, env):
         asked = Config.from_env(env)
         cfg = resolve(asked)
         check_batch(cfg, run.ranks)
-        plan, warnings = make_plan(cfg, run.ranks), cautions(env, cfg)
+        plan, warnings = make_plan(cfg, run.ranks), cautions(cfg)
         if cfg.dry_run:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr)

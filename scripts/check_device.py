@@ -37,9 +37,10 @@ import device_variants
 from device_report import FAILED, LEFT_OUT, OK, Check, Part, append, config, first_line, held
 from device_report import left_out, plain_environment
 from harness.provenance import device_name, git_state, machine_text, utc_now
-from harness.ranks import Ranks, setup, tune_process
+from harness.ranks import Ranks, setup
 from harness.settings import ROOT
 from store.files import write_whole
+from store.process import end_with_launcher
 
 LOG = ROOT / "experiments" / "LOG.md"
 MARK = device_runs.FOLDER  # a variable that all processes of a group have
@@ -127,7 +128,7 @@ def be_a_group(args: argparse.Namespace) -> int:
         cfg = config(device)
         setup(cfg, Ranks(), {})
         device = Ranks().device(cfg)
-    tune_process(launched=True, keep_memory=False)  # ends with who has started it
+    end_with_launcher()
     make_checks(group, parts, device, args.report)
     return 0
 

@@ -376,7 +376,7 @@ def cautions_of(runs: Sequence[PlannedRun]) -> list[str]:
     """What the runs of a stage are allowed and hardly meant to do, each sentence once."""
     sentences = []
     for run in runs:
-        sentences += train_gpt.cautions({}, run.cfg)
+        sentences += train_gpt.cautions(run.cfg)
         if run.cfg.val_every > run.cfg.num_iterations:
             sentences.append(f"VAL_EVERY={run.cfg.val_every} leaves only the last validation")
         cfg, on_disk = run.cfg, run.plan["tokens_on_disk"]

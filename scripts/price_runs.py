@@ -4,7 +4,7 @@ import csv
 import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
-from harness.meter import PEAK_TFLOPS
+from harness.meter import PEAK_TFLOPS, model_of
 from store.contract import ConfigError
 
 
@@ -52,8 +52,8 @@ def run_cost(
 
 def gpu_of(device_name: str) -> str:
     """The name in GPUS of what CUDA calls a device; "" where it is none of them."""
-    known = next((name for name in PEAK_TFLOPS if name in device_name), "")
-    return known.lower() if known.lower() in GPUS else ""
+    known = model_of(device_name).lower()
+    return known if known in GPUS else ""
 
 
 def kind_of(ffn: str) -> str:

@@ -241,7 +241,7 @@ def make_plan(start: Start, ranks: Ranks) -> dict[str, Any]:
 
 def cautions(env: Mapping[str, str], lesson: Lesson) -> list[str]:
     """A sentence for everything that is allowed and hardly meant."""
-    cfg, sentences = lesson.cfg, train_gpt.cautions(env, lesson.cfg)
+    cfg, sentences = lesson.cfg, train_gpt.cautions(lesson.cfg)
     for name in OWN:
         if env.get(name.upper()):
             sentences.append(f"{name.upper()} is no setting; the option is {option_of(name)}")
@@ -722,6 +722,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     """One run as options and environment set it; returns the exit code."""
     given = parse_args(argv)
     with Run(RLConfig, env, SOURCE) as run:
+        run.ranks.check(env)
         start = prepare(given, env)
         cfg = start.lesson.cfg
         plan, warnings = make_plan(start, run.ranks), cautions(env, start.lesson)

@@ -20,6 +20,7 @@ from conftest import launch, tiny, write_shard
 
 from harness.provenance import dataset_index, fingerprint, how_to_get
 from store.contract import DataError
+from store.files import sha256sum
 from train_gpt import ShardLoader, load_shard, shard_tokens
 
 CPU = torch.device("cpu")
@@ -475,3 +476,18 @@ def test_a_limit_below_what_is_needed_is_refused(settings):
     codes, out = launch(settings | {"MAX_TRAIN_TOKENS": 10, "RUN_ID": "none"})
     assert codes == [3] and "needs 1 samples" in out
     assert launch(settings | {"MAX_TRAIN_TOKENS": 100, "RUN_ID": "some"})[0] == [0]
+
+
+def test_a_shard_that_its_index_knows_otherwise_is_refused(settings, tmp_path):
+    """Also where a changed byte left the token in the vocabulary, and the file its time."""
+    shards = sorted(tmp_path.glob("toy_*.bin"))
+    known = [{"name": path.name, "sha256": sha256sum(path)[:64]} for path in shards]
+    (tmp_path / "index.json").write_text(json.dumps({"shards": known}))
+    assert launch(settings | {"RUN_ID": "whole"})[0] == [0]
+
+    stat, content = shards[0].stat(), bytearray(shards[0].read_bytes())
+    content[1024] ^= 1
+    shards[0].write_bytes(content)
+    os.utime(shards[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    codes, out = launch(settings | {"RUN_ID": "damaged"})
+    assert codes == [3] and f"data: {shards[0]}: damaged or changed: expected SHA-256" in out, out

@@ -15,6 +15,7 @@ from conftest import launch, rows, run_ranks
 import split_results
 import train_gpt
 from store import source
+from harness.meter import model_of
 from harness.ranks import Ranks, setup
 from harness.records import truncate_to_step
 from harness.settings import Settings
@@ -142,7 +143,10 @@ def test_any_dataclass_is_read_from_the_environment():
         ({"WIDTH": "10"}, "WIDTH=10: must lie between 1 and 9"),
         ({"KIND": "flat"}, "KIND=flat: choose one of round, square"),
         ({"SHAPES": "round,flat"}, "SHAPES=flat: choose one of round, square"),
-        ({"SIZE": "2"}, "SIZE is no setting; the name here is WIDTH (unset SIZE)"),
+        (
+            {"SIZE": "2"},
+            "SIZE is no setting; the name here is WIDTH (unset SIZE, or set ALLOW_UNKNOWN=1)",
+        ),
         ({"KIND": "square", "WIDTH": "1"}, "WIDTH=1 needs 2 or more for KIND=square"),
     ],
 )
@@ -239,3 +243,27 @@ def test_float32_is_float32_whatever_was_said_before(way):
         return asked, len(heard)
 
     assert run_ranks(1, work) == [(("ieee", False, "highest"), 0)]
+
+
+@pytest.mark.parametrize(
+    "device, model",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA A100-PCIE-40GB", "A100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", ""),
+        ("NVIDIA GeForce RTX 3090 Ti", ""),
+        ("NVIDIA RTX A1000", ""),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""),
+        ("NVIDIA GH200 480GB", ""),
+        ("NVIDIA L40", ""),
+    ],
+)
+def test_the_peak_of_a_device_is_that_of_its_whole_name(device, model):
+    """A card of another model has no peak, and so a run on it no MFU."""
+    assert model_of(device) == model

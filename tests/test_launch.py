@@ -364,3 +364,22 @@ def test_scripts_parse_and_options_of_sbatch_are_read():
         line for line in lines[:first] if "SBATCH --" in line
     }  # Slurm reads none after a command
     assert {"#SBATCH --signal=USR1@300", "#SBATCH --requeue"} <= set(options)
+
+
+@pytest.mark.parametrize(
+    "ranks, sentence",
+    [
+        ({"WORLD_SIZE": 2}, "config: WORLD_SIZE=2 without MASTER_ADDR; start ranks with torchrun"),
+        ({"RANK": "abc"}, "config: RANK='abc': must be a whole number; start ranks with torchrun"),
+        ({"RANK": 1}, "config: RANK=1: must be below WORLD_SIZE=1; start ranks with torchrun"),
+    ],
+)
+def test_ranks_that_nobody_started_are_told_at_once(settings, ranks, sentence):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_gpt.py"],
+        env={"PATH": os.environ["PATH"]} | {k: str(v) for k, v in (settings | ranks).items()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and done.stderr.startswith(sentence), done.stderr

@@ -146,7 +146,8 @@ def test_short_values_and_other_names_are_no_secrets(settings, tmp_path):
     others = {
         "HF_TOKENS": MARK,
         "MY_TOKEN_FILE": MARK,
-        "KEY": MARK,
+        "KEYS": MARK,
+        "PWD": MARK,
         "A_TOKEN": MARK[:7],
         "PATH_KEY": "",
     }
@@ -672,3 +673,21 @@ def test_scripts_unpickle_nothing_from_outside_log_dir(trained, tmp_path, bomb, 
     with pytest.raises(ConfigError, match=words):
         load_trained(str(name), trained["LOG_DIR"], "cpu")
     assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, shown",
+    [
+        ("DB_PASS", MARK, "it is [DB_PASS]"),
+        ("token", MARK, "it is [token]"),
+        ("SECRET", MARK, "it is [SECRET]"),
+        ("APIKEY", MARK, "it is [APIKEY]"),
+        ("MYSQL_PWD", MARK, "it is [MYSQL_PWD]"),
+        ("SLACK_WEBHOOK_URL", MARK, "it is [SLACK_WEBHOOK_URL]"),
+        ("DATABASE_URL", f"postgres://me:{MARK}@host/db", "it is [DATABASE_URL]"),
+        ("MY_TOKEN_FILE", MARK, f"it is {MARK}"),
+    ],
+)
+def test_secrets_are_known_by_words_of_their_names_and_within_urls(name, value, shown):
+    assert redact(f"it is {MARK}", {name: value}) == shown
+    assert redact("https://me:hunter22@host/x", {}) == "https://[hidden]@host/x"

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-import resource
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,8 @@ from harness.ranks import Ranks
 from harness.settings import Settings
 from store.contract import Diverged
 
-# Dense bfloat16 TFLOP/s by the name that CUDA gives the device, the more particular name first:
-# makers' data sheets.
+# Dense bfloat16 TFLOP/s, by the part of CUDA's name of a device that says its model: makers' data
+# sheets.
 PEAK_TFLOPS = {
     "H100 NVL": 835,
     "H100 PCIe": 756,
@@ -31,15 +31,30 @@ PEAK_TFLOPS = {
     "RTX 5090": 209.5,
     "RTX 3090": 71,
 }
+# What CUDA's names have around that part: no word of another model, as Ti, Laptop GPU or MIG.
+AROUND = (r"(?:NVIDIA )?(?:GeForce )?", r"(?:[ -](?:SXM\d|PCIE|PCIe|\d+GB|HBM\d\w?))*")
 KINDS = ("data_wait", "eval_time", "save_time", "compile_time")  # what is timed beside training
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most memory in use at once, GiB: of the device, or of this process on a CPU."""
+def peak_memory(device: torch.device) -> float | None:
+    """Most memory in use at once, GiB: of the device, or of this process on a CPU; None unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     units = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
+
+
+def model_of(device_name: str) -> str:
+    """The key in PEAK_TFLOPS of a device; "" where it is none of them."""
+    before, after = AROUND
+    for model in PEAK_TFLOPS:  # H100 PCIe before H100
+        if re.fullmatch(before + model + after, device_name):
+            return model
+    return ""
 
 
 def peak_flops(cfg: Settings, device: torch.device) -> float | None:
@@ -47,9 +62,8 @@ def peak_flops(cfg: Settings, device: torch.device) -> float | None:
     if cfg.peak_tflops:
         return cfg.peak_tflops * 1e12
     if device.type == "cuda" and cfg.dtype != "float32":
-        for part, peak in PEAK_TFLOPS.items():
-            if part in device_name(device):
-                return peak * 1e12
+        peak = PEAK_TFLOPS.get(model_of(device_name(device)))
+        return peak * 1e12 if peak else None
     return None
 
 

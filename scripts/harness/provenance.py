@@ -113,14 +113,34 @@ def bytes_per_token(pattern: str, tokens: np.ndarray) -> float | None:
     return mean if mean > 0 else None
 
 
+def check_hash(file: Path, found: str) -> None:
+    """Raises DataError where index.json of the file's folder has another SHA-256 of it."""
+    pattern = str(file)
+    shards = dataset_index(pattern).get("shards")
+    for shard in shards if isinstance(shards, list) else []:
+        if isinstance(shard, dict) and shard.get("name") == file.name:
+            expected = shard.get("sha256", found)
+            if found != expected:
+                raise DataError(
+                    f"{file}: damaged or changed: expected SHA-256 {expected[:12]}... of "
+                    f"index.json, found {found[:12]}...; remove it and {how_to_get(pattern)}"
+                )
+
+
 def fingerprint(files: Iterable[str | Path], log_dir: Path) -> str:
-    """SHA-256 over names and contents of files, hex; cached in log_dir by path, size and time."""
+    """SHA-256 over names and contents of files, hex; cached in log_dir by what the disk says.
+
+    Raises DataError for a file whose contents are not those that its folder's index.json has.
+    """
     cache, known, hashes = log_dir / ".shard_hashes.json", {}, []
     with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
         known = json.loads(cache.read_text())
     for file in map(Path, files):
-        key = f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
+        stat = file.stat()  # whoever sets a file's time back leaves st_ctime
+        times = f"{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+        key = f"{file.resolve()}:{stat.st_size}:{times}"
         known[key] = known.get(key) or sha256sum(file)[:64]
+        check_hash(file, known[key])
         hashes.append((file.name, known[key]))
     with contextlib.suppress(OSError):  # opening the records says what is wrong with the folder
         write_whole(cache, json.dumps(known))

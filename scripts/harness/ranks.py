@@ -3,7 +3,8 @@
 import contextlib
 import ctypes
 import os
-import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -16,6 +17,7 @@ from harness.provenance import new_run_id
 from harness.settings import Settings
 from store.contract import ConfigError
 
+JOIN_PATIENCE = 10  # seconds until a rank says that it waits for others
 FIRST_STEP_TIMEOUT = 1800  # seconds: joining, compiling and reading may take so long
 
 
@@ -29,8 +31,26 @@ class Ranks(NamedTuple):
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Self:
-        """From the variables that torchrun sets."""
-        return cls(**{n: int(env[n.upper()]) for n in cls._fields if n.upper() in env})
+        """From the variables that torchrun sets; `check` says where they cannot be."""
+        texts = {name: env.get(name.upper(), "") for name in cls._fields}
+        return cls(**{name: int(text) for name, text in texts.items() if text.isdecimal()})
+
+    def check(self, env: Mapping[str, str]) -> None:
+        """Raises ConfigError for variables that torchrun would not have set so."""
+        way = (
+            "start ranks with torchrun --standalone --nproc_per_node=2 train_gpt.py; for one "
+            "process unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
+        )
+        for name in map(str.upper, self._fields):
+            if name in env and not env[name].isdecimal():
+                raise ConfigError(f"{name}={env[name][:80]!r}: must be a whole number; {way}")
+        is_dry_run = env.get("DRY_RUN", "0") not in ("", "0")  # a plan for so many ranks
+        if self.world_size > 1 and "MASTER_ADDR" not in env and not is_dry_run:
+            raise ConfigError(f"WORLD_SIZE={self.world_size} without MASTER_ADDR; {way}")
+        if not self.rank < self.world_size:
+            raise ConfigError(
+                f"RANK={self.rank}: must be below WORLD_SIZE={self.world_size}; {way}"
+            )
 
     def device(self, cfg: Settings) -> torch.device:
         """The device of this rank."""
@@ -58,29 +78,33 @@ def setup(cfg: Settings, ranks: Ranks, env: Mapping[str, str]) -> str:
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice
     if cfg.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
-    tune_process(launched="TORCHELASTIC_RUN_ID" in env, keep_memory=cfg.device == "cpu")
+    if cfg.device == "cpu":
+        keep_memory()
+    where = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+    words = f"rank {ranks.rank} waits for the {ranks.world_size} ranks to meet at {where}"
+    patience = threading.Timer(JOIN_PATIENCE, print, [words], {"file": sys.stderr, "flush": True})
+    patience.daemon = True
+    patience.start()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo",
-        store=None if "MASTER_ADDR" in env else dist.HashStore(),
+        store=None if ranks.world_size > 1 else dist.HashStore(),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=FIRST_STEP_TIMEOUT),
     )
+    patience.cancel()
     if cfg.device == "cuda":  # nccl is set up here, and not in the first step on the clock
         dist.barrier(device_ids=[ranks.local_rank])
     return from_rank0(lambda: cfg.run_id or new_run_id(cfg.preset))
 
 
-def tune_process(launched: bool, keep_memory: bool) -> None:
-    """Ends a launched rank in good order with its launcher; keeps freed memory for later."""
+def keep_memory() -> None:
+    """Keeps freed memory for later: pages of large tensors, new each step, take a tenth of it."""
     with contextlib.suppress(OSError, AttributeError):  # another system or C library
         libc = ctypes.CDLL("libc.so.6")
-        parent_death_signal, trim_threshold, mmap_max = 1, -1, -4
-        if launched:
-            libc.prctl(parent_death_signal, signal.SIGTERM)
-        if keep_memory:  # large tensors' pages anew each step take a tenth of it
-            libc.mallopt(mmap_max, 0)
-            libc.mallopt(trim_threshold, 2**31 - 1)
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def from_rank0(work: Callable[[], Any]) -> Any:

@@ -161,12 +161,23 @@ class Settings:
 
 
 def check_names(env: Mapping[str, str], fields: Collection[str], synonyms: dict[str, str]) -> None:
-    """Raises ConfigError for a variable that is one of ours under another name."""
+    """Raises ConfigError for a variable that is, or nearly is, one of ours under another name.
+
+    ALLOW_UNKNOWN=1 lets it pass.
+    """
+    if env.get("ALLOW_UNKNOWN", "0") not in ("", "0"):
+        return
     by_letters = {name.replace("_", ""): name for name in fields}
     for name in env:
-        ours = synonyms.get(name) or by_letters.get(name.replace("_", ""), name)
-        if ours != name:
-            raise ConfigError(f"{name} is no setting; the name here is {ours} (unset {name})")
+        capitals = name.upper()
+        ours = synonyms.get(capitals) or by_letters.get(capitals.replace("_", ""))
+        if not ours and len(name) > 4:
+            ours = "".join(difflib.get_close_matches(capitals, fields, 1, 0.85))
+        if ours and ours != name:
+            raise ConfigError(
+                f"{name} is no setting; the name here is {ours} (unset {name}, or set "
+                "ALLOW_UNKNOWN=1)"
+            )
 
 
 def check_secrets(env: Mapping[str, str], fields: Collection[str]) -> None:
@@ -177,17 +188,6 @@ def check_secrets(env: Mapping[str, str], fields: Collection[str]) -> None:
                 raise ConfigError(
                     f"{name} holds the value of {secret}, which no record may show; take it out"
                 )
-
-
-def near_misses(env: Mapping[str, str], cls: type[Settings]) -> list[str]:
-    """One sentence for every variable that is nearly one of ours."""
-    ours = [field.name.upper() for field in dataclasses.fields(cls)]
-    sentences = []
-    for name in env:
-        if len(name) > 4 and name not in ours:
-            for match in difflib.get_close_matches(name, ours, 1, 0.85):
-                sentences.append(f"{name} is no setting and is ignored; did you mean {match}?")
-    return sentences
 
 
 def preset_files() -> dict[str, Path]:

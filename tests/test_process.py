@@ -1,0 +1,43 @@
+"""What a process asks of the system before torch loads."""
+
+import pytest
+
+from store.process import SPINS, core_quota, share_cores
+
+
+@pytest.mark.parametrize(
+    "file, text, cores",
+    [
+        ("cpu.max", "max 100000", 0),
+        ("cpu.max", "250000 100000", 2),
+        ("cpu.max", "50000 100000", 1),
+        ("cpu.max", "garbage", 0),
+        ("nothing", "", 0),
+    ],
+)
+def test_a_container_has_as_many_threads_as_it_may_use(tmp_path, file, text, cores, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    (tmp_path / file).write_text(text)
+    env = {}
+    share_cores(env, tmp_path)
+    assert core_quota(tmp_path) == cores
+    assert env.get("OMP_NUM_THREADS", "0") == str(cores)
+
+
+def test_the_first_version_of_cgroups_is_read(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    for quota, cores in (("300000", 3), ("-1", 0)):
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert core_quota(tmp_path) == cores
+
+
+def test_what_the_user_sets_of_threads_stays(tmp_path):
+    (tmp_path / "cpu.max").write_text("100000 100000")
+    for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}):
+        env = own | {"OMP_NUM_THREADS": "5"}
+        share_cores(env, tmp_path)
+        assert env == own | {"OMP_NUM_THREADS": "5"}
+    env = {}
+    share_cores(env, tmp_path / "nowhere")
+    assert env == {"GOMP_SPINCOUNT": str(SPINS)}
