@@ -96,9 +96,12 @@ class Rules(Settings):
     }
     LISTS = ("mixer", "ffn", "per_visit", "trackers")
     BOUNDS = {  # inclusive
-        "batch_size device_batch_size sequence_length num_iterations log_every top_k": (1, 2**31),
-        "n_layer n_head n_embd n_unique num_experts balance_log_interval hang_timeout": (1, 2**31),
-        "val_every save_every max_epochs d_ff warmup_iters warmdown_iters": (0, 2**31),
+        "batch_size device_batch_size sequence_length num_iterations log_every": (1, 2**31),
+        "balance_log_interval hang_timeout": (1, 2**31),
+        "n_layer n_unique": (1, 512),
+        "n_head n_embd num_experts top_k": (1, 2**16),
+        "val_every save_every max_epochs warmup_iters warmdown_iters": (0, 2**31),
+        "d_ff": (0, 2**20),
         "momentum_warmup_iters momentum_cooldown_iters ema_iters value_embeds": (0, 2**31),
         "seed max_bad_steps sample_every unshared_ends max_train_tokens": (0, 2**40),
         "keep_last": (2, 2**31),
@@ -246,7 +249,7 @@ class Config(Rules):
     max_bad_steps: int = 20  # non-finite gradients in a row that are left out; more: diverged
     hang_timeout: int = 300  # seconds without a step, after the first, until stacks are written
     log_dir: str = "logs"  # folder of logs, curves and summaries
-    results_csv: str = "experiments/results.csv"  # the table that gets a row
+    results_csv: str = "experiments/results.csv"  # the table that gets a row; none: no table
     log_every: int = 10  # steps between lines of the training loss
     sample_every: int = 0  # steps between samples of text in the log; 0: never
     trackers: str = "none"  # a comma list: scripts/track.py shows them the run, from beside it
@@ -2049,7 +2052,8 @@ def check_batch(cfg, ranks):
         return
     near = [size for size in (batch - batch % step, batch - batch % step + step) if size]
     choices = " or ".join(map(str, near))
-    worlds = [str(n) for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]
+    most = min(batch // micro, 1024)
+    worlds = [str(n) for n in range(1, most + 1) if batch % (n * micro) == 0]
     if worlds:
         choices += f", or {' or '.join(worlds)} ranks"
     raise ConfigError(

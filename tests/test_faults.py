@@ -74,7 +74,8 @@ def test_a_signal_to_any_rank_saves_all_at_one_step(settings, monkeypatch, numbe
     assert told["status"] == "preempted" and step >= 9 and "\nstatus: preempted\n" in out
     assert (
         told["tokens"] == str(step * 12 * 16)
-        and f"\npreempted at step {step}: the same command with RUN_ID=toy RESUME=auto" in out
+        and f"\npreempted at step {step}; this goes on: " in out
+        and " RUN_ID=toy RESUME=auto " in out
     )
     told_of = [int(float.fromhex(point[0])) for point in curve(settings)]
     assert told_of == list(range(step))  # the last one is for who goes on

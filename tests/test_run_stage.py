@@ -653,7 +653,7 @@ def test_a_dry_run_needs_no_data(project, capsys):
         ),
         (["long"], "long, plain: NUM_ITERATIONS=1000"),
         (["same"], "variants plain and gated of same have the same settings"),
-        (["typo"], "ATTNGATES is no setting; did you mean ATTNGATE?"),
+        (["typo"], "ATTNGATES is no setting; the name here is ATTNGATE"),
         (["rule"], "gate.bettr = 1 is no rule"),
         *(
             (["solved", "--gate", *more], "--gate: the stage compares pass_at_1, and the gate's")

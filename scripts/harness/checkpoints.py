@@ -39,6 +39,11 @@ def defect(folder: Path) -> str:
         for name, line in zip(names, lines):
             if line != sha256sum(folder / name):
                 return f"{name} is not what was written there"
+        owners = {os.stat(path).st_uid for path in (folder, *folder.iterdir())}
+        if hasattr(os, "geteuid") and not owners <= {os.geteuid(), 0}:
+            return "it belongs to another user, and what is in it would run as you"
+        if any(path.is_symlink() for path in folder.iterdir()):
+            return "it has links, which may lead to what is not of this run"
         if folder.is_symlink() or not {".metadata", "run.json"} <= set(names):
             return "SHA256SUMS is not what was written there"
         return ""
@@ -313,7 +318,7 @@ class Checkpoints:
         """
         import torch.distributed.checkpoint as dcp
 
-        about = json.loads((path / "run.json").read_text())
+        about = json.loads((path / "run.json").read_text("utf-8"))
         copies, to_read = cpu_copy(tensors, {}, self.mesh)
         try:
             dcp.load(to_read, storage_reader=dcp.FileSystemReader(path), process_group=self.group)

@@ -79,12 +79,12 @@ def record_failure(records: Records, status: str, reason: str, trace: str) -> st
             write_whole(first, f"{status}: {reason}\nrank {records.rank}, {utc_now()}\n{trace}")
         if records.rank:
             time.sleep(1)  # rank 0 knows more
-            records.summary = json.loads(records.files.json.read_text())
+            records.summary = json.loads(records.files.json.read_text("utf-8"))
             # Rank 0 has not lived to say it.
             if records.summary["status"] == "running":
                 records.summary |= {"status": status, "error": reason}
                 records.save()
-        status, _, reason = first.read_text().splitlines()[0].partition(": ")
+        status, _, reason = first.read_text("utf-8").splitlines()[0].partition(": ")
     if records.rank == 0:
         records.append(records.files.log, trace)
         records.close(status, error=reason)

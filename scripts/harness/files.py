@@ -24,14 +24,14 @@ class RunFiles:
     def summary(self) -> dict:
         """What the JSON holds. Raises ValueError where that is not a summary."""
         with contextlib.suppress(ValueError, TypeError):
-            summary = json.loads(self.json.read_text())
+            summary = json.loads(self.json.read_text("utf-8"))
             if "status" in summary:
                 return summary
         raise ValueError(f"{self.json} is no summary of a run; name another")
 
     def lines(self) -> list[str]:
         """Those of the curve, without one that is still being written."""
-        text = self.curve.read_text() if self.curve.exists() else ""
+        text = self.curve.read_text("utf-8", "replace") if self.curve.exists() else ""
         return text[: text.rfind("\n") + 1].splitlines()
 
     def last_step(self) -> int:

@@ -19,7 +19,7 @@ from harness.settings import ROOT
 from store.contract import DataError
 from store.files import sha256sum, write_whole
 
-CPUINFO = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+CPUINFO = Path("/proc/cpuinfo").read_text("utf-8") if sys.platform == "linux" else ""
 
 
 def utc_now() -> str:
@@ -33,7 +33,9 @@ def new_run_id(preset: str) -> str:
 def output_of(*command: str | Path) -> str:
     """What a command prints; "" where it fails or is not there."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True
+        )
         return done.stdout.strip()
     return ""
 
@@ -88,7 +90,7 @@ def dataset_index(pattern: str) -> dict:
     """index.json of the folder of a glob, {} where there is none. Raises DataError."""
     path = dataset_folder(pattern) / "index.json"
     with contextlib.suppress(ValueError, RecursionError):
-        index = json.loads(path.read_text()) if path.is_file() else {}
+        index = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         if isinstance(index, dict):
             return index
     raise DataError(f"{path}: expected a JSON object, found something else; {how_to_get(pattern)}")
@@ -134,7 +136,7 @@ def fingerprint(files: Iterable[str | Path], log_dir: Path) -> str:
     """
     cache, known, hashes = log_dir / ".shard_hashes.json", {}, []
     with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
-        known = json.loads(cache.read_text())
+        known = json.loads(cache.read_text("utf-8"))
     for file in map(Path, files):
         stat = file.stat()  # whoever sets a file's time back leaves st_ctime
         times = f"{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"

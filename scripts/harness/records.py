@@ -29,6 +29,10 @@ from store.source import HARNESS, OPS, source_hash, text_hash
 from store.tables import update_results
 
 
+UNITS = dict.fromkeys(("train_time", "eval_time", "save_time", "compile_time", "data_wait"), "s")
+UNITS |= {"step_avg": "ms", "peak_mem": "GiB"}  # of the last words; the others have none
+
+
 class Records:
     """Log, curve, summary and row of one run. Rank 0 writes them; elsewhere no method writes."""
 
@@ -58,9 +62,10 @@ class Records:
         warnings = list(warnings)
         checkpoint, step = find_checkpoint(self.cfg, self.files.folder, warnings), -1
         if checkpoint:
-            saved = json.loads((checkpoint / "run.json").read_text())
+            saved = json.loads((checkpoint / "run.json").read_text("utf-8"))
             step = saved["step"]
             warnings += changed_settings(saved, self.cfg, plan)
+        refuse_foreign_files(self.files, self.cfg.results_csv)
         known = self.files.log.exists()
         self.refuse_second_start(known, checkpoint)
         if known and not checkpoint:
@@ -73,7 +78,13 @@ class Records:
         if self.files.error.exists():
             self.files.error.replace(self.files.folder / "last_error.txt")
         self.begin_summary(plan)
-        self.begin_files(step)
+        try:
+            self.begin_files(step)
+        except OSError as error:
+            raise ConfigError(
+                f"LOG_DIR={self.cfg.log_dir}: cannot be written ({error}); make room, or name "
+                "another"
+            ) from None
 
         head = [f"run_id:{self.files.run_id}", f"changes: {plan['changes'] or 'none'}"]
         if checkpoint:
@@ -82,7 +93,7 @@ class Records:
         self.print("\n".join(head))
         steps = self.cfg.num_iterations
         self.bar = tqdm(total=steps, initial=max(0, step), unit="step", disable=None)
-        self.start_trackers()
+        start_trackers(self.cfg, self.files)
         return checkpoint
 
     def refuse_second_start(self, known: bool, checkpoint: Path | None) -> None:
@@ -104,8 +115,9 @@ class Records:
     def begin_summary(self, plan: dict[str, Any]) -> None:
         """Puts into the summary what is known at the start, names first."""
         old = {}
-        if self.files.log.exists() and self.files.json.exists():
-            old = json.loads(self.files.json.read_text())
+        if self.files.log.exists():
+            with contextlib.suppress(OSError, ValueError):  # none, or a damaged one
+                old = self.files.summary()
         commit, dirty = git_state()
         identity = {name: self.summary[name] for name in ("run_id", "stage", "variant", "preset")}
         found_here = {
@@ -136,20 +148,10 @@ class Records:
         write_whole(self.files.curve, curve or ",".join(self.columns) + "\n")
         self.save()
 
-    def start_trackers(self) -> None:
-        """Starts scripts/track.py in a session of its own: what becomes of it, no run notices."""
-        if self.cfg.trackers == "none":
-            return
-        script, log_dir = ROOT / "scripts" / "track.py", self.cfg.log_dir
-        command = [sys.executable, script, self.files.run_id, "--to", self.cfg.trackers]
-        command += ["--follow", "--log-dir", log_dir]
-        with contextlib.suppress(OSError), open(self.files.folder / "track.txt", "a") as out:
-            subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-
     def append(self, path: Path, text: str) -> None:
         """Adds to a file. A full disk costs the record, not the run, which says so twice."""
         try:
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
             self.lost = self.lost or f"{path} is not whole: {error}"
@@ -205,8 +207,21 @@ class Records:
         lines |= {"log": self.files.log, "curve": self.files.curve}
         lines |= {"summary": self.files.json, "row": row}
         for key, value in lines.items():
-            lines[key] = f"{value:.6g}" if isinstance(value, float) else value
+            text = f"{value:.6g}" if isinstance(value, float) else value
+            unit = UNITS.get(key, "")
+            lines[key] = f"{text} {unit}".rstrip()
         self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
+
+
+def start_trackers(cfg: Settings, files: RunFiles) -> None:
+    """Starts scripts/track.py in a session of its own: what becomes of it, no run notices."""
+    if cfg.trackers == "none":
+        return
+    script, log_dir = ROOT / "scripts" / "track.py", cfg.log_dir
+    command = [sys.executable, script, files.run_id, "--to", cfg.trackers]
+    command += ["--follow", "--log-dir", log_dir]
+    with contextlib.suppress(OSError), open(files.folder / "track.txt", "ab") as out:
+        subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
 
 def claim(files: RunFiles, lock: FileLock) -> None:
@@ -231,12 +246,30 @@ def claim(files: RunFiles, lock: FileLock) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def refuse_foreign_files(files: RunFiles, results_csv: str) -> None:
+    """Raises ConfigError where files of this run would be, or are, something else."""
+    table = Path(results_csv).resolve()
+    for path in (files.log, files.curve, files.json):
+        if table == path.resolve():
+            raise ConfigError(
+                f"RESULTS_CSV={table} is a file of RUN_ID={files.run_id} itself; choose "
+                "another RUN_ID or table"
+            )
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"RUN_ID={files.run_id}: {path} is no file; choose another")
+    if files.curve.exists() and not files.log.exists():
+        raise ConfigError(
+            f"RUN_ID={files.run_id}: {files.curve} is there without a log, so it is no run's; "
+            "choose another, or remove it"
+        )
+
+
 def truncate_to_step(path: Path, step: int) -> str:
     """The whole lines of a log or curve, without those of steps that will be run again.
 
     That `step` itself had a bad gradient is in its checkpoint; all else of it is not yet logged.
     """
-    lines = re.findall(".*\n", path.read_text()) if path.exists() else []
+    lines = re.findall(".*\n", path.read_text("utf-8", "replace")) if path.exists() else []
     kept = []
     for line in lines:
         # "step:5/9 …" and "[MOE] step:5/9 …" of a log, "5,…" of a curve

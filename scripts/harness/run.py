@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -71,6 +73,7 @@ class Run:
         """
         run_id = setup(cfg, self.ranks, self.env)
         self.cfg = cfg
+        self.changes = changes
         self.records = Records(cfg, run_id, [*CURVE, *columns], self.source, self.ranks)
         device = device_name(self.ranks.device(cfg))
         plan = dict(plan) | {"device_name": device, "changes": changes}
@@ -171,9 +174,10 @@ class Run:
         """Ends the run with the status last polled; without one it is "ok" and leaves weights."""
         records, status = self.records, self.watch.status or "ok"
         if status != "ok":
-            run_id = records.files.run_id
-            way = f"the same command with RUN_ID={run_id} RESUME=auto goes on here"
-            records.print(f"{status} at step {self.step}: {way}")
+            run_id, world = records.files.run_id, self.ranks.world_size
+            command = command_of(self.cfg, self.changes, run_id, world)
+            records.print(f"{status} at step {self.step}; this goes on: {command}")
+        self.watch.wait_for_records()
         self.checkpoints.wait(last=True)
         if status == "ok" and self.ranks.rank == 0:
             export_weights(weights, self.cfg, records.files.folder)
@@ -195,3 +199,15 @@ class Run:
         except Diverged:
             self.records.summary |= self.meter.update(self.step)
             raise
+
+
+def command_of(cfg: Settings, changes: str, run_id: str, world: int) -> str:
+    """What a shell has to be told so that a run goes on; `changes` are those from the defaults."""
+    words = [changes] if changes else []
+    for name in cfg.LABELS:
+        value = getattr(cfg, name)
+        if name not in ("run_id", "resume", "dry_run") and value != getattr(type(cfg), name):
+            words.append(f"{name.upper()}={shlex.quote(str(value))}")
+    words.append(f"RUN_ID={run_id} RESUME=auto")
+    launcher = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+    return " ".join([*words, launcher, *map(shlex.quote, sys.argv)])

@@ -208,7 +208,7 @@ def read_preset(name: str, fields: Collection[str] | None, default: str) -> dict
         raise ConfigError(f"PRESET={name}: choose one of {', '.join(files)}")
 
     settings = {"PRESET": name}
-    for line in map(str.strip, files[name].read_text().splitlines()):
+    for line in map(str.strip, files[name].read_text("utf-8").splitlines()):
         if not line or line.startswith("#"):
             continue
         variable, equals, value = line.partition("=")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from harness.files import RunFiles
 from harness.ranks import FIRST_STEP_TIMEOUT, Ranks
+from store.files import LOCK_LIMIT
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GO_ON, PREEMPTED, STOPPED = 0, 1, 2  # what a rank asks for; the largest wins
@@ -61,6 +62,11 @@ class Watch:
         self.patience = self.hang_timeout
         end = timedelta(seconds=1.5 * self.patience)  # first the stacks, then the end
         dist.distributed_c10d._set_pg_timeout(end)
+
+    def wait_for_records(self) -> None:
+        """Lets the other ranks wait longer than rank 0 may need for the last records."""
+        faulthandler.cancel_dump_traceback_later()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=5 * LOCK_LIMIT))
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()

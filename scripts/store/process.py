@@ -14,9 +14,28 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def before_torch(env: MutableMapping[str, str]) -> None:
     """Changes `env`, the environment of this process, where the user has set nothing."""
+    steady_streams()
     if "TORCHELASTIC_RUN_ID" in env:
         end_with_launcher()
     share_cores(env)
+
+
+def steady_streams() -> None:
+    """Opens closed standard streams on nothing, and lets all take what their encoding lacks.
+
+    A file that a run opens would else get the number of a closed one, and take what libraries
+    print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def share_cores(env: MutableMapping[str, str], cgroup: Path = CGROUP) -> None:
