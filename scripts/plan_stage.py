@@ -131,7 +131,7 @@ def results() -> dict[str, dict[str, str]]:
     path = Path(Config.results_csv)
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have saved it
         return {row["run_id"]: row for row in csv.DictReader(file)}
 
 

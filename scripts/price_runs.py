@@ -76,7 +76,7 @@ def mfu_of_rows(rows: Iterable[dict[str, str]], gpu: Gpu, kind: str) -> list[flo
 def measured_mfu(path: str, gpu: Gpu, kind: str) -> list[float]:
     """The same from a table of results; [] where there is no table."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             return mfu_of_rows(csv.DictReader(file), gpu, kind)
     except FileNotFoundError:
         return []

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from store.contract import ConfigError
 from store.tables import update_results
 from train_gpt import Config
 
@@ -20,7 +21,7 @@ def read_summaries(files: list[Path]) -> list[dict]:
     rows = []
     for file in files:
         try:
-            row = json.loads(file.read_text())
+            row = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
             print(
                 f"rebuild_results.py: {file} is skipped, it holds no JSON: {error}", file=sys.stderr
@@ -49,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 3
     rows.sort(key=lambda row: str(row.get("started")))
-    update_results(args.results, rows)
+    try:
+        update_results(args.results, rows)
+    except ConfigError as error:
+        print(f"rebuild_results.py: error: {error}", file=sys.stderr)
+        return 2
     print(f"{args.results}: {len(rows)} runs of {len(files)} files")
     return 0
 

@@ -45,7 +45,7 @@ def report_failure(
     `records` is None where the run has not come so far as to have any.
     """
     status, trace = status_of(error), redact(traceback.format_exc(), env)
-    reason = redact(str(error) or "interrupted", env)
+    reason = one_sentence(redact(str(error) or "interrupted", env))
     if status == "oom" and records:
         peak = peak_memory(ranks.device(records.cfg))
         reason = f"out of memory, peak {peak:.2f} GiB; {records.cfg.advice(status)}"
@@ -66,6 +66,12 @@ def report_failure(
     if ranks.rank and not live:
         time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
     return EXIT_CODES[status]
+
+
+def one_sentence(text: str) -> str:
+    """A text as one line of at most 500 characters: of a longer one, its two ends."""
+    line = "\\n".join(text.splitlines())
+    return line if len(line) <= 500 else f"{line[:250]} ... {line[-240:]}"
 
 
 def record_failure(records: Records, status: str, reason: str, trace: str) -> str:

@@ -57,8 +57,11 @@ def rewritten(path: Path) -> str:
 
 
 def cells_of(row: bytes) -> list[str]:
-    """The cells of one row of a table."""
-    return next(csv.reader(io.StringIO(row.decode(), newline=""), strict=True), [])
+    """The cells of one row of a table. Raises csv.Error where it is not one."""
+    rows = [*csv.reader(io.StringIO(row.decode(), newline=""), strict=True)]
+    if len(rows) > 1:
+        raise csv.Error(f"a quote that nothing closes, in the row that begins {row[:40]!r}")
+    return rows[0] if rows else []
 
 
 def rows_of(file: BinaryIO) -> Iterator[bytes]:
