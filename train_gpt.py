@@ -1886,6 +1886,7 @@ class ShardLoader:
         which, index = self.place(first, count)
         batch = np.empty((count, self.length + 1), dtype=np.int64)
         for shard in np.unique(which):
+            shard_tokens(self.files[shard])  # of a file cut short, a mapped page ends the process
             windows = np.lib.stride_tricks.sliding_window_view(self.shards[shard], self.length + 1)
             samples = windows[:: self.length]
             batch[which == shard] = samples[index[which == shard]]

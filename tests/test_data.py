@@ -491,3 +491,14 @@ def test_a_shard_that_its_index_knows_otherwise_is_refused(settings, tmp_path):
     os.utime(shards[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
     codes, out = launch(settings | {"RUN_ID": "damaged"})
     assert codes == [3] and f"data: {shards[0]}: damaged or changed: expected SHA-256" in out, out
+
+
+def test_a_shard_cut_short_while_it_is_read_is_told(tmp_path):
+    """Not by the system's signal that ends the process."""
+    path = tmp_path / "a.bin"
+    write_shard(path, np.arange(50_000) % 64)
+    loader = ShardLoader(str(path), tiny())
+    loader.read(0, 1)
+    os.truncate(path, 1024 + 100)
+    with pytest.raises(DataError, match=r"a.bin: expected magic .* bytes for 50000"):
+        loader.read(2000, 1)
