@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from store.contract import RENAMED, RUN_ID_PATTERN, ConfigError, renamed
 from store.files import locked, regular, write_whole
 
+QUOTED = re.compile(rb'"[^"]*"')
 LONGEST_CELL = 1000  # characters; what is longer is cut, so that one run spoils no table
 csv.field_size_limit(2**31 - 1)  # others' tables may hold any
 
@@ -81,7 +82,8 @@ def sound_rows(row: bytes, width: int, unread: list[bytes]) -> list[bytes]:
 
     The other lines are added to `unread`.
     """
-    if b'"' not in row and row.count(b",") == width - 1 and row[:1] != b",":
+    unquoted = QUOTED.sub(b"", row) if b'"' in row else row
+    if unquoted.count(b",") == width - 1 and row[:1] not in b',"':
         return [row.rstrip(b"\r\n") + b"\n"]
     sound = []
     lines = row.splitlines(keepends=True)
