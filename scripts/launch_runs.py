@@ -43,7 +43,9 @@ def environment(
     this machine."""
     env = environment_here()
     if device == "cpu":
-        threads = max(1, len(os.sched_getaffinity(0)) // (jobs * world_size))
+        has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        threads = max(1, cores // (jobs * world_size))
         env.setdefault("OMP_NUM_THREADS", str(threads))
     elif jobs > 1:
         own_devices = devices()[slot * world_size : (slot + 1) * world_size]

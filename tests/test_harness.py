@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import re
+import shlex
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from store import source
 from harness.meter import model_of
 from harness.ranks import Ranks, setup
 from harness.records import truncate_to_step
+from harness.run import command_of
 from harness.settings import Settings
 from store.tables import update_results
 from store.contract import ConfigError
@@ -267,3 +270,15 @@ def test_float32_is_float32_whatever_was_said_before(way):
 def test_the_peak_of_a_device_is_that_of_its_whole_name(device, model):
     """A card of another model has no peak, and so a run on it no MFU."""
     assert model_of(device) == model
+
+
+def test_the_command_that_goes_on_is_whole(monkeypatch):
+    """A shell takes it as it stands."""
+    monkeypatch.setattr(sys, "argv", ["my dir/train.py", "--steps", "3"])
+    cfg = Config(log_dir="my logs", note="it's")
+    words = shlex.split(command_of(cfg, "WIDTH=3", "r", 2))
+    assert words == [
+        *("WIDTH=3", "NOTE=it's", "LOG_DIR=my logs", "RUN_ID=r", "RESUME=auto"),
+        *("torchrun", "--standalone", "--nproc_per_node=2", "my dir/train.py", "--steps", "3"),
+    ]
+    assert " RUN_ID=r RESUME=auto python 'my dir/train.py'" in command_of(cfg, "", "r", 1)

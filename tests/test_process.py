@@ -1,8 +1,15 @@
 """What a process asks of the system before torch loads."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from store.process import SPINS, core_quota, share_cores
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -41,3 +48,26 @@ def test_what_the_user_sets_of_threads_stays(tmp_path):
     env = {}
     share_cores(env, tmp_path / "nowhere")
     assert env == {"GOMP_SPINCOUNT": str(SPINS)}
+
+
+def test_a_plan_needs_nothing_that_other_systems_lack():
+    """macOS has no sched_getaffinity, Windows no resource and not all signals."""
+    script = """
+import os, signal, sys
+sys.modules["resource"] = None
+del os.sched_getaffinity, os.geteuid, signal.SIGHUP, signal.SIGUSR1
+import train_gpt
+sys.exit(train_gpt.main([], {"DRY_RUN": "1"}))
+"""
+    command = [sys.executable, "-c", script]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "params_total:123568128" in done.stdout, done.stderr
+
+
+def test_streams_that_are_closed_end_no_run():
+    """The log gets no number of theirs, and nobody's output."""
+    env = {"PATH": os.environ["PATH"], "DRY_RUN": "1"}
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        command = f"{sys.executable} {ROOT}/train_gpt.py {closed}"
+        assert subprocess.run(["bash", "-c", command], env=env, capture_output=True).returncode == 0

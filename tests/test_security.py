@@ -691,3 +691,21 @@ def test_scripts_unpickle_nothing_from_outside_log_dir(trained, tmp_path, bomb, 
 def test_secrets_are_known_by_words_of_their_names_and_within_urls(name, value, shown):
     assert redact(f"it is {MARK}", {name: value}) == shown
     assert redact("https://me:hunter22@host/x", {}) == "https://[hidden]@host/x"
+
+
+@pytest.mark.parametrize("what", ["a link", "another owner"])
+def test_a_checkpoint_with_a_link_or_of_another_user_is_not_loaded(trained, tmp_path, what):
+    """Its .metadata is a pickle: whoever writes it could run code as who resumes."""
+    newest = trained["LOG_DIR"] / "toy/step_000008"
+    if what == "a link":
+        (newest / ".metadata").rename(tmp_path / "elsewhere")
+        (newest / ".metadata").symlink_to(tmp_path / "elsewhere")
+        reason = "it has links, which may lead to what is not of this run"
+    else:
+        if os.geteuid():
+            pytest.skip("only root gives files away")
+        os.chown(newest / ".metadata", 12345, -1)
+        reason = "it belongs to another user"
+    codes, out = launch(trained | {"RESUME": "auto"})
+    assert codes == [0] and f"{newest} is set aside: {reason}" in out, out
+    assert f"resumed:{trained['LOG_DIR']}/toy/step_000004" in out

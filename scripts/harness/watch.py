@@ -11,7 +11,8 @@ from harness.files import RunFiles
 from harness.ranks import FIRST_STEP_TIMEOUT, Ranks
 from store.files import LOCK_LIMIT
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows has not all
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 GO_ON, PREEMPTED, STOPPED = 0, 1, 2  # what a rank asks for; the largest wins
 STATUS = {GO_ON: "", PREEMPTED: "preempted", STOPPED: "stopped"}
 
