@@ -148,7 +148,7 @@ def read_index(folder: Path) -> dict:
     """index.json of a folder, or what it would say of an empty one. Raises FetchError, OSError."""
     path = folder / "index.json"
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        index = json.loads(path.read_text()) if path.exists() else {}
+        index = json.loads(path.read_text("utf-8")) if path.exists() else {}
         index = INDEX | index
         if index["source"] == REPO and all(shard["name"] for shard in index["shards"]):
             return index
@@ -160,7 +160,7 @@ def read_index(folder: Path) -> dict:
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step so that no reader sees half of it. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
 
 

@@ -162,7 +162,7 @@ def bench_records(folder: str, cfg: Config, step_ms: float) -> Figures:
         records.point(values)
 
     with (
-        open(f"{folder}/terminal", "w") as out,
+        open(f"{folder}/terminal", "w", encoding="utf-8") as out,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
     ):
@@ -253,7 +253,7 @@ def bench_checkpoint(folder: str, state: State, cfg: Config, ranks: Ranks) -> Fi
     records.files.folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(cfg, ranks, records)
     stalls, totals = [], []
-    with open(os.devnull, "w") as out, contextlib.redirect_stdout(out):
+    with open(os.devnull, "w", encoding="utf-8") as out, contextlib.redirect_stdout(out):
         for _ in range(1 + SAVES):
             began = now(ranks.device(cfg))
             state.step += 1
@@ -277,7 +277,7 @@ def bench_start(env: Mapping[str, str]) -> Figures:
     command = [sys.executable, ROOT / "train_gpt.py"]
     seen = {}
     began = time.perf_counter()
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, encoding="utf-8") as run:
         for line in run.stdout:
             seen.setdefault(line.partition("/")[0], time.perf_counter() - began)
     if run.returncode:

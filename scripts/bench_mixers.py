@@ -126,7 +126,7 @@ def bench_recurrences(rounds: int) -> None:
 def resident() -> float:
     """MiB of memory that this process holds; 0 where /proc does not say."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
     return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
@@ -305,7 +305,7 @@ def main(argv: list[str]) -> int:
     if "generation" in args.only:
         rows = bench_generation(cfgs, args.tokens)
         if args.csv:
-            with open(args.csv, "w", newline="") as file:
+            with open(args.csv, "w", encoding="utf-8", newline="") as file:
                 table = csv.DictWriter(file, rows[0], lineterminator="\n")
                 table.writeheader()
                 table.writerows(rows)

@@ -125,7 +125,7 @@ class Worker:
             [sys.executable, "-P", WORKER, version.file],  # -P: its harness is not the one here
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
         self.send(json.dumps(settings))

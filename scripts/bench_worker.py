@@ -42,7 +42,7 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "linux":  # whose rusage starts with what the parent had in use
-        kib = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        kib = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
         return int(kib[1]) / 2**20
     units = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units

@@ -118,7 +118,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         code, kills, lost, seconds = run_killed(command, env | {"RUN_ID": run_id}, wait)
         if code:
             return code
-        summary = json.loads((Path(env["LOG_DIR"]) / f"{run_id}.json").read_text())
+        summary = json.loads((Path(env["LOG_DIR"]) / f"{run_id}.json").read_text("utf-8"))
         train_time = summary["train_time"]
         losses[name] = summary["final_loss"]
         print(

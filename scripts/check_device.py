@@ -171,7 +171,7 @@ class Process:
         if group != "speed":  # small models beside others are fastest so
             env.setdefault("OMP_NUM_THREADS", "1")
         self.mark = f"{MARK}={env[MARK]}".encode()
-        with open(self.output, "w") as out:
+        with open(self.output, "w", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 self.command(args.device),
                 env=env,
@@ -215,7 +215,9 @@ class Process:
         code = self.process.poll()
         self.kill()
         yield from self.listen()
-        lines = [line for line in self.output.read_text(errors="replace").splitlines() if line]
+        lines = [
+            line for line in self.output.read_text("utf-8", errors="replace").splitlines() if line
+        ]
         last = "\n    ".join(["", *lines[-LAST_LINES:]])
         missing = [part for part in self.parts if part not in self.done]
         if code is None and time.monotonic() >= deadline:
@@ -344,7 +346,7 @@ def log_entry(report: Mapping, results: list[Result]) -> str:
 
 def add_to_log(entry: str) -> None:
     """Puts an entry before the others of LOG.md, below its head."""
-    head, mark, others = LOG.read_text().partition("\n## ")
+    head, mark, others = LOG.read_text("utf-8").partition("\n## ")
     write_whole(LOG, f"{head}\n{entry}{mark}{others}")
 
 

@@ -103,5 +103,5 @@ def plain_environment() -> dict[str, str]:
 
 def append(file: Path, words: list) -> None:
     """Writes a line for the process that waits for it."""
-    with open(file, "a") as lines:
+    with open(file, "a", encoding="utf-8") as lines:
         lines.write(json.dumps(words) + "\n")

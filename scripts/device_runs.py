@@ -67,7 +67,7 @@ class Trainer:
         changes |= {"LOG_DIR": folder, "RESULTS_CSV": folder / "results.csv", "RUN_ID": run_id}
         changes |= SIZES | {"DEVICE": device.type} | settings
         env = plain_environment() | {name: str(value) for name, value in changes.items()}
-        with open(self.output, "a") as out:
+        with open(self.output, "a", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *(command or [train_gpt.__file__])],
                 env=env,
@@ -79,7 +79,7 @@ class Trainer:
         """The exit code. Raises TimeoutExpired."""
         code = self.process.wait(PATIENCE)
         if code:
-            print(self.output.read_text()[-2000:], file=sys.stderr)
+            print(self.output.read_text("utf-8")[-2000:], file=sys.stderr)
         return code
 
     def reaches(self, step: int, saved: bool = False) -> bool:
@@ -187,7 +187,7 @@ def be_a_rank(env: Mapping[str, str]) -> int:
     store = dist.TCPStore(*address, is_master=False, timeout=datetime.timedelta(seconds=PATIENCE))
     wrong = check_collectives(store, env["DEVICE"])
     if env["RANK"] == "0":
-        Path(env["LOG_DIR"], "collectives.json").write_text(json.dumps(wrong))
+        Path(env["LOG_DIR"], "collectives.json").write_text(json.dumps(wrong), encoding="utf-8")
     return train_gpt.main([], env)
 
 
@@ -227,7 +227,7 @@ def ranks_agree(device: torch.device) -> Iterator[Check]:
         codes = [several.wait(), alone.wait()]
 
         report = folder / "collectives.json"
-        wrong = json.loads(report.read_text()) if report.exists() else "no result"
+        wrong = json.loads(report.read_text("utf-8")) if report.exists() else "no result"
         yield held("collectives", wrong or f"sums and shares of {world} ranks exact", not wrong)
         gap = loss_gap(several.curve(), alone.curve())
         text = f"{world} ranks against one: losses {gap:.1e} apart, exit codes {codes}"
@@ -280,7 +280,7 @@ def terminated(device: torch.device) -> Iterator[Check]:
 LIMITED = """
 import os, pathlib, resource, sys
 import train_gpt
-pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+pages = int(pathlib.Path("/proc/self/statm").read_text("utf-8").split()[0])
 most = pages * os.sysconf("SC_PAGE_SIZE") + 2**31
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 sys.exit(train_gpt.main([], os.environ))
@@ -305,7 +305,7 @@ def out_of_memory(device: torch.device) -> Iterator[Check]:
     with data_folder() as folder:
         run = Trainer(folder, device, "oom", command, **sizes)
         code = run.process.wait(PATIENCE)
-        said = run.output.read_text()
+        said = run.output.read_text("utf-8")
         advice = f"lower DEVICE_BATCH_SIZE={batch}" in said
         good = code == EXIT_CODES["oom"] and run.status() == "oom" and advice
         text = f"status {run.status() or 'none'}, exit code {code}"

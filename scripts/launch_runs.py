@@ -139,7 +139,7 @@ class Pool:
         run.files.folder.mkdir(parents=True, exist_ok=True)
         world_size = run.plan["world_size"]
         env = environment(run.settings, run.cfg.device, world_size, self.jobs, run.slot)
-        with open(run.files.output, "a") as out:
+        with open(run.files.output, "a", encoding="utf-8") as out:
             run.process = subprocess.Popen(
                 command(world_size, run.words),
                 env=env,
@@ -178,7 +178,7 @@ class Pool:
         """The summary of a run that has ended, which says why: a crash where the trainer did not
         come to say so."""
         if run.files.json.exists():
-            summary = json.loads(run.files.json.read_text())
+            summary = json.loads(run.files.json.read_text("utf-8"))
         else:
             labels = ("RUN_ID", "STAGE", "VARIANT", "SEED")
             summary = {name.lower(): run.settings[name] for name in labels}
@@ -190,7 +190,7 @@ class Pool:
         refused_to_go_on = code and status in ("preempted", "stopped")
         if status != "running" and not refused_to_go_on:
             return summary
-        output = run.files.output.read_text() if run.files.output.exists() else ""
+        output = run.files.output.read_text("utf-8") if run.files.output.exists() else ""
         sentences = re.findall(r"^(?:config|data|crash|oom|diverged): .*", output, re.M)
         reason = sentences[-1] if sentences else "it ended without a word"
         return summary | {

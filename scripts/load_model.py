@@ -85,9 +85,9 @@ def read_settings(folder: Path, device: str) -> Config:
     """
     try:
         if (folder / "config.json").is_file():
-            values = json.loads((folder / "config.json").read_text())
+            values = json.loads((folder / "config.json").read_text("utf-8"))
         else:
-            values = json.loads((folder / "run.json").read_text())["config"]
+            values = json.loads((folder / "run.json").read_text("utf-8"))["config"]
         kinds = {field.name: field.type for field in dataclasses.fields(Config)}
         # Options of train_rl.py say nothing of the model, nor do the rates of its control --lr 0,
         # which train_gpt.py does not have.

@@ -305,7 +305,7 @@ def with_tables(readme: str) -> str:
             )
 
     def with_table(block: re.Match) -> str:
-        return block[1] + (folder / f"{block[2]}.md").read_text() + block[3]
+        return block[1] + (folder / f"{block[2]}.md").read_text("utf-8") + block[3]
 
     return BLOCK.sub(with_table, readme)
 
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.stage or with_rows:
             print(f"{name}\n{write_tables(name)}")
         if README.is_file():
-            write_whole(README, with_tables(README.read_text()))
+            write_whole(README, with_tables(README.read_text(encoding="utf-8")))
     except ValueError as error:
         print(f"make_tables.py: error: {error}", file=sys.stderr)
         return 2

@@ -202,7 +202,7 @@ def asked_of(
         [sys.executable, path, *option_words(dict(options))],
         env=environment_here() | dict(settings) | {"DRY_RUN": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         errors="replace",
     )
     said = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
@@ -239,7 +239,7 @@ def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) 
 
     plan = known.plan | {"world_size": world_size}
     if stage.program == TRAINER:  # as it is now, which the runs will read
-        plan["source_sha"] = source_hash((ROOT / TRAINER).read_text())
+        plan["source_sha"] = source_hash((ROOT / TRAINER).read_text("utf-8"))
     data = "" if known.data == "none" else known.data
     identity = (stage.name, variant, str(seed), plan["config_hash"], plan["source_sha"], data)
     settings |= {"SEED": str(seed), "STAGE": stage.name, "VARIANT": variant}

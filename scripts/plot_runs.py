@@ -203,7 +203,7 @@ def facts_of(path: Path, run_id: str) -> dict:
     is neither."""
     summary = path.with_name(f"{run_id}.json")
     if summary.is_file():
-        return json.loads(summary.read_text())
+        return json.loads(summary.read_text("utf-8"))
     for table in (path.with_name(path.name.replace("log_curves_", "results_")), RESULTS):
         if table != path and table.is_file():
             rows = read_results(table)

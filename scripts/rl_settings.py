@@ -130,7 +130,9 @@ def option_of(name: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """An option for each field of RLConfig's own, and for those settings that have one."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.M))
+    comments = dict(
+        re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.M)
+    )
     for name, field in OF_TRAINER.items():
         kind = Config.__dataclass_fields__[field].type
         parser.add_argument(f"--{name}", dest=field, type=kind, metavar="N", help=HELP[name])

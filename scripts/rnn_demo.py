@@ -343,7 +343,7 @@ class Trainer:
             cwd=self.place,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
         if self.interrupted:

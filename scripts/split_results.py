@@ -121,7 +121,7 @@ def read_results(path: Path = RESULTS) -> pd.DataFrame:
 def source_here() -> str:
     """The hash of the trainer beside the scripts, as rows have it; "" where there is none."""
     trainer = Path(__file__).parents[1] / "train_gpt.py"
-    return source_hash(trainer.read_text()) if trainer.exists() else ""
+    return source_hash(trainer.read_text("utf-8")) if trainer.exists() else ""
 
 
 def preset_of(settings: Mapping[str, str]) -> dict[str, str]:
@@ -239,7 +239,7 @@ def measured(runs: pd.DataFrame, stage: Stage) -> pd.DataFrame:
 def read_curve(path: Path) -> pd.DataFrame:
     """The curve of one run, a live one too: whole lines only, of a step that was run twice the
     later line."""
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     try:
         curve = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
     except (pd.errors.ParserError, pd.errors.EmptyDataError):

@@ -151,7 +151,7 @@ def read(name: str, readers: tuple[str, ...] = ()) -> dict:
 
     path = FOLDER / f"{name}.toml"
     try:
-        own = tomllib.loads(path.read_text())
+        own = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
     for key, value in own.items():
@@ -426,7 +426,7 @@ def check_free(name: str, tables: dict) -> None:
     """Raises FileExistsError where experiments/stages/<name>.toml is there and says something
     else."""
     path = FOLDER / f"{name}.toml"
-    if path.exists() and path.read_text() != toml_text(tables):
+    if path.exists() and path.read_text("utf-8") != toml_text(tables):
         raise FileExistsError(f"{path} is there and says something else")
 
 

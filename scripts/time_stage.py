@@ -163,11 +163,11 @@ def step_time(stage: Stage, label: str, device: str, world_size: int) -> float:
             env=environment(stage.variants[label], device, world_size),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
         if report.exists():
-            return json.loads(report.read_text())["figures"]["step_time"]["value"]
+            return json.loads(report.read_text("utf-8"))["figures"]["step_time"]["value"]
     # the first is the bench's own, what follows is torchrun's
     found = re.search(r"^(?:config|data): .*|^[\w.]*Error\b.*", done.stderr, re.M)
     reason = found[0] if found else f"bench.py ended with {done.returncode} and no word"

@@ -157,7 +157,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.sent = {(int(step), name) for step, *names in csv.reader(lines) for name in names}
 
     def lacks(self, row: Mapping[str, float]) -> list[str]:
@@ -167,7 +167,7 @@ class Journal:
     def add(self, lines: Iterable[list]) -> None:
         """Lists (step, *columns)."""
         self.sent |= {(step, name) for step, *names in lines for name in names}
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
 
 

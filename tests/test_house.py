@@ -164,6 +164,27 @@ def test_imports_point_one_way():
         assert "scripts" not in imports_of(path), path
 
 
+def names_no_encoding(call):
+    """Whether a call reads or writes text as the locale has it."""
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    if isinstance(call.func, ast.Name) and call.func.id == "open":
+        mode = ast.unparse(call.args[1]) if len(call.args) > 1 else given.get("mode", "")
+        return "b" not in mode and "encoding" not in given
+    if name in ("read_text", "write_text"):
+        return len(call.args) < 1 + (name == "write_text") and "encoding" not in given
+    return given.get("text") == "True" and "encoding" not in given
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    assert names_no_encoding(ast.parse("open('x')").body[0].value)
+    assert not names_no_encoding(ast.parse("open('x', 'rb')").body[0].value)
+    tests = {path for path in PYTHON if path.parent.name == "tests"}
+    for path in {*PYTHON} - tests:
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        assert [ast.unparse(call) for call in calls if names_no_encoding(call)] == [], path
+
+
 def test_no_module_is_loaded_twice():
     """Under two names, a class would not be itself."""
     files = [m.__file__ for m in [*sys.modules.values()] if getattr(m, "__file__", None)]

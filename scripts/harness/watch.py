@@ -32,7 +32,7 @@ class Watch:
         self.reduction = None
         self.stacks_path = files.folder / f"stacks_rank{ranks.rank}.txt"
         self.stacks_path.unlink(missing_ok=True)  # it may be a link to elsewhere
-        self.stacks = open(self.stacks_path, "x")
+        self.stacks = open(self.stacks_path, "x", encoding="utf-8")
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self.ask_to_end)
