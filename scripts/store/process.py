@@ -34,8 +34,9 @@ def steady_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure") and stream.errors == "strict":  # else a script has chosen
+            stream.reconfigure(errors="backslashreplace")
 
 
 def share_cores(env: MutableMapping[str, str], cgroup: Path = CGROUP) -> None:
