@@ -37,6 +37,7 @@ import tokenization
 from encode_shards import Job, Progress, dump, encoder, read_record, write_file
 from harness.settings import ROOT, read_preset
 from store.contract import DataError
+from store.files import sha256sum
 from text_sources import FILES_SPLIT, Reading, Source, fetch, open_source, split_of, survey
 
 PARTIAL = ".partial"  # folder of what is not whole yet
@@ -121,11 +122,12 @@ def refuse(out: Path, what: str, different: list[str]) -> None:
 
 
 def is_whole(folder: Path, shard: dict) -> bool:
-    """Whether a shard of an index is in a folder, by its size; by its header where the index, of an
-    earlier version, does not say the size."""
+    """Whether a shard of an index is in a folder, byte for byte; by its header where the index, of
+    an earlier version, does not say the SHA-256."""
     path = folder / shard["name"]
-    if "bytes" in shard:
-        return path.is_file() and path.stat().st_size == shard["bytes"]
+    if shard.get("bytes") and shard.get("sha256"):
+        has_size = path.is_file() and path.stat().st_size == shard["bytes"]
+        return has_size and sha256sum(path)[:64] == shard["sha256"]
     from train_gpt import shard_tokens  # takes a second, for torch
 
     try:
@@ -143,7 +145,9 @@ def find_index(out: Path, recipe: dict, keys: tuple[str, ...] = RECIPE) -> dict 
         refuse(out, "another", different)
     if different or not (out / "tokenizer.json").is_file():
         return None
-    if not all(is_whole(out, shard) for shard in index["shards"]):
+    damaged = [shard["name"] for shard in index["shards"] if not is_whole(out, shard)]
+    if damaged:
+        print(f"{out / damaged[0]}: missing or damaged: is made again", file=sys.stderr)
         return None
     return upgraded(out, index)
 

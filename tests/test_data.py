@@ -324,6 +324,34 @@ def test_the_index_of_a_folder_whose_name_is_a_pattern(tmp_path):
     assert dataset_index(f"{glob.escape(str(folder))}/x_train_*.bin") == {"vocab_size": 7}
 
 
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"[1]", "a JSON object"),
+        (b"\xff{}", "a JSON object"),
+        (b'{"vocab_size": "abc"}', "in vocab_size "),
+        (b'{"vocab_size": 70000}', "in vocab_size "),
+        (b'{"eot_id": [1]}', "in eot_id "),
+        (b'{"tokenizer_sha256": 7}', "in tokenizer_sha256 "),
+        (b'{"token_bytes": ["a", "b"]}', "in token_bytes "),
+        (b'{"shards": "abc"}', "in shards "),
+        (b'{"shards": [{"name": "x", "sha256": 7}]}', "in shards "),
+    ],
+)
+def test_an_index_of_another_kind_is_one_sentence(tmp_path, content, expected):
+    (tmp_path / "index.json").write_bytes(content)
+    with pytest.raises(DataError, match=f"json: expected {expected}.*; remove it and make it: "):
+        dataset_index(f"{tmp_path}/x_train_*.bin")
+
+
+def test_data_that_are_half_in_their_place_are_refused(tmp_path):
+    (tmp_path / ".partial").mkdir()
+    with pytest.raises(DataError, match="its data are not whole: .* run the same command again"):
+        dataset_index(f"{tmp_path}/x_train_*.bin")
+    (tmp_path / "index.json").write_text('{"vocab_size": 7}')  # while other data are made
+    assert dataset_index(f"{tmp_path}/x_train_*.bin") == {"vocab_size": 7}
+
+
 def test_a_shortfall_names_the_setting_and_the_number_of_shards_to_fetch(tmp_path):
     for i in range(2):
         write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", np.zeros(81, int))

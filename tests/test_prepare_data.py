@@ -344,7 +344,10 @@ def test_second_run_writes_nothing(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("damage", ["missing shard", "short shard", "other shard", "no tokenizer"])
+@pytest.mark.parametrize(
+    "damage",
+    ["missing shard", "short shard", "other shard", "flipped byte", "no tokenizer"],
+)
 def test_damaged_folder_of_the_same_recipe_is_written_again(tmp_path, damage):
     (tmp_path / "in.txt").write_text("some text " * 50)
     prepare("in.txt")
@@ -356,6 +359,8 @@ def test_damaged_folder_of_the_same_recipe_is_written_again(tmp_path, damage):
         shard.write_bytes(shard.read_bytes()[:-2])
     elif damage == "other shard":
         write_shard(shard, np.array([1, 2, 3]))
+    elif damage == "flipped byte":
+        shard.write_bytes(shard.read_bytes()[:-2] + b"\1\0")
     else:
         (tmp_path / "out/tokenizer.json").unlink()
     prepare("in.txt")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,12 +89,48 @@ def dataset_folder(pattern: str) -> Path:
 
 def dataset_index(pattern: str) -> dict:
     """index.json of the folder of a glob, {} where there is none. Raises DataError."""
-    path = dataset_folder(pattern) / "index.json"
-    with contextlib.suppress(ValueError, RecursionError):
-        index = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        if isinstance(index, dict):
-            return index
-    raise DataError(f"{path}: expected a JSON object, found something else; {how_to_get(pattern)}")
+    folder = dataset_folder(pattern)
+    path = folder / "index.json"
+    if not path.is_file():
+        if (folder / ".partial").is_dir():
+            raise DataError(
+                f"{folder}: its data are not whole: prepare_data.py was ended before it wrote "
+                f"index.json; run the same command again, which goes on, or {how_to_get(pattern)}"
+            )
+        return {}
+    try:
+        index = json.loads(path.read_bytes().decode())
+        expected = expected_in(index)
+    except (OSError, ValueError, RecursionError):
+        expected = "a JSON object"
+    if expected:
+        raise DataError(
+            f"{path}: expected {expected}, found something else; remove it and "
+            f"{how_to_get(pattern)}"
+        )
+    return index
+
+
+def expected_in(index: Any) -> str:
+    """What an index.json should hold where it holds something of another kind, "" for a sound one.
+
+    A field that is null, or not there, is not known.
+    """
+    if not isinstance(index, dict):
+        return "a JSON object"
+    sizes, shards = index.get("token_bytes") or [], index.get("shards") or []
+    is_sound = {
+        "vocab_size 1 to 65536": index.get("vocab_size") in (None, *range(1, 2**16 + 1)),
+        "eot_id an id": index.get("eot_id") in (None, *range(2**16)),
+        "tokenizer_sha256 text": isinstance(index.get("tokenizer_sha256"), str | None),
+        "token_bytes the bytes of each id": isinstance(sizes, list)
+        and all(isinstance(size, int | None) for size in sizes),
+        "shards a list of records, each with its sha256 as text": isinstance(shards, list)
+        and all(isinstance(shard, dict) for shard in shards)
+        and all(isinstance(shard.get("sha256"), str | None) for shard in shards),
+    }
+    wrong = [f"in {what}" for what, sound in is_sound.items() if not sound]
+    return wrong[0] if wrong else ""
 
 
 def check_tokenizers(train: str, val: str) -> None:
@@ -118,10 +155,9 @@ def bytes_per_token(pattern: str, tokens: np.ndarray) -> float | None:
 def check_hash(file: Path, found: str) -> None:
     """Raises DataError where index.json of the file's folder has another SHA-256 of it."""
     pattern = str(file)
-    shards = dataset_index(pattern).get("shards")
-    for shard in shards if isinstance(shards, list) else []:
-        if isinstance(shard, dict) and shard.get("name") == file.name:
-            expected = shard.get("sha256", found)
+    for shard in dataset_index(pattern).get("shards") or []:
+        if shard.get("name") == file.name:
+            expected = shard.get("sha256") or found
             if found != expected:
                 raise DataError(
                     f"{file}: damaged or changed: expected SHA-256 {expected[:12]}... of "
