@@ -61,14 +61,23 @@ def cause_of(error: Exception) -> Exception:
     return error
 
 
-def attempt(what: str, call: Callable[[], Result]) -> Result:
-    """Result of call() to the hub, repeated after transient failures. Raises FetchError, OSError
-    (of this disk)."""
+def attempt(what: str, call: Callable[[], Result], folder: Path) -> Result:
+    """Result of call() to the hub, which may download into a folder; repeated after transient
+    failures, but for one that stalls. Raises FetchError, OSError (of this disk)."""
+    import train_gpt  # noqa: F401  brings scripts/ onto the path
     from huggingface_hub.errors import OfflineModeIsEnabled
+    from text_sources import unless_stalled
 
     for number in range(1, ATTEMPTS + 1):
         try:
-            return call()
+            return unless_stalled(call, folder)
+        except TimeoutError as error:
+            raise FetchError(
+                f"{what}: expected data of the hub for {REPO}, found {error}: start again later, "
+                "which goes on after the shards that are whole, or set HF_HUB_DOWNLOAD_TIMEOUT to "
+                "more seconds",
+                3,
+            ) from None
         except Exception as error:  # the client's transports, HTTP and xet, share no error class
             if isinstance(error, OSError) and error.errno:
                 raise  # from this machine's disk: the client's have no errno
@@ -106,6 +115,7 @@ def inspect(path: Path, record: dict, sha256: str | None = None) -> tuple[dict |
         "sha256": record.get("sha256"),
         "bytes": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,  # which whoever sets a file's time back does not
     }
     if entry != record:
         with path.open("rb") as file:
@@ -132,7 +142,7 @@ def fetch(path: Path, commit: str, sha256: str | None) -> dict:
         )
 
     for _ in range(2):
-        attempt(path.name, download)
+        attempt(path.name, download, path.parent / ".cache")
         entry, fault = inspect(path, {}, sha256)
         if entry:
             return entry
@@ -147,10 +157,11 @@ def fetch(path: Path, commit: str, sha256: str | None) -> dict:
 def read_index(folder: Path) -> dict:
     """index.json of a folder, or what it would say of an empty one. Raises FetchError, OSError."""
     path = folder / "index.json"
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         index = json.loads(path.read_text("utf-8")) if path.exists() else {}
         index = INDEX | index
-        if index["source"] == REPO and all(shard["name"] for shard in index["shards"]):
+        names = [shard["name"] for shard in index["shards"]]
+        if index["source"] == REPO and all(isinstance(name, str) for name in names):
             return index
     raise FetchError(
         f"{path}: expected the index of {REPO}, found another: delete it or set another DATA_DIR", 1
@@ -211,14 +222,14 @@ def check_space(folder: Path, missing: int) -> None:
         )
 
 
-def ask_hub(revision: str) -> tuple[str, dict[str, str]]:
+def ask_hub(revision: str, folder: Path) -> tuple[str, dict[str, str]]:
     """(commit of a revision, {file: its SHA-256}). Raises FetchError, OSError."""
     from huggingface_hub import HfApi
 
     def dataset_info() -> object:
         return HfApi().dataset_info(REPO, revision=revision, files_metadata=True, timeout=30)
 
-    hub = attempt(revision, dataset_info)
+    hub = attempt(revision, dataset_info, folder / ".cache")
     return hub.sha, {file.rfilename: file.lfs.sha256 for file in hub.siblings or () if file.lfs}
 
 
@@ -228,15 +239,21 @@ def fetch_all(folder: Path, names: list[str], revision: str | None) -> None:
     index = read_index(folder)
     held, records = index["commit"], {shard["name"]: shard for shard in index["shards"]}
     revision = revision or held or "main"
-    entries = {name: inspect(folder / name, records.get(name, {}))[0] for name in names}
-    whole = {name: entry for name, entry in entries.items() if entry}
+    whole = {}
+    for name in names:
+        record = records.get(name, {})
+        entry, fault = inspect(folder / name, record, record.get("sha256"))
+        if entry:
+            whole[name] = entry
+        elif record and (folder / name).exists():
+            print(f"damaged, is fetched again: {fault}", flush=True)
     missing = len(names) - len(whole)
     check_space(folder, missing)
 
     commit = held
     sha256s = {}
     if missing:
-        commit, sha256s = ask_hub(revision)
+        commit, sha256s = ask_hub(revision, folder)
         whole = {
             name: entry
             for name, entry in whole.items()
@@ -258,7 +275,8 @@ def fetch_all(folder: Path, names: list[str], revision: str | None) -> None:
         if entry != records.get(name):
             records[name] = entry
             index["commit"] = commit
-            write_index(folder, index, records)
+            if os.access(folder, os.W_OK):  # of a copy that cannot be written only times differ
+                write_index(folder, index, records)
     if os.access(folder, os.W_OK):
         write_tokenizer(folder, index, records)  # last, since it may wait for the network
     size = sum(records[name]["bytes"] for name in names) / 1e9

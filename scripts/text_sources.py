@@ -8,6 +8,8 @@ unpacked. No more than a piece of a file, a row or an article is held in memory.
 
 import argparse
 import codecs
+import concurrent.futures
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -17,8 +19,10 @@ import os
 import re
 import shlex
 import sys
+import threading
+import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -736,17 +740,72 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 ########################################
 
 
+STALL_S = 120.0  # without a byte, until a request is given up
+
+
+def stall_limit() -> float:
+    """Seconds; more where HF_HUB_DOWNLOAD_TIMEOUT, the hub's own for one answer, asks for it."""
+    asked = os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", "")
+    return max(STALL_S, float(asked) if asked.isdecimal() else 0.0)
+
+
+def unless_stalled(call: Callable[[], Any], folder: Path) -> Any:
+    """The result of call(), which may download into unfinished files below a folder.
+
+    It is left behind where these do not change for stall_limit(), as when a server asks to come
+    again tomorrow, or at an interrupt; what is unfinished then goes. Raises TimeoutError.
+    """
+    answer = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # the caller's
+            answer.set_exception(error)
+
+    before = {path.name for path in folder.rglob("*.incomplete")}
+    threading.Thread(target=run, daemon=True).start()
+    size, since = 0, time.monotonic()
+    try:
+        while not concurrent.futures.wait([answer], min(1.0, stall_limit())).done:
+            size_before, size = size, unfinished_bytes(folder)
+            if size != size_before:
+                since = time.monotonic()
+            elif time.monotonic() - since > stall_limit():
+                raise TimeoutError(f"nothing for {stall_limit():.0f} s")
+    except BaseException:
+        for path in folder.rglob("*.incomplete"):
+            if path.name not in before:
+                path.unlink(missing_ok=True)
+        raise
+    return answer.result()
+
+
+def unfinished_bytes(folder: Path) -> int:
+    """Size of all files below a folder that the hub's client has not finished."""
+    size = 0
+    for path in folder.rglob("*.incomplete"):
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            size += path.stat().st_size
+    return size
+
+
 def ask_hub(spec: str, call: Any) -> Any:
     """The result of call(), a request to the hub. Raises DataError where there is no answer."""
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    owner_and_name = spec.removeprefix("hf:").split("/")[:2]
+    folder = Path(HF_HUB_CACHE, "--".join(["datasets", *owner_and_name]))
     try:
-        return call()
+        return unless_stalled(call, folder)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # of this machine's disk
         status = getattr(getattr(error, "response", None), "status_code", None)
         found = f"HTTP {status}" if status else type(error).__name__
+        if isinstance(error, TimeoutError) and str(error).startswith("nothing for"):
+            found = str(error)
     except Exception as error:  # the client's transports share no class of errors
         found = type(error).__name__
     raise DataError(

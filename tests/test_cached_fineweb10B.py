@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,10 @@ for line in sys.stdin:
             import tokenization
             gpt2 = {"gpt2": tokenization.BytesTokenizer()}.__getitem__
             stack.enter_context(mock.patch("tokenization.named", gpt2))
+        if "patience" in job:
+            import train_gpt, text_sources
+            patience = mock.patch.object(text_sources, "STALL_S", job["patience"])
+            stack.enter_context(patience)
         if "read_only" in job:
             stack.enter_context(mock.patch("os.access", return_value=False))
         try:
@@ -131,7 +136,7 @@ class Hub:
             request.close_connection = True
             return "done"
         if isinstance(fault, int):
-            self.reply(request, fault)
+            self.reply(request, fault, **({"Retry_After": 86400} if fault == 429 else {}))
             return "done"
         return fault
 
@@ -324,6 +329,7 @@ def test_fresh_fetch_gives_the_bytes_and_an_index(hub, worker, tmp_path):
                 "tokens": 1000,
                 "bytes": 3024,
                 "mtime_ns": stats[name].st_mtime_ns,
+                "ctime_ns": stats[name].st_ctime_ns,
                 "sha256": sha256(hub.files[name]),
             }
             for name, split in ((TRAIN, "train"), (VAL, "val"))
@@ -391,6 +397,23 @@ def test_damaged_local_file_is_fetched_again(hub, worker, tmp_path, damage):
     assert [entry["sha256"] for entry in index_of(tmp_path)["shards"]] == [
         sha256(hub.files[entry["name"]]) for entry in index_of(tmp_path)["shards"]
     ]
+
+
+def test_a_flipped_byte_is_no_new_truth(hub, worker, tmp_path):
+    """Although no other shard is missing, nobody has asked the hub, and the file has its time."""
+    worker.run(tmp_path, "1")
+    shards, stat = index_of(tmp_path)["shards"], (tmp_path / TRAIN).stat()
+    with open(tmp_path / TRAIN, "r+b") as file:
+        file.seek(1024)
+        file.write(bytes([hub.files[TRAIN][1024] ^ 1]))
+    os.utime(tmp_path / TRAIN, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    hub.log.clear()
+    code, output = worker.run(tmp_path, "1")
+    assert code == 0 and f"damaged, is fetched again: {tmp_path / TRAIN}" in output, output
+    assert hub.requests("GET cdn") == [TRAIN]
+    assert (tmp_path / TRAIN).read_bytes() == hub.files[TRAIN]
+    hashes = [shard["sha256"] for shard in shards]
+    assert [shard["sha256"] for shard in index_of(tmp_path)["shards"]] == hashes
 
 
 def test_connection_cut_in_the_middle(hub, worker, tmp_path):
@@ -579,6 +602,22 @@ def test_interrupt(hub, worker, tmp_path):
     )
     hub.resume.set()
     assert worker.run(tmp_path, "1")[0] == 0 and (tmp_path / TRAIN).read_bytes() == hub.files[TRAIN]
+
+
+@pytest.mark.parametrize("fault", [429, "stall"])
+def test_a_hub_that_sends_nothing_is_given_up(hub, worker, tmp_path, fault):
+    """Also where it asks to come again tomorrow; the next run goes on."""
+    hub.faults["GET", "cdn " + TRAIN] = [fault] * 9
+    code, output = worker.run(tmp_path, "1", job={"patience": 1.5})
+    assert code == 3
+    assert_sentence(output, TRAIN, "found nothing for 2 s: start again later, which goes on")
+    assert [path.name for path in tmp_path.glob("*.bin")] == [VAL]
+    assert not list(tmp_path.rglob("*.incomplete"))
+    hub.faults.clear()
+    hub.resume.set()
+    shutil.rmtree(tmp_path / ".cache")  # a new process would find its locks free
+    code, output = worker.run(tmp_path, "1")
+    assert code == 0 and (tmp_path / TRAIN).read_bytes() == hub.files[TRAIN], output
 
 
 def test_waits_for_another_fetch_into_the_folder(hub, worker, tmp_path):
