@@ -64,9 +64,14 @@ def cause_of(error: Exception) -> Exception:
 def attempt(what: str, call: Callable[[], Result], folder: Path) -> Result:
     """Result of call() to the hub, which may download into a folder; repeated after transient
     failures, but for one that stalls. Raises FetchError, OSError (of this disk)."""
-    import train_gpt  # noqa: F401  brings scripts/ onto the path
+    import train_gpt  # brings scripts/ onto the path
+    from text_sources import check_endpoint, unless_stalled
+
+    try:
+        check_endpoint()
+    except train_gpt.DataError as error:
+        raise FetchError(str(error), 2) from None
     from huggingface_hub.errors import OfflineModeIsEnabled
-    from text_sources import unless_stalled
 
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -128,9 +133,10 @@ def inspect(path: Path, record: dict, sha256: str | None = None) -> tuple[dict |
 def fetch(path: Path, commit: str, sha256: str | None) -> dict:
     """Index entry of a shard fetched from the hub, a second time if it came wrong. Raises
     FetchError, OSError."""
-    from huggingface_hub import hf_hub_download
 
     def download() -> str:
+        from huggingface_hub import hf_hub_download
+
         # Forced, because the client's own records vouch for a file that was damaged after it came.
         return hf_hub_download(
             REPO,
@@ -224,9 +230,10 @@ def check_space(folder: Path, missing: int) -> None:
 
 def ask_hub(revision: str, folder: Path) -> tuple[str, dict[str, str]]:
     """(commit of a revision, {file: its SHA-256}). Raises FetchError, OSError."""
-    from huggingface_hub import HfApi
 
     def dataset_info() -> object:
+        from huggingface_hub import HfApi
+
         return HfApi().dataset_info(REPO, revision=revision, files_metadata=True, timeout=30)
 
     hub = attempt(revision, dataset_info, folder / ".cache")

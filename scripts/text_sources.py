@@ -29,6 +29,7 @@ from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -790,6 +791,21 @@ def unfinished_bytes(folder: Path) -> int:
     return size
 
 
+def check_endpoint() -> None:
+    """Raises DataError where HF_ENDPOINT is no address: the hub's client would not even load."""
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        address = urlsplit(endpoint)
+        is_sound = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:
+        is_sound = False
+    if not is_sound:
+        raise DataError(
+            f"HF_ENDPOINT={endpoint}: expected an address such as https://huggingface.co, found "
+            "something else: correct it, or unset it"
+        )
+
+
 def ask_hub(spec: str, call: Any) -> Any:
     """The result of call(), a request to the hub. Raises DataError where there is no answer."""
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -815,7 +831,8 @@ def ask_hub(spec: str, call: Any) -> Any:
 
 
 def hub_client(spec: str) -> Any:
-    """huggingface_hub.HfApi. Raises DataError where it is not installed."""
+    """huggingface_hub.HfApi. Raises DataError where it is not installed, or has no address."""
+    check_endpoint()
     try:
         from huggingface_hub import HfApi
     except ImportError:

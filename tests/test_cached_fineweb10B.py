@@ -620,6 +620,12 @@ def test_a_hub_that_sends_nothing_is_given_up(hub, worker, tmp_path, fault):
     assert code == 0 and (tmp_path / TRAIN).read_bytes() == hub.files[TRAIN], output
 
 
+def test_an_endpoint_that_is_no_address(hub, worker, tmp_path):
+    code, output = worker.run(tmp_path, "1", HF_ENDPOINT="http://[::")
+    assert code == 2
+    assert_sentence(output, "HF_ENDPOINT=http://[::: expected an address such as https://hugg")
+
+
 def test_waits_for_another_fetch_into_the_folder(hub, worker, tmp_path):
     worker.run(tmp_path, "1")  # the first run of a process spends seconds on imports
     (tmp_path / TRAIN).unlink()

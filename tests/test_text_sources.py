@@ -481,6 +481,13 @@ def test_wikitext_of_the_hub_becomes_shards(serve, tmp_path):
     assert len(changed.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("endpoint", ["http://[::", "huggingface.co", "http://a:b", "http://"])
+def test_an_endpoint_that_is_no_address_is_refused(monkeypatch, endpoint):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(DataError, match="^HF_ENDPOINT=.*: expected an address such as https://"):
+        text_sources.find_on_hub("hf:someone/texts", None)
+
+
 def test_any_dataset_of_the_hub(serve):
     rows = [{"text": f"document {i}"} for i in range(30)]
     serve("someone/texts", {"data/train-00000-of-00001.parquet": rows})
