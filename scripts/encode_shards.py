@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from store.contract import DataError
+from store.files import regular
 from text_sources import Piece, Reading, Source
 from tokenization import MAX_VOCAB, Tokenizer
 
@@ -208,7 +209,9 @@ def stream(source: Source, position: Position, taken: int, reading: Reading, run
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
-    """Write the parts to a temporary name beside path, sync, rename: path is whole or absent."""
+    """Write the parts to a temporary name beside path, sync, rename: path is whole or absent.
+    Raises OSError, also for what is no regular file."""
+    regular(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -415,7 +418,7 @@ def record_hash(record: dict) -> str:
 def read_record(folder: Path) -> dict:
     """progress.json of a folder, {} where there is none or it is not as it was written."""
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = json.loads(regular(folder / RECORD).read_bytes())
         digest = record.pop("record_sha256")
         record.pop("token_bytes")  # an entry of every dump
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):

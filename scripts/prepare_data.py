@@ -37,7 +37,7 @@ import tokenization
 from encode_shards import Job, Progress, dump, encoder, read_record, write_file
 from harness.settings import ROOT, read_preset
 from store.contract import DataError
-from store.files import sha256sum
+from store.files import regular, sha256sum
 from text_sources import FILES_SPLIT, Reading, Source, fetch, open_source, split_of, survey
 
 PARTIAL = ".partial"  # folder of what is not whole yet
@@ -260,6 +260,8 @@ def check_files(source: Source, reading: Reading, size: int) -> None:
 def prepare(args: argparse.Namespace) -> dict:
     """Write the data that args ask for unless it is there, and return its index. Raises DataError,
     OSError."""
+    for path in (args.out / "index.json", args.out / "tokenizer.json", *old_shards(args.out)):
+        regular(path)  # what is to be replaced
     reading = text_sources.reading_of(args, as_text=args.tokenizer != "bytes", binary=args.binary)
     recipe = asked_recipe(args)
     index = None

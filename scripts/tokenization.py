@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from store.contract import DataError
+from store.files import regular
 
 MAX_VOCAB = 1 << 16  # shards store uint16
 END = "<|endoftext|>"
@@ -599,11 +600,12 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.json"
     try:
-        raw = path.read_bytes()
+        raw = regular(path).read_bytes()
     except OSError as error:
+        found = error.strerror or error
         raise DataError(
             f"tokenizer {path}: expected bytes, gpt2, a tokenizer.json, a folder with one, a "
-            f"*.tiktoken file or GPT-2's vocab.bpe, found none ({error.strerror}): correct the "
+            f"*.tiktoken file or GPT-2's vocab.bpe, found none ({found}): correct the "
             "path, or make one with scripts/train_tokenizer.py"
         ) from None
     where = f"tokenizer {path}"

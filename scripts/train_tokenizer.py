@@ -20,7 +20,7 @@ from pathlib import Path
 import text_sources
 from harness.settings import ROOT
 from store.contract import DataError
-from store.files import write_whole
+from store.files import regular, write_whole
 from text_sources import Reading, fetch, open_source, survey
 from tokenization import END, MAX_VOCAB, SPLITS, Tokenizer, parse, pieces
 
@@ -110,6 +110,7 @@ def make(args: argparse.Namespace) -> str:
         raise DataError(
             f"--out {args.out}: expected a file, found a folder: try {args.out / 'tokenizer.json'}"
         )
+    regular(args.out)
     texts = Texts(args.source, text_sources.reading_of(args))
     texts.survey()
     started = time.perf_counter()

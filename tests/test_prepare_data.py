@@ -782,6 +782,20 @@ def test_file_that_cannot_be_a_folder_is_refused(tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+@pytest.mark.parametrize("name", ["index.json", "out_val_000000.bin", "tokenizer.json", "pipe"])
+def test_a_pipe_is_neither_read_nor_replaced(tmp_path, capsys, name):
+    """Nobody writes to it, so that who reads it would wait for ever."""
+    (tmp_path / "in.txt").write_text("some text " * 50)
+    (tmp_path / "out").mkdir()
+    pipe = tmp_path / "out" / name
+    os.mkfifo(pipe)
+    options = ["--tokenizer", "out/pipe"] if name == "pipe" else []
+    assert main(["--source", "in.txt", "--out", "out", *options, "--force"]) == 3
+    assert f"out/{name} is no regular file" in capsys.readouterr().err
+    assert pipe.is_fifo()
+
+
 def test_file_named_like_a_glob_is_one_file(tmp_path):
     (tmp_path / "draft[1].txt").write_text("some text " * 50)
     assert prepare("draft[1].txt")["split"].startswith("contiguous")
