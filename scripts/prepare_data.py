@@ -553,13 +553,19 @@ def next_command(out: Path, index: dict) -> str:
     return " ".join(words)
 
 
+def any_name_can_be_printed() -> None:
+    """Lets standard output take names of files, which may be any bytes."""
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prepare data and say what was made; exit code 0, or as above with one sentence."""
     args = parse_args(argv)
-    if sys.stdout:  # it may be closed
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files may be any bytes
+    any_name_can_be_printed()
     try:
         index = prepare(args)
+        any_name_can_be_printed()  # train_gpt.py, which writing shards imports, changes it
     except PermissionError as error:
         print(
             f"prepare_data.py: error: {error.filename}: expected a right to read or write it, "
