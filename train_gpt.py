@@ -24,7 +24,8 @@ import os
 
 from store.process import before_torch
 
-before_torch(os.environ)
+if __name__ == "__main__":  # who only imports this file keeps the environment as it is
+    before_torch(os.environ)
 
 import concurrent.futures
 import contextlib

@@ -13,12 +13,19 @@ Log, curve, row, checkpoints, signals and exit codes are those of train_gpt.py.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
+
+import os
+
+from store.process import before_torch
+
+if __name__ == "__main__":
+    before_torch(os.environ)
+
 import argparse
 import contextlib
 import dataclasses
 import glob
 import hashlib
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -188,7 +188,7 @@ def test_resets_need_to_know_the_token(settings, tmp_path):
     assert codes == [3] and "RESET_AT_EOT=1 needs eot_id in index.json of " in out
     (tmp_path / "index.json").write_text(json.dumps({"vocab_size": 64, "eot_id": "x"}))
     codes, out = launch(settings | {"RUN_ID": "no_number"})
-    assert codes == [3] and "RESET_AT_EOT=1 needs eot_id in index.json of " in out
+    assert codes == [3] and "index.json: expected in eot_id an id" in out
     (tmp_path / "index.json").write_text(json.dumps({"vocab_size": 64, "eot_id": 5}))
     codes, out = launch(settings | {"RUN_ID": "told"})
     assert codes == [0], out

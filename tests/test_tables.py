@@ -67,6 +67,16 @@ def test_a_stray_quote_swallows_no_row(tmp_path, capsys):
     assert path.read_text() == before and (tmp_path / "r.csv.unread").read_text() == kept
 
 
+def test_what_cannot_be_kept_aside_stays_in_the_table(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("run_id,loss\na,1\nthis,is,precious\n")
+    (tmp_path / "r.csv.unread").mkdir()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="r.csv.unread is no regular file"):
+        update_results(path, [{"run_id": "b"}])
+    assert path.read_bytes() == before
+
+
 def test_a_spreadsheet_may_have_saved_it(tmp_path):
     path = tmp_path / "r.csv"
     path.write_bytes("\ufeffloss,run_id,note\r\n1,a,ä\r\n".encode())

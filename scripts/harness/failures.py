@@ -45,7 +45,7 @@ def report_failure(
     `records` is None where the run has not come so far as to have any.
     """
     status, trace = status_of(error), redact(traceback.format_exc(), env)
-    reason = one_sentence(redact(str(error) or "interrupted", env))
+    reason = redact(str(error) or "interrupted", env)
     if status == "oom" and records:
         peak = peak_memory(ranks.device(records.cfg))
         reason = f"out of memory, peak {peak:.2f} GiB; {records.cfg.advice(status)}"
@@ -55,6 +55,7 @@ def report_failure(
             reason += f"; {records.files.folder}/stacks_rank*.txt say where"
         print(trace, file=sys.stderr)
     elif ranks.local_rank == 0 or (records and status in ("data", "oom")):
+        reason = one_sentence(reason)
         print(f"{status}: {reason}", file=sys.stderr)  # other ranks would say the same
 
     live = records is not None and records.live

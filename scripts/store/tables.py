@@ -31,9 +31,7 @@ def update_results(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
             if path.exists() and not is_plain(path):
                 write_whole(path, rewritten(path))
             for row in rows:
-                unread = []
-                write_whole(path, merged(path, row, unread))
-                set_aside_lines(path, unread)
+                write_whole(path, merged(path, row))
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise ConfigError(
             f"RESULTS_CSV={path}: cannot be written as a table with a column run_id "
@@ -108,11 +106,13 @@ def fits(row: bytes, width: int) -> bool:
     return len(cells) == width or is_short
 
 
-def merged(path: Path, row: dict[str, Any], unread: list[bytes]) -> Iterator[bytes]:
+def merged(path: Path, row: dict[str, Any]) -> Iterator[bytes]:
     """The rows of a table with one more, or with that one brought up to date.
 
-    Only the header and the row of the same run_id are taken apart, since there may be many.
+    Only the header and the row of the same run_id are taken apart, since there may be many. Lines
+    that are no rows are set aside before the last of it is given, so before the table is replaced.
     """
+    unread = []
     cells = {name: cell_of(value) for name, value in renamed(row).items()}
     cells = {"run_id": cells["run_id"]} | cells
     with open(path, "rb") if path.exists() else io.BytesIO() as file:
@@ -132,6 +132,7 @@ def merged(path: Path, row: dict[str, Any], unread: list[bytes]) -> Iterator[byt
                     yield table_row(columns, known | cells)
         if not written:
             yield table_row(columns, cells)
+    set_aside_lines(path, unread)
 
 
 def table_row(columns: Iterable[str], cells: dict[str, Any]) -> bytes:
