@@ -1887,13 +1887,23 @@ class ShardLoader:
         which, index = self.place(first, count)
         batch = np.empty((count, self.length + 1), dtype=np.int64)
         for shard in np.unique(which):
-            shard_tokens(self.files[shard])  # of a file cut short, a mapped page ends the process
+            self.check_length(shard)
             windows = np.lib.stride_tricks.sliding_window_view(self.shards[shard], self.length + 1)
             samples = windows[:: self.length]
             batch[which == shard] = samples[index[which == shard]]
         if batch.max() >= self.vocab_size:
             self.check_tokens(np.unique(which))
         return batch
+
+    def check_length(self, shard):
+        """Raises DataError for a shard cut short since, whose mapped pages would end the process.
+
+        A file that is gone does no harm: what is mapped stays.
+        """
+        file, size = self.files[shard], 4 * HEADER_INTS + 2 * len(self.shards[shard])
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(file) < size:
+                shard_tokens(file)
 
     def place(self, first, count):
         """Where these samples are: (number of the shard, index within it), (count,) each."""
