@@ -4,8 +4,10 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,9 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import launch
+from conftest import launch, start
 
-from store.contract import EXIT_CODES
+import harness.ranks
+from harness.ranks import Ranks
+from store.contract import EXIT_CODES, ConfigError
 import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent
@@ -372,6 +376,10 @@ def test_scripts_parse_and_options_of_sbatch_are_read():
         ({"WORLD_SIZE": 2}, "config: WORLD_SIZE=2 without MASTER_ADDR; start ranks with torchrun"),
         ({"RANK": "abc"}, "config: RANK='abc': must be a whole number; start ranks with torchrun"),
         ({"RANK": 1}, "config: RANK=1: must be below WORLD_SIZE=1; start ranks with torchrun"),
+        (
+            {"LOCAL_RANK": 5},
+            "config: LOCAL_RANK=5: must be below LOCAL_WORLD_SIZE=1; start ranks with torchrun",
+        ),
     ],
 )
 def test_ranks_that_nobody_started_are_told_at_once(settings, ranks, sentence):
@@ -383,3 +391,63 @@ def test_ranks_that_nobody_started_are_told_at_once(settings, ranks, sentence):
         timeout=60,
     )
     assert done.returncode == 2 and done.stderr.startswith(sentence), done.stderr
+
+
+@pytest.mark.parametrize(
+    "env, sentence",
+    [
+        ({}, "MASTER_PORT='': must be 1 to 65535; start ranks with torchrun"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT='x': must be 1 to 65535; start ranks with torchrun"),
+        (
+            {"MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            "TORCHELASTIC_USE_AGENT_STORE without torchrun: every rank would wait",
+        ),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=3: must be below"),
+    ],
+)
+def test_ranks_that_could_not_meet_are_told_before_they_wait(env, sentence):
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} | env
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}"):
+        Ranks.from_env(env).check(env)
+
+
+def lonely_rank(settings, output, rank=0):
+    """The id of a forked rank of two; the other never comes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = settings | ranks | address
+    return start({name: str(value) for name, value in env.items()}, output), port
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_ends_a_rank_that_waits_for_others(settings, monkeypatch, tmp_path, rank):
+    monkeypatch.setattr(harness.ranks, "JOIN_PATIENCE", 0.2)
+    output = tmp_path / "output.txt"
+    pid, port = lonely_rank(settings, output, rank)
+    words = f"rank {rank} waits for the 2 ranks to meet at 127.0.0.1:{port}; Ctrl-C ends it\n"
+    deadline = time.monotonic() + 20
+    while not (output.exists() and words in output.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGINT)
+    ended = 0
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.02)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    assert ended and os.waitstatus_to_exitcode(status) == -signal.SIGINT
+    assert not list(settings["LOG_DIR"].glob("toy*"))
+
+
+def test_a_rank_whose_others_never_come_says_so_last(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(harness.ranks, "FIRST_STEP_TIMEOUT", 1)
+    output = tmp_path / "output.txt"
+    pid, port = lonely_rank(settings, output)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == EXIT_CODES["crash"]
+    last = output.read_text().splitlines()[-1] or output.read_text().splitlines()[-2]
+    told = f"RuntimeError: rank 0 waits for the 2 ranks to meet at 127.0.0.1:{port}: Timed out"
+    assert last.startswith(told) and last.endswith("start all of them, with one address")

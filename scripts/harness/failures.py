@@ -54,7 +54,7 @@ def report_failure(
         if records and "imed out" in reason:
             reason += f"; {records.files.folder}/stacks_rank*.txt say where"
         print(trace, file=sys.stderr)
-    elif ranks.local_rank == 0 or (records and status in ("data", "oom")):
+    elif ranks.speaks or (records and status in ("data", "oom")):
         reason = one_sentence(reason)
         print(f"{status}: {reason}", file=sys.stderr)  # other ranks would say the same
 

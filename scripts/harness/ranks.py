@@ -3,10 +3,11 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, Self
 
@@ -47,10 +48,26 @@ class Ranks(NamedTuple):
         is_dry_run = env.get("DRY_RUN", "0") not in ("", "0")  # a plan for so many ranks
         if self.world_size > 1 and "MASTER_ADDR" not in env and not is_dry_run:
             raise ConfigError(f"WORLD_SIZE={self.world_size} without MASTER_ADDR; {way}")
-        if not self.rank < self.world_size:
-            raise ConfigError(
-                f"RANK={self.rank}: must be below WORLD_SIZE={self.world_size}; {way}"
-            )
+        for name, count in ("rank", "world_size"), ("local_rank", "local_world_size"):
+            own, limit = getattr(self, name), getattr(self, count)
+            if not own < limit:
+                raise ConfigError(
+                    f"{name.upper()}={own}: must be below {count.upper()}={limit}; {way}"
+                )
+        if self.world_size > 1 and not is_dry_run:
+            port = env.get("MASTER_PORT", "")
+            if not (port.isdecimal() and 0 < int(port) < 2**16):
+                raise ConfigError(f"MASTER_PORT={port[:80]!r}: must be 1 to 65535; {way}")
+            if "TORCHELASTIC_USE_AGENT_STORE" in env and "TORCHELASTIC_RUN_ID" not in env:
+                raise ConfigError(
+                    "TORCHELASTIC_USE_AGENT_STORE without torchrun: every rank would wait for "
+                    "another to begin; unset TORCHELASTIC_USE_AGENT_STORE"
+                )
+
+    @property
+    def speaks(self) -> bool:
+        """Whether a refusal is told here: by one rank of a machine, or by what is none."""
+        return self.local_rank == 0 or self.local_rank >= self.local_world_size
 
     def device(self, cfg: Settings) -> torch.device:
         """The device of this rank."""
@@ -81,21 +98,42 @@ def setup(cfg: Settings, ranks: Ranks, env: Mapping[str, str]) -> str:
     if cfg.device == "cpu":
         keep_memory()
     where = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
-    words = f"rank {ranks.rank} waits for the {ranks.world_size} ranks to meet at {where}"
-    patience = threading.Timer(JOIN_PATIENCE, print, [words], {"file": sys.stderr, "flush": True})
-    patience.daemon = True
-    patience.start()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo",
-        store=None if ranks.world_size > 1 else dist.HashStore(),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timedelta(seconds=FIRST_STEP_TIMEOUT),
-    )
-    patience.cancel()
+    with joining(f"rank {ranks.rank} waits for the {ranks.world_size} ranks to meet at {where}"):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo",
+            store=None if ranks.world_size > 1 else dist.HashStore(),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=FIRST_STEP_TIMEOUT),
+        )
     if cfg.device == "cuda":  # nccl is set up here, and not in the first step on the clock
         dist.barrier(device_ids=[ranks.local_rank])
     return from_rank0(lambda: cfg.run_id or new_run_id(cfg.preset))
+
+
+@contextlib.contextmanager
+def joining(words: str) -> Iterator[None]:
+    """Says `words` when the work within takes long, and why it failed; Ctrl-C ends it.
+
+    Torch would not see Ctrl-C before its time is up: the process ends, which has no records yet.
+    Raises RuntimeError where the ranks do not meet.
+    """
+    said = f"{words}; Ctrl-C ends it"
+    patience = threading.Timer(JOIN_PATIENCE, print, [said], {"file": sys.stderr, "flush": True})
+    patience.daemon = True
+    patience.start()
+    raises = signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if raises:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    except dist.DistError as error:
+        why = str(error).splitlines()[0]
+        raise RuntimeError(f"{words}: {why}; start all of them, with one address") from None
+    finally:
+        patience.cancel()
+        if raises:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def keep_memory() -> None:
