@@ -45,7 +45,10 @@ def report_failure(
     `records` is None where the run has not come so far as to have any.
     """
     status, trace = status_of(error), redact(traceback.format_exc(), env)
-    reason = redact(str(error) or "interrupted", env)
+    interrupted = "interrupted"
+    if records is None:
+        interrupted += " before it began; nothing of it was written"
+    reason = redact(str(error) or interrupted, env)
     if status == "oom" and records:
         peak = peak_memory(ranks.device(records.cfg))
         reason = f"out of memory, peak {peak:.2f} GiB; {records.cfg.advice(status)}"

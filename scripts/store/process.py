@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 SPINS = 3000  # times that an idle OpenMP thread looks for work before it sleeps
 CGROUP = Path("/sys/fs/cgroup")
@@ -15,9 +16,19 @@ CGROUP = Path("/sys/fs/cgroup")
 def before_torch(env: MutableMapping[str, str]) -> None:
     """Changes `env`, the environment of this process, where the user has set nothing."""
     steady_streams()
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = say_interrupted
     if "TORCHELASTIC_RUN_ID" in env:
         end_with_launcher()
     share_cores(env)
+
+
+def say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What is printed of an exception: of Ctrl-C, which may come while packages load, one word."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def steady_streams() -> None:
