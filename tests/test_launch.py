@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import launch, start
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import harness.ranks
 from harness.ranks import Ranks
@@ -451,3 +452,13 @@ def test_a_rank_whose_others_never_come_says_so_last(settings, monkeypatch, tmp_
     last = output.read_text().splitlines()[-1] or output.read_text().splitlines()[-2]
     told = f"RuntimeError: rank 0 waits for the 2 ranks to meet at 127.0.0.1:{port}: Timed out"
     assert last.startswith(told) and last.endswith("start all of them, with one address")
+
+
+def test_a_refusal_stands_in_the_table_of_torchrun(settings, tmp_path):
+    """Which torchrun prints last, below traces of its own."""
+    error_file = tmp_path / "error.json"
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_ERROR_FILE": error_file}
+    codes, out = launch(settings | torchrun | {"LR": "abc"})
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=codes[0], error_file=str(error_file))
+    table = str(ChildFailedError("train_gpt.py", {0: failure}))
+    assert "  traceback : config: LR='abc': must be a number\n" in table, table

@@ -61,6 +61,8 @@ def report_failure(
         reason = one_sentence(reason)
         print(f"{status}: {reason}", file=sys.stderr)  # other ranks would say the same
 
+    if EXIT_CODES[status]:
+        tell_launcher(f"{status}: {reason}", env)
     live = records is not None and records.live
     dry_run = env.get("DRY_RUN", "0") not in ("", "0")
     if live:
@@ -70,6 +72,15 @@ def report_failure(
     if ranks.rank and not live:
         time.sleep(1)  # torchrun ends all ranks as soon as one is gone, and rank 0 has to say why
     return EXIT_CODES[status]
+
+
+def tell_launcher(sentence: str, env: Mapping[str, str]) -> None:
+    """Has torchrun end its own table of what failed with the sentence, by the file it reads."""
+    path = env.get("TORCHELASTIC_ERROR_FILE")
+    if path and "TORCHELASTIC_RUN_ID" in env:
+        failure = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
+        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
+            json.dump({"message": failure}, file)
 
 
 def one_sentence(text: str) -> str:
