@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import launch, start
+from conftest import Job, launch, start
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import harness.ranks
@@ -462,3 +462,26 @@ def test_a_refusal_stands_in_the_table_of_torchrun(settings, tmp_path):
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=codes[0], error_file=str(error_file))
     table = str(ChildFailedError("train_gpt.py", {0: failure}))
     assert "  traceback : config: LR='abc': must be a number\n" in table, table
+
+
+def test_what_an_interrupted_run_prints_goes_on_when_it_is_pasted(settings, monkeypatch, tmp_path):
+    """Into a shell where nothing is set; with values that a shell would take apart."""
+    settings |= {"NUM_ITERATIONS": 150, "VAL_EVERY": 0, "NOTE": "it's a $note", "SAVE_EVERY": 0}
+    settings |= {"RESULTS_CSV": tmp_path / "my results.csv"}
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
+    job = Job(settings)
+    job.wait_for("step:9/")
+    job.kill(signal.SIGINT)
+    codes, out = job.wait()
+    (command,) = re.findall(r"^preempted at step \d+; this goes on: (.*)$", out, re.M)
+    pasted = subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env={"PATH": PATH, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert codes == [0] and pasted.returncode == 0, out + pasted.stderr
+    (row,) = rows(settings)
+    assert (row["status"], row["resumes"], row["note"]) == ("ok", "1", "it's a $note")
+    assert "warning" not in pasted.stderr
