@@ -263,6 +263,7 @@ def test_float32_is_float32_whatever_was_said_before(way):
         ("NVIDIA GeForce RTX 3090 Ti", ""),
         ("NVIDIA RTX A1000", ""),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""),
+        ("NVIDIA H100 80GB HBM2e", ""),
         ("NVIDIA GH200 480GB", ""),
         ("NVIDIA L40", ""),
     ],

@@ -32,7 +32,7 @@ PEAK_TFLOPS = {
     "RTX 3090": 71,
 }
 # What CUDA's names have around that part: no word of another model, as Ti, Laptop GPU or MIG.
-AROUND = (r"(?:NVIDIA )?(?:GeForce )?", r"(?:[ -](?:SXM\d|PCIE|PCIe|\d+GB|HBM\d\w?))*")
+AROUND = (r"(?:NVIDIA )?(?:GeForce )?", r"(?:[ -](?:SXM\d|PCIE|PCIe|\d+GB|HBM3))*")
 KINDS = ("data_wait", "eval_time", "save_time", "compile_time")  # what is timed beside training
 
 
