@@ -1,6 +1,8 @@
 """scripts/chaos.py: a run that is killed ends with the loss of the run that is not."""
 
+import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -51,6 +53,7 @@ class Attempt:
 
     def __init__(self, command, env):
         self.command, self.run = command, self.start(command, env=env)
+        self.pid = self.run.pid
         self.folder = Path(env["LOG_DIR"]) / env["RUN_ID"]
 
     def __enter__(self):
@@ -75,8 +78,8 @@ class Attempt:
         return int(steps[-1]) if steps else 0
 
 
-@pytest.mark.parametrize("ranks, kills", [(1, [100, 200]), (2, [100])])
-def test_kills_cost_time_and_nothing_else(settings, monkeypatch, capfd, ranks, kills):
+@pytest.mark.parametrize("ranks, kills, victim", [(1, [100, 200], "all"), (2, [100], "launcher")])
+def test_kills_cost_time_and_nothing_else(settings, monkeypatch, capfd, ranks, kills, victim):
     env = {name: str(value) for name, value in settings.items()} | {
         "NUM_ITERATIONS": str(kills[-1] + 150),
         "BATCH_SIZE": str(2 * ranks),
@@ -93,20 +96,27 @@ def test_kills_cost_time_and_nothing_else(settings, monkeypatch, capfd, ranks, k
         monkeypatch.setattr(chaos, "processes", Forked.processes)
     own = SimpleNamespace(Popen=Attempt, TimeoutExpired=subprocess.TimeoutExpired)
     monkeypatch.setattr(chaos, "subprocess", own)
-    code = chaos.main(["--every", "5", "--nproc", str(ranks)], env)
+    code = chaos.main(["--every", "5", "--nproc", str(ranks), "--victim", victim], env)
     out, err = capfd.readouterr()
     assert code == 0, out + err
-    told = re.findall(r"^kill:\d+ reached:(\d+) saved:(\d+)$", out, re.M)
+    told = re.findall(r"^kill:\d+ reached:(\d+) saved:(\d+)(?: .*)?$", out, re.M)
     steps = [(int(reached), int(saved)) for reached, saved in told]
     assert len(steps) == len(kills)
-    assert all(wanted <= saved <= reached for wanted, (reached, saved) in zip(kills, steps))
+    assert all(wanted <= saved for wanted, (_, saved) in zip(kills, steps))
+    if victim == "all":  # else the ranks are told to end, and save
+        assert all(saved <= reached for reached, saved in steps)
     line = r"^(\w+): kills:(\d+) steps_lost:(\d+) .* goodput:([\d.]+) final_loss:(\S+)$"
     undisturbed, killed = re.findall(line, out, re.M)
     name, count, lost, goodput, loss = undisturbed
     assert (name, count, lost) == ("undisturbed", "0", "0")
     name, count, lost, lower, same = killed
     assert (name, count) == ("killed", str(len(kills)))
-    assert int(lost) == sum(reached - saved for reached, saved in steps) <= 100 * len(kills)
+    assert int(lost) == sum(max(0, reached - saved) for reached, saved in steps) <= 100 * len(kills)
+    assert out.count(" rows:1 left:0 ") == 2 and out.count(f" victim:{victim} left:0\n") == (
+        0 if victim == "all" else len(kills)
+    )
+    weights = re.findall(r" weights:(\w+) ", out)
+    assert weights[0] == weights[1]
     assert loss == same and 0 < float(lower) < float(goodput) < 1
 
 
@@ -118,3 +128,37 @@ def test_when_its_time_is_up_all_processes_of_a_run_are_gone(tmp_path):
     assert chaos.attempt(["bash", "-c", "setsid sleep 60 & sleep 60; exit"], env, 0.5) is None
     assert 0.5 <= time.monotonic() - began < 30
     assert not [*chaos.processes(env["RUN_ID"])]
+
+
+def test_what_outlives_its_launcher_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(chaos, "PATIENCE", 0.3)
+    env = {"PATH": os.environ["PATH"], "RUN_ID": f"of-{tmp_path.name}"}
+    told = []
+
+    def kill(launcher):
+        told.append(chaos.kill_one(env["RUN_ID"], launcher, "launcher", random.Random(0)))
+
+    command = ["bash", "-c", "setsid sleep 60 & sleep 60; exit"]
+    assert chaos.attempt(command, env, 0.5, kill) is None
+    assert told == [("launcher", 2)] and not [*chaos.processes(env["RUN_ID"])]
+
+
+@pytest.mark.parametrize("rows, weights", [(2, "w"), (0, "w"), (1, "other")])
+def test_a_run_that_kills_have_changed_is_told(tmp_path, monkeypatch, rows, weights):
+    """By the exit code; the runs are files only, the second as a kill would have left it."""
+    done = []
+
+    def run_killed(command, env, killer):
+        folder = Path(env["LOG_DIR"]) / env["RUN_ID"]
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(weights if done else "w")
+        summary = {"status": "ok", "train_time": 1, "final_loss": 2.0}
+        folder.with_suffix(".json").write_text(json.dumps(summary))
+        done.append(env["RUN_ID"])
+        lines = ["run_id", done[0], *done[1:] * rows]
+        Path(env["RESULTS_CSV"]).write_text("\n".join(lines) + "\n")
+        return 0, 1.0
+
+    monkeypatch.setattr(chaos, "run_killed", run_killed)
+    env = {"LOG_DIR": str(tmp_path / "logs"), "RESULTS_CSV": str(tmp_path / "results.csv")}
+    assert chaos.main([], env) == 1
