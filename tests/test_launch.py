@@ -257,7 +257,8 @@ def test_what_would_fail_again_is_not_tried_again(settings, tmp_path, changes, s
     (row,) = rows(settings)
     assert row["status"] == status, run.output
     attempts = list((settings["LOG_DIR"] / "torchrun").glob("*/attempt_*"))
-    assert len(attempts) == 1 and run.output.count(f"{status}: ") == 1, run.output
+    told = re.findall(rf"^\[default\d\]:{status}: ", run.output, re.M)  # beside torchrun's table
+    assert len(attempts) == len(told) == 1 and f"  traceback : {status}: " in run.output, run.output
 
 
 SRUN = r"""

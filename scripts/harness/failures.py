@@ -62,7 +62,7 @@ def report_failure(
         print(f"{status}: {reason}", file=sys.stderr)  # other ranks would say the same
 
     if EXIT_CODES[status]:
-        tell_launcher(f"{status}: {reason}", env)
+        tell_launcher(f"{status}: {one_sentence(reason)}", env)
     live = records is not None and records.live
     dry_run = env.get("DRY_RUN", "0") not in ("", "0")
     if live:

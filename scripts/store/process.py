@@ -24,9 +24,9 @@ def before_torch(env: MutableMapping[str, str]) -> None:
 
 
 def say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What is printed of an exception: of Ctrl-C, which may come while packages load, one word."""
+    """What is printed of an exception: of Ctrl-C, which may come while packages load, a line."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        print("interrupted before it began; nothing was written", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
