@@ -84,12 +84,14 @@ class Pool:
     def work(self, runs: list[PlannedRun]) -> list[PlannedRun]:
         """Brings every run to its end; returns those that have failed. Ends early where a signal
         asks for it."""
-        rows = results()
+        rows = results(runs[0].settings["STAGE"])
         began = time.time()
         ending = False
         waiting = [run for run in runs if status_of(run, rows) not in self.has_result]
         to_do = len(waiting)
         done = len(runs) - to_do
+        if done:
+            print(f"{done} of {len(runs)} runs have a result already")
         going: list[PlannedRun] = []
         failed: list[PlannedRun] = []
 
@@ -133,7 +135,7 @@ class Pool:
         """Starts a run in a session of its own, so that it outlives us, unless another run_stage.py
         has done so."""
         run.slot = min(set(range(self.jobs)) - {other.slot for other in going})
-        if run.files.is_live() or status_of(run, results()) in self.has_result:
+        if run.files.is_live() or status_of(run, results(run.settings["STAGE"])) in self.has_result:
             return run
 
         run.files.folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +164,7 @@ class Pool:
     def close(self, run: PlannedRun) -> str:
         """The status that the run's row ends with; one that could not say why it ended gets a row
         all the same."""
-        status = status_of(run, results())
+        status = status_of(run, results(run.settings["STAGE"]))
         if status in self.has_result:
             return status
 

@@ -4,8 +4,9 @@
     python scripts/make_tables.py stage1_cpu
     python scripts/make_tables.py stage2_cpu --against LR=0.015  # print it with other references
 
-Reads experiments/results_<stage>.csv; writes experiments/tables/<stage>.csv and .md. Compared are
-finished runs of one trainer source, on one dataset and validation set, one a seed, in the column
+Reads what is published of a stage, experiments/results_<stage>.csv, and the runs here, of
+experiments/results.csv; writes experiments/tables/<stage>.csv and .md. Compared are finished runs
+of one trainer source, on one dataset and validation set, one a seed, in the column
 that the stage names as its measure (final_loss); what did not finish is counted in a column. Runs
 with the same seed share data order and initialisation, so difference, interval (95 %) and p
 (two-sided) are those of the paired t-test over the seeds that a variant and its reference share;
@@ -24,7 +25,7 @@ import pandas as pd
 
 import gate_stats
 from store.files import write_whole
-from split_results import RESULTS, comparable, measured, read_results, tried, validation_of
+from split_results import RESULTS, comparable, measured, published, rows_of, tried, validation_of
 from split_results import write_table
 from stages import FINAL_LOSS, Stage, load_stage, read, stage_names, stage_of
 
@@ -53,17 +54,6 @@ FORMATS = {
 }
 README = Path("README.md")
 BLOCK = re.compile(r"(<!-- table (\w+): .*?-->\n).*?(<!-- /table -->)", re.S)
-
-
-def rows_of(stage_name: str) -> pd.DataFrame:
-    """All rows of a stage. Raises ValueError."""
-    path = RESULTS.with_name(f"results_{stage_name}.csv")
-    if not path.is_file():
-        raise ValueError(
-            f"stage {stage_name} has no results; "
-            f"python scripts/run_stage.py {stage_name} makes them"
-        )
-    return read_results(path)
 
 
 def difference_of(stage: Stage, variant: str, runs: pd.DataFrame) -> dict[str, float]:
@@ -333,9 +323,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in args.stage:
                 print(other_view(name, args.against))
             return 0
-        with_rows = [
-            name for name in stage_names() if RESULTS.with_name(f"results_{name}.csv").is_file()
-        ]
+        with_rows = [name for name in stage_names() if published(name).is_file()]
         for name in args.stage or with_rows:
             print(f"{name}\n{write_tables(name)}")
         if README.is_file():

@@ -7,6 +7,7 @@ than it says, or are validated on different data.
 import csv
 import difflib
 import functools
+import io
 import hashlib
 import itertools
 import os
@@ -22,6 +23,7 @@ from harness.ranks import Ranks
 from harness.settings import ROOT
 from store.contract import ConfigError, DataError
 from store.source import source_hash
+from store.tables import read_table
 import train_gpt
 from harness.files import RunFiles
 from stages import TRAINER, Stage
@@ -126,13 +128,15 @@ def option_words(options: Mapping[str, str]) -> list[str]:
     return words
 
 
-def results() -> dict[str, dict[str, str]]:
-    """The rows of the table of results, by run_id."""
-    path = Path(Config.results_csv)
-    if not path.exists():
-        return {}
-    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have saved it
-        return {row["run_id"]: row for row in csv.DictReader(file)}
+def results(stage_name: str = "") -> dict[str, dict[str, str]]:
+    """The rows of the runs here, and what is published of a stage, by run_id. Raises ValueError."""
+    own = Path(Config.results_csv)
+    rows = {}
+    for path in own.with_name(f"results_{stage_name}.csv"), own:
+        if path.exists():
+            text, _ = read_table(path)
+            rows |= {row["run_id"]: row for row in csv.DictReader(io.StringIO(text))}
+    return rows
 
 
 def pairs(option: str, words: list[str], name: str = "[A-Z0-9_]+") -> dict[str, str]:

@@ -1,11 +1,15 @@
 """Prices of GPUs, their speed and MFU, and from them what a run takes in seconds and dollars."""
 
 import csv
+import io
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
+
 from harness.meter import PEAK_TFLOPS, model_of
 from store.contract import ConfigError
+from store.tables import read_table
 
 
 class Gpu(NamedTuple):
@@ -66,7 +70,7 @@ def mfu_of_rows(rows: Iterable[dict[str, str]], gpu: Gpu, kind: str) -> list[flo
     return [
         float(row["mfu"])
         for row in rows
-        if row["status"] == "ok"
+        if row.get("status") == "ok"
         and float(row.get("mfu") or 0)
         and kind_of(row["ffn"]) == kind
         and gpu.name.lower() == gpu_of(row["device_name"])
@@ -74,12 +78,14 @@ def mfu_of_rows(rows: Iterable[dict[str, str]], gpu: Gpu, kind: str) -> list[flo
 
 
 def measured_mfu(path: str, gpu: Gpu, kind: str) -> list[float]:
-    """The same from a table of results; [] where there is no table."""
+    """The same from a table of results; [] where there is no table. Raises ConfigError."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return mfu_of_rows(csv.DictReader(file), gpu, kind)
+        text, _ = read_table(Path(path))
+        return mfu_of_rows(csv.DictReader(io.StringIO(text)), gpu, kind)
     except FileNotFoundError:
         return []
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read for its mfu: {error}") from None
 
 
 def choose_mfu(results: str, gpu: Gpu, kind: str, given: float | None = None) -> tuple[float, str]:

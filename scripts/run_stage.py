@@ -10,7 +10,8 @@ then its tables.
     python scripts/run_stage.py stage1_cpu --seconds 60  # at equal time: each its steps of 60 s
     python scripts/run_stage.py stage1 --nproc 8 --slurm partition=gpu time=120
 
-A run has a result when results.csv holds one of the same settings, seed, trainer source and data.
+A run has a result when results.csv, or results_<stage>.csv, holds one of the same settings, seed,
+trainer source and data.
 Before the first run it prints in what variants differ once everything is resolved. Settings that
 the shell exports reach no run; --set NAME=VALUE gives one to all, and if it changes what is trained
 this makes a new stage, which --as names. Started again after any end, kill -9 too, it goes on: runs
@@ -50,10 +51,10 @@ from train_gpt import Config
 def finish(stage: Stage, fresh_seeds: Sequence[int] = ()) -> pd.DataFrame:
     """Tables, figure and verdicts of the stage from what is there; returns the verdicts, a row a
     variant. Of fresh seeds there is a table beside it. Raises ValueError."""
-    rows = split_results.read_results()
-    split_results.split(stage.name, rows, Path(Config.log_dir))
+    split_results.split(stage.name, Path(Config.log_dir))
     if fresh_seeds:
-        alone = rows[(rows.stage == stage.name) & rows.seed.isin(fresh_seeds)]
+        rows = split_results.rows_of(stage.name)
+        alone = rows[rows.seed.isin(fresh_seeds)]
         lines = make_tables.table(stage, alone)
         print(f"seeds {', '.join(map(str, fresh_seeds))} alone:")
         print(make_tables.markdown(stage, lines, alone))
@@ -258,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             seeds = dict.fromkeys(stage.variants, stage.seeds)
             runs = plan_runs(stage, seeds, args.nproc, "dry")
             print("\n".join(f"# {line}" for line in description(stage, runs)))
-            dry_run(runs, args, results())
+            dry_run(runs, args, results(stage.name))
             return 0
         if args.no_run:
             finish(stage, fresh_seeds)

@@ -1,15 +1,18 @@
-"""Splits the table of results by stage: the rows of its runs and their curves.
+"""Publishes the results of stages: the rows of their runs and the curves, a file each.
 
     python scripts/split_results.py            # every stage in the table
     python scripts/split_results.py stage1_cpu
 
-For each it writes experiments/results_<stage>.csv and experiments/log_curves_<stage>.csv, which
-notebooks and plots read. The curves come from LOG_DIR (logs); where a log is gone, what the file of
-curves already holds of the run is kept.
+experiments/results.csv has the runs of this machine and is not for git. From it the rows of each
+stage are added to experiments/results_<stage>.csv, or brought up to date there, and the curves to
+experiments/log_curves_<stage>.csv: what notebooks and plots read, and what others get. A row that
+is published stays until it is taken out of that file. The curves come from LOG_DIR (logs); where a
+log is gone, what the file of curves already holds of the run is kept.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
+import csv
 import functools
 import io
 import itertools
@@ -23,9 +26,9 @@ import numpy as np
 import pandas as pd
 
 from harness.settings import preset_files, read_preset
-from store.contract import RENAMED
 from store.files import write_whole
 from store.source import source_hash
+from store.tables import read_table, table_text
 from stages import TRAINER, Stage
 
 RESULTS = Path("experiments/results.csv")
@@ -84,6 +87,53 @@ def untrained() -> set[str]:
     return {name.upper() for name in {*Config.NOT_HASHED, "seed"} - {*Config.LABELS}}
 
 
+def published(stage_name: str) -> Path:
+    """The file of a stage's results that is for git."""
+    return RESULTS.with_name(f"results_{stage_name}.csv")
+
+
+@functools.cache
+def say_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def stage_table(stage_name: str) -> str:
+    """The rows of a stage as CSV: what is published, brought up to date by the runs here. Raises
+    ValueError where there is none, or where a published row would be lost."""
+    rows = {}
+    path = published(stage_name)
+    if path.is_file():
+        text, unread = read_table(path)
+        if unread:
+            raise ValueError(
+                f"{path}: {len(unread)} lines are no rows of it, as {unread[0][:40]!r}; mend them, "
+                "or git checkout it"
+            )
+        rows = {row["run_id"]: row for row in csv.DictReader(io.StringIO(text))}
+    if RESULTS.is_file():
+        for row in csv.DictReader(io.StringIO(readable(RESULTS))):
+            if row.get("stage") == stage_name:
+                rows[row["run_id"]] = rows.get(row["run_id"], {}) | row
+    if not rows:
+        raise ValueError(
+            f"STAGE {stage_name} has no run in {RESULTS} or {path.name}; "
+            f"python scripts/run_stage.py {stage_name} makes them"
+        )
+    filled = {name for row in rows.values() for name, cell in row.items() if cell}
+    kept = filled | setting_columns()
+    return table_text(
+        {name: cell for name, cell in row.items() if name in kept} for row in rows.values()
+    )
+
+
+def readable(path: Path) -> str:
+    """A table as CSV, without what are no rows of it, which is told."""
+    text, unread = read_table(path)
+    if unread:
+        say_once(f"warning: {path}: {len(unread)} lines are no rows of it and are left out")
+    return text
+
+
 def read_results(path: Path = RESULTS) -> pd.DataFrame:
     """A table of results, a row per run. Raises ValueError where there is none."""
     if not Path(path).is_file():
@@ -91,17 +141,26 @@ def read_results(path: Path = RESULTS) -> pd.DataFrame:
             f"{path} is not there; python scripts/run_stage.py makes it, "
             "or rebuild_results.py from logs"
         )
+    return frame_of(readable(path), path)
+
+
+def rows_of(stage_name: str) -> pd.DataFrame:
+    """The rows of a stage, a row per run: what is published, brought up to date by the runs here.
+    Raises ValueError where there is none."""
+    return frame_of(stage_table(stage_name), published(stage_name))
+
+
+def frame_of(text: str, path: Path) -> pd.DataFrame:
+    """A table of results out of CSV, which is of this file. Raises ValueError."""
+    if not text:
+        raise ValueError(f"{path} is empty; python scripts/rebuild_results.py fills it from logs")
     rows = pd.read_csv(
-        path,
+        io.StringIO(text),
         dtype=dict.fromkeys(TEXT, str),
         keep_default_na=False,
         na_values=[""],
         low_memory=False,
     )
-    for old, new in RENAMED.items():
-        if old in rows:
-            older = rows.pop(old)
-            rows[new] = rows[new].fillna(older) if new in rows else older
     blanks = dict.fromkeys(TEXT, "") | dict.fromkeys(NUMBERS, float("nan"))
     if "run_id" not in rows or "stage" not in rows:
         raise ValueError(f"{path} is no table of results: it has no columns run_id and stage")
@@ -279,16 +338,11 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     write_whole(path, table.to_csv(index=False))
 
 
-def split(stage_name: str, rows: pd.DataFrame, logs: Path) -> tuple[int, int]:
-    """Writes both files of a stage from the rows of all; returns how many runs and how many curves
-    they hold."""
-    rows = rows[rows.stage == stage_name]
-    if rows.empty:
-        raise ValueError(
-            f"STAGE {stage_name} has no run in {RESULTS}; python scripts/run_stage.py {stage_name}"
-        )
-    blank = {name for name in rows if rows[name].isin(["", np.nan]).all()} - setting_columns()
-    rows = rows.drop(columns=blank)
+def split(stage_name: str, logs: Path) -> tuple[int, int]:
+    """Writes both files of a stage; returns how many runs and how many curves they hold. Raises
+    ValueError."""
+    text = stage_table(stage_name)
+    rows = frame_of(text, published(stage_name))
     curves_path = RESULTS.with_name(f"log_curves_{stage_name}.csv")
     kept = {}
     if curves_path.is_file():
@@ -304,7 +358,7 @@ def split(stage_name: str, rows: pd.DataFrame, logs: Path) -> tuple[int, int]:
         elif run.run_id in kept:
             curves.append(kept[run.run_id])
 
-    write_table(rows, RESULTS.with_name(f"results_{stage_name}.csv"))
+    write_whole(published(stage_name), text)
     if curves:
         table = pd.concat(curves, ignore_index=True)
         names = list(dict.fromkeys(["run_id", "variant", "seed", *table]))
@@ -313,21 +367,15 @@ def split(stage_name: str, rows: pd.DataFrame, logs: Path) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Splits the table; exit code 0, or 2 with one sentence where there is no such stage in it."""
+    """Publishes stages; exit code 0, or 2 with one sentence where there is no such stage in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("stage", nargs="*", help="only these")
     parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="folder of the curves")
     args = parser.parse_args(argv)
     try:
-        rows = read_results()
-        names = [name for name in rows.stage.unique() if name]
-        for name in args.stage:
-            if name not in names:
-                raise ValueError(
-                    f"STAGE {name} has no run in {RESULTS}; it has {', '.join(names) or 'none'}"
-                )
-        for name in args.stage or names:
-            runs, curves = split(name, rows, args.log_dir)
+        names = args.stage or [name for name in read_results().stage.unique() if name]
+        for name in names:
+            runs, curves = split(name, args.log_dir)
             print(f"{name}: {runs} runs, {curves} curves")
     except ValueError as error:
         print(f"split_results.py: error: {error}", file=sys.stderr)

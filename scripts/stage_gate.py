@@ -25,7 +25,7 @@ import pandas as pd
 from gate_facts import FAILED, Curves, Facts, curves_of, first_of, gain_of_two, gather
 from gate_facts import step_table, stop_verdict, validations
 from gate_stats import FEWEST, HOLD, PROMOTE, SEED, levels_at, rule_states
-from split_results import comparable, planned_seconds, read_results, validation_of, write_table
+from split_results import comparable, planned_seconds, rows_of, validation_of, write_table
 from stages import Stage, load_stage
 
 RULES = {  # what the [gate] of a stage may say, with its default
@@ -479,13 +479,7 @@ def write_gate(stage_name: str, logs: str | Path = "logs") -> pd.DataFrame:
     """Judges a stage by the files here and writes experiments/tables/<stage>_gate.csv, variants,
     then runs, and _steps.csv; returns the former. Raises ValueError."""
     stage = load_stage(stage_name)
-    rows = read_results()
-    rows = rows[rows.stage == stage_name]
-    if rows.empty:
-        raise ValueError(
-            f"STAGE {stage_name} has no run in experiments/results.csv; "
-            f"python scripts/run_stage.py {stage_name}"
-        )
+    rows = rows_of(stage_name)
     rules_of(stage)
     if not_judged(stage):
         lines = {"kind": "variant", "verdict": "not judged", "reason": not_judged(stage)}

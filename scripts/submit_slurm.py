@@ -83,7 +83,7 @@ def make_executor(
 def unfinished_runs(stage: Stage, world_size: int) -> list[PlannedRun]:
     """The runs of the stage that have no result and are not live; prints in what variants differ.
     Raises ConfigError, DataError."""
-    rows = results()
+    rows = results(stage.name)
     runs = plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), world_size, "slurm")
     print("\n".join(description(stage, runs)))
     return [

@@ -163,6 +163,6 @@ def test_what_cannot_be_made_is_one_sentence(copy, capsys):
     error = capsys.readouterr().err
     assert not Path(f"notebooks/{unstudied}.ipynb").exists(), "nothing half made is left"
     assert (
-        f"stage {unstudied} has no results; python scripts/run_stage.py" in error
+        f"STAGE {unstudied} has no run in experiments/results.csv or " in error
         and error.count("\n") == 1
     )

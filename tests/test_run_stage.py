@@ -619,7 +619,7 @@ def test_a_dry_run_needs_no_data(project, capsys):
         (["toy", "--set", "LR=1", "--as", "../x"], "--as '../x': must be letters, digits, _"),
         (["toy", "--set", "LOG_EVERY=3", "--as", "x"], "--set changes nothing that is trained"),
         (["toy", "--set", "BATCH_SIZE=3", "--as", "x"], "x, plain: BATCH_SIZE=3"),
-        (["toy", "--no-run"], "experiments/results.csv is not there"),
+        (["toy", "--no-run"], "has no run in experiments/results.csv or results_toy.csv; python"),
         *(
             (["toy", "--seconds", text], f"argument --seconds: {text!r} must be a number above 0")
             for text in ("0", "-1", "nan", "inf", "x")

@@ -307,8 +307,12 @@ def test_measured_mfu_wins_over_assumed_and_given_over_both(tmp_path):
         ("ok", "NVIDIA GB200", "relu2", "0.9"),
         ("ok", "cpu: AMD EPYC", "relu2", ""),
     ]
+    rows = [
+        ("run_id", "status", "device_name", "ffn", "mfu"),
+        *((i, *row) for i, row in enumerate(rows)),
+    ]
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("status", "device_name", "ffn", "mfu"), *rows])
+        csv.writer(file).writerows(rows)
     args = scale_model.parse(["--budget", "5", "--results", str(path)])
     assert price_runs.choose_mfu(args.results, GPUS["h100"], "dense", args.mfu) == (
         0.43,

@@ -513,10 +513,10 @@ def test_results_that_are_not_there(folder, capsys):
     )
     results(ROWS)
     assert split_results.main(["tou"]) == 2 and "STAGE tou has no run" in capsys.readouterr().err
-    assert (
-        make_tables.main(["toy"]) == 2
-        and "python scripts/run_stage.py toy makes them" in capsys.readouterr().err
-    )
+    assert make_tables.main(["toy"]) == 0, "of the runs here, published or not"
+    Path("experiments/results.csv").unlink()
+    assert make_tables.main(["toy"]) == 2
+    assert "python scripts/run_stage.py toy makes them" in capsys.readouterr().err
 
 
 def welch_by_hand(a, b):
@@ -701,6 +701,37 @@ def test_only_what_was_validated_on_the_same_tokens_is_compared(folder, change, 
     assert is_compared == (sentence == "Sequence lengths differ") and sentence in text
 
 
+def test_runs_here_are_added_to_what_is_published_and_take_nothing_from_it(folder, capsys):
+    """A published row stays to the byte, whatever became of the table of the runs here."""
+    results(ROWS)
+    split_results.main(["toy"])
+    published = Path("experiments/results_toy.csv")
+    before = published.read_text()
+    new = row("none LR=0.1", 9, 2.5, run_id="own", batch_time=1.5)
+    results([new | {"stage": "other", "run_id": "o"}, new])
+    assert len(split_results.rows_of("toy")) == len(ROWS) + 1 and published.read_text() == before
+    assert split_results.main([]) == 0
+    head, *rows = published.read_text().splitlines()
+    assert head == before.splitlines()[0] + ",batch_time"
+    assert rows[:-1] == [f"{line}," for line in before.splitlines()[1:]]
+    assert split_results.rows_of("toy").batch_time.iloc[-1] == 1.5 and rows[-1].startswith("own,")
+
+    before = published.read_text()
+    for damage in ('own,"torn\n', "\xff", '"' * 7 + "\n"):
+        with open("experiments/results.csv", "a") as file:
+            file.write(damage)
+        assert split_results.main(["toy"]) == 0 and published.read_text() == before
+    assert "lines are no rows of it and are left out" in capsys.readouterr().err
+    Path("experiments/results.csv").unlink()
+    assert split_results.main(["toy"]) == 0 and published.read_text() == before
+
+    published.write_text(before.replace("\nn12new,", '\n"n12new,'))
+    damaged = published.read_text()
+    results([new])
+    assert split_results.main(["toy"]) == 2 and published.read_text() == damaged
+    assert "results_toy.csv: 1 lines are no rows of it" in capsys.readouterr().err
+
+
 def test_runs_of_other_settings_than_the_file_has_are_left_out_and_counted(folder):
     """A stage that was edited has no results until it is run again."""
     results(ROWS)
@@ -713,7 +744,7 @@ def test_runs_of_other_settings_than_the_file_has_are_left_out_and_counted(folde
         ("LR = [0.1,", "LR = [0.2, 0.1,"),
     ):
         rows = pd.DataFrame(ROWS).assign(muon_lr=0.25, bias=1)
-        results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
+        results(rows.astype(object).fillna("").to_dict("records"))
         stage.write_text(FILE.replace(old, new))
         text = make_tables.write_tables("toy")
         if old.startswith("LR"):
@@ -722,12 +753,12 @@ def test_runs_of_other_settings_than_the_file_has_are_left_out_and_counted(folde
             assert "Left out: 9 finished runs with other settings than the stage has now" in text
     rows = pd.DataFrame(ROWS).assign(muon_lr=0.25)
     stage.write_text(FILE.replace('MUON_LR = ""', 'MUON_LR = "auto"'))
-    results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
+    results(rows.astype(object).fillna("").to_dict("records"))
     text = make_tables.write_tables("toy")
     assert "other settings" not in text, "what is auto has a value in the row"
     assert "Left out: 1 finished runs of another trainer or other data." in text
     rows["changes"] += " MUON_LR=0.25"
-    results(rows.astype(object).fillna("").to_dict("records"), "experiments/results_toy.csv")
+    results(rows.astype(object).fillna("").to_dict("records"))
     assert "Left out: 9" in make_tables.write_tables("toy")
 
 
@@ -812,7 +843,8 @@ STUDIED = [path.stem.removeprefix("results_") for path in committed("experiments
 def test_committed_tables_and_verdicts_are_those_of_the_committed_rows_and_curves(
     name, tmp_path, monkeypatch
 ):
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    of_git = shutil.ignore_patterns("results.csv*")
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=of_git)
     monkeypatch.chdir(tmp_path)
     assert split_results.main([name]) == 0
     make_tables.write_tables(name)
@@ -828,6 +860,11 @@ def test_committed_tables_and_verdicts_are_those_of_the_committed_rows_and_curve
         assert Path("experiments", path).read_text() == (ROOT / "experiments" / path).read_text(), (
             f"{path} is stale: python scripts/run_stage.py {name} --no-run"
         )
+
+
+def test_the_table_of_the_runs_here_is_not_for_git():
+    assert committed("experiments/results.csv*") == []
+    assert "/experiments/results.csv\n" in (ROOT / ".gitignore").read_text()
 
 
 def test_readme_tables_are_those_of_the_rows(monkeypatch):

@@ -67,6 +67,40 @@ def test_a_stray_quote_swallows_no_row(tmp_path, capsys):
     assert path.read_text() == before and (tmp_path / "r.csv.unread").read_text() == kept
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("names", ["run_id,note,loss", "note,run_id,loss"])
+def test_two_stray_quotes_swallow_no_row(tmp_path, names, mark):
+    """Between them a reader of CSV sees one cell, in which the rows are."""
+    path = tmp_path / "r.csv"
+    runs = [("a", '"torn', 1), ("b", "fine", 2), ("c", 'torn"', 3), ("d", "fine", 4)]
+    rows = [f"{x},{y},{z}\n" if names.startswith("run") else f"{y},{x},{z}\n" for x, y, z in runs]
+    path.write_text(f"{mark}{names}\n{''.join(rows)}", encoding="utf-8")
+    update_results(path, [{"run_id": "e", "loss": 6}])
+    assert {"b", "d", "e"} <= {*read(path)} <= {"b", "c", "d", "e"}
+    assert rows[0] in (tmp_path / "r.csv.unread").read_text()
+
+
+def test_rows_that_are_no_utf_8_or_have_too_many_cells_are_kept_aside(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_bytes(b"loss,run_id\n1,a\n2,b,more\n3,\xff\n4,\n5,e\n")
+    update_results(path, [{"run_id": "f"}])
+    assert list(read(path)) == ["a", "e", "f"]
+    path.write_bytes(b"run_id,note\na,fine\nb,\xff\n")
+    update_results(path, [{"run_id": "c"}])
+    assert list(read(path)) == ["a", "c"]
+    unread = (tmp_path / "r.csv.unread").read_bytes()
+    assert unread == b"2,b,more\n3,\xff\n4,\nb,\xff\n"
+
+
+def test_many_rows_are_one_write(tmp_path, monkeypatch):
+    path, written = tmp_path / "r.csv", []
+    whole = files.write_whole
+    monkeypatch.setattr(tables, "write_whole", lambda *args: written.append(whole(*args)))
+    update_results(path, [{"run_id": "a", "loss": 1}, {"run_id": "b"}, {"run_id": "a", "x": 2}])
+    assert len(written) == 1
+    assert read(path)["a"] == {"run_id": "a", "loss": "1", "x": "2"} and len(read(path)) == 2
+
+
 def test_what_cannot_be_kept_aside_stays_in_the_table(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("run_id,loss\na,1\nthis,is,precious\n")

@@ -1,5 +1,6 @@
 """The table of results, which many runs write to."""
 
+import codecs
 import csv
 import io
 import re
@@ -12,6 +13,7 @@ from store.contract import RENAMED, RUN_ID_PATTERN, ConfigError, renamed
 from store.files import locked, regular, write_whole
 
 QUOTED = re.compile(rb'"[^"]*"')
+RUN_ID = re.compile(RUN_ID_PATTERN)
 LONGEST_CELL = 1000  # characters; what is longer is cut, so that one run spoils no table
 csv.field_size_limit(2**31 - 1)  # others' tables may hold any
 
@@ -29,9 +31,11 @@ def update_results(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         regular(path)
         with locked(Path(f"{path}.lock")):
             if path.exists() and not is_plain(path):
-                write_whole(path, rewritten(path))
-            for row in rows:
-                write_whole(path, merged(path, row))
+                text, unread = read_table(path)
+                set_aside_lines(path, unread)
+                write_whole(path, text)
+            if rows := [*rows]:
+                write_whole(path, merged(path, rows))
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise ConfigError(
             f"RESULTS_CSV={path}: cannot be written as a table with a column run_id "
@@ -46,13 +50,26 @@ def is_plain(path: Path) -> bool:
     return header[:1] == ["run_id"] and RENAMED.keys().isdisjoint(header)
 
 
-def rewritten(path: Path) -> str:
-    """A table, also as a spreadsheet saves it, with run_id first, under the names of today."""
-    text = path.read_text("utf-8-sig")
-    table = [renamed(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
-    if text.strip() and not (table and "run_id" in table[0]):
-        raise KeyError("no column run_id")
-    return table_text({"run_id": row["run_id"]} | row for row in table)
+def read_table(path: Path) -> tuple[str, list[bytes]]:
+    """(text, unread): a table, also as a spreadsheet saves it, with run_id first and under the
+    names of today; and the lines of the file that are no rows of it. Raises ValueError."""
+    unread, sound = [], []
+    try:
+        with open(path, "rb") as file:
+            rows = rows_of(file)
+            header = cells_of(next(rows).removeprefix(codecs.BOM_UTF8))
+            if not header:
+                return "", unread
+            at = header.index("run_id")
+            for row in rows:
+                sound += sound_rows(row, len(header), unread, at)
+    except (ValueError, csv.Error):
+        raise ValueError(f"{path} is no table of results: it has no column run_id") from None
+    if at == 0 and RENAMED.keys().isdisjoint(header):
+        return row_text(header) + b"".join(sound).decode(), unread
+    blank = {"run_id": ""} | renamed(dict.fromkeys(header, ""))
+    table = [blank | renamed(dict(zip(header, cells_of(row)))) for row in sound]
+    return "".join(map(row_text, [blank, *(row.values() for row in table)])), unread
 
 
 def cells_of(row: bytes) -> list[str]:
@@ -75,18 +92,22 @@ def rows_of(file: BinaryIO) -> Iterator[bytes]:
     yield b"".join(row)
 
 
-def sound_rows(row: bytes, width: int, unread: list[bytes]) -> list[bytes]:
-    """[row] where it fits a table of so many columns; of one that does not, the lines that do.
+def sound_rows(row: bytes, width: int, unread: list[bytes], at: int = 0) -> list[bytes]:
+    """[row] where it fits a table of so many columns, with run_id at this one; of one that does
+    not, the lines that do.
 
     The other lines are added to `unread`.
     """
-    unquoted = QUOTED.sub(b"", row) if b'"' in row else row
-    if unquoted.count(b",") == width - 1 and row[:1] not in b',"':
-        return [row.rstrip(b"\r\n") + b"\n"]
-    sound = []
     lines = row.splitlines(keepends=True)
-    for part in [row] if fits(row, width) else lines:
-        if fits(part, width):
+    is_one = len(lines) == 1
+    if is_one and at == 0 and row[:1] not in b',"' and is_text(row):
+        unquoted = QUOTED.sub(b"", row) if b'"' in row else row
+        if unquoted.count(b",") == width - 1:
+            return [row.rstrip(b"\r\n") + b"\n"]
+    sound = []
+    is_whole = not any(looks_like_a_row(line, width, at) for line in lines[1:])
+    for part in [row] if is_whole and fits(row, width, at) else lines:
+        if fits(part, width, at):
             missing = width - len(cells_of(part))
             sound.append(part.rstrip(b"\r\n") + b"," * missing + b"\n")
         elif part.strip():
@@ -94,43 +115,64 @@ def sound_rows(row: bytes, width: int, unread: list[bytes]) -> list[bytes]:
     return sound
 
 
-def fits(row: bytes, width: int) -> bool:
+def is_text(row: bytes) -> bool:
+    """Whether bytes are UTF-8."""
+    try:
+        return row.isascii() or bool(row.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def looks_like_a_row(line: bytes, width: int, at: int) -> bool:
+    """Whether a line within quotes is a row of its own, which a stray quote would swallow."""
+    cells = line.split(b",")
+    return len(cells) >= width > 2 and is_text(line) and is_run_id(cells[at].decode())
+
+
+def is_run_id(cell: str) -> bool:
+    return RUN_ID.fullmatch(cell) is not None
+
+
+def fits(row: bytes, width: int, at: int) -> bool:
     """Whether these are the cells of a run in a table of so many columns."""
     try:
         cells = cells_of(row)
     except (UnicodeDecodeError, csv.Error):
         return False
-    if not cells or not re.fullmatch(RUN_ID_PATTERN, cells[0]):
+    if len(cells) <= at or not is_run_id(cells[at]):
         return False
     is_short = len(cells) < width and len(row.splitlines()) == 1  # by another program, or cut off
     return len(cells) == width or is_short
 
 
-def merged(path: Path, row: dict[str, Any]) -> Iterator[bytes]:
-    """The rows of a table with one more, or with that one brought up to date.
+def merged(path: Path, rows: list[dict[str, Any]]) -> Iterator[bytes]:
+    """The rows of a table with these too, of which it may have some, which are brought up to date.
 
-    Only the header and the row of the same run_id are taken apart, since there may be many. Lines
+    Only the header and the rows of the same run_id are taken apart, since there may be many. Lines
     that are no rows are set aside before the last of it is given, so before the table is replaced.
     """
-    unread = []
-    cells = {name: cell_of(value) for name, value in renamed(row).items()}
-    cells = {"run_id": cells["run_id"]} | cells
+    unread, new = [], {}
+    for row in rows:
+        cells = {name: cell_of(value) for name, value in renamed(row).items()}
+        key = cells["run_id"].encode()
+        new[key] = new.get(key, {}) | cells
+    left = dict(new)
     with open(path, "rb") if path.exists() else io.BytesIO() as file:
-        rows = rows_of(file)
-        header = cells_of(next(rows))
-        columns = list(dict.fromkeys([*header, *cells]))
+        old_rows = rows_of(file)
+        header = cells_of(next(old_rows))
+        names = [name for cells in new.values() for name in cells]
+        columns = dict.fromkeys(["run_id", *header, *names])
         yield row_text(columns).encode()
-        key, more = f"{cells['run_id']},".encode(), b"," * (len(columns) - len(header))
-        written = False
-        for old in rows:
+        more = b"," * (len(columns) - len(header))
+        for old in old_rows:
             for sound in sound_rows(old, len(header), unread):
-                if not sound.startswith(key):
+                key = sound[:-1].split(b",", 1)[0]
+                if key not in new:
                     yield sound[:-1] + more + b"\n"
-                elif not written:
-                    written = True
+                elif key in left:  # of two rows of one run the first is kept
                     known = dict(zip(header, cells_of(sound)))
-                    yield table_row(columns, known | cells)
-        if not written:
+                    yield table_row(columns, known | left.pop(key))
+        for cells in left.values():
             yield table_row(columns, cells)
     set_aside_lines(path, unread)
 
