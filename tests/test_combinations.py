@@ -1,13 +1,17 @@
-"""Every pair of choices on different axes trains and resumes in some run, or is refused by name."""
+"""Every pair of choices on different axes trains and resumes in some run, or is refused by name;
+every setting that is said to have no effect has none."""
 
 import itertools
 import signal
 
 import pytest
+import torch
 from conftest import CLOCKS, dies_at, launch, points, tiny
 from safetensors.torch import load_file
 
+from harness.ranks import Ranks
 from store.contract import ConfigError
+import train_gpt
 from train_gpt import Config, axes
 
 MACHINE = ("device", "dtype", "compile", "trackers")  # axes that say nothing of what is trained
@@ -127,3 +131,57 @@ def test_few_runs_cover_all_pairs():
     assert set().union(*map(pairs_of, ROWS)) == PAIRS - ALONE
     longest, second = sorted(map(len, AXES.values()), reverse=True)[:2]
     assert len(ROWS) <= 2 * longest * second
+
+
+BASES = [  # together in each of them every setting that may have no effect has one, or none
+    {},
+    {"ffn": "moe"},
+    {"ffn": "moe", "aux_loss_coef_start": 0.3, "aux_loss_coef_end": 0.1},
+    {"ffn": "moe", "balance": "quantile"},
+    {"mixer": "gru", "attngate": "elementwise"},
+    {"optimizer": "adamw", "attngate": "elementwise", "tie_embeddings": False},
+    {"lr_schedule": "cosine", "momentum_start": 0.5, "momentum_warmup_iters": 1}
+    | {"momentum_cooldown_iters": 1},
+    {"warmdown_frac": 0.5, "weight_decay": 0.1},
+]
+OTHER = {"n_head": 1, "num_experts": 4, "top_k": 1, "momentum_warmup_iters": 2}
+OTHER |= {
+    "momentum_cooldown_iters": 3,
+    "aux_warmup_frac": 0.3,
+    "warmdown_iters": 2,
+    "muon_momentum": 0.5,
+}
+
+
+def trained(cfg):
+    """Losses and weights of four updates."""
+    state, losses = train_gpt.State.build(cfg, Ranks()), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(cfg.num_iterations):
+        batch = torch.randint(64, (4, 17), generator=generator)
+        losses.append(train_gpt.train_step(state, cfg, batch[:, :-1], batch[:, 1:]).loss)
+    return [*losses, *state.model.parameters()]
+
+
+@pytest.mark.parametrize("name", sorted({*" ".join(Config.NEEDS.values()).split()}))
+def test_a_setting_is_said_to_have_no_effect_exactly_where_it_has_none(group, name):
+    """Bits of a short training, with it and without, tell."""
+    seen = set()
+    for base in BASES:
+        base = base | {"num_iterations": 4, "warmdown_iters": 3, "batch_size": 4, "n_embd": 16}
+        value, choices = getattr(tiny(**base), name), axes().get(name, ())
+        other = next((choice for choice in choices if choice != value), OTHER.get(name, 0.9))
+        other = not value if isinstance(value, bool) else other
+        changed = base | {name: other}
+        if name.startswith("aux_loss_coef_"):
+            changed |= {"aux_loss_coef_start": 0.7, "aux_loss_coef_end": 0.6}
+        if name == "router_optimizer" and base.get("optimizer") == "adamw":
+            continue  # no other can be chosen
+        cfg = tiny(**changed)
+        has_effect = name not in cfg.idle()
+        if has_effect not in seen:
+            seen.add(has_effect)
+            a, b = trained(tiny(**base)), trained(cfg)
+            is_same = len(a) == len(b) and all(map(torch.equal, a, b))
+            assert is_same != has_effect, (base, changed)
+    assert seen == {True, False}

@@ -126,11 +126,8 @@ def is_text(row: bytes) -> bool:
 def looks_like_a_row(line: bytes, width: int, at: int) -> bool:
     """Whether a line within quotes is a row of its own, which a stray quote would swallow."""
     cells = line.split(b",")
-    return len(cells) >= width > 2 and is_text(line) and is_run_id(cells[at].decode())
-
-
-def is_run_id(cell: str) -> bool:
-    return RUN_ID.fullmatch(cell) is not None
+    is_wide = len(cells) >= width > 2 and is_text(line)
+    return is_wide and RUN_ID.fullmatch(cells[at].decode()) is not None
 
 
 def fits(row: bytes, width: int, at: int) -> bool:
@@ -139,7 +136,7 @@ def fits(row: bytes, width: int, at: int) -> bool:
         cells = cells_of(row)
     except (UnicodeDecodeError, csv.Error):
         return False
-    if len(cells) <= at or not is_run_id(cells[at]):
+    if len(cells) <= at or not RUN_ID.fullmatch(cells[at]):
         return False
     is_short = len(cells) < width and len(row.splitlines()) == 1  # by another program, or cut off
     return len(cells) == width or is_short
