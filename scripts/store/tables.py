@@ -68,8 +68,8 @@ def read_table(path: Path) -> tuple[str, list[bytes]]:
     if at == 0 and RENAMED.keys().isdisjoint(header):
         return row_text(header) + b"".join(sound).decode(), unread
     blank = {"run_id": ""} | renamed(dict.fromkeys(header, ""))
-    table = [blank | renamed(dict(zip(header, cells_of(row)))) for row in sound]
-    return "".join(map(row_text, [blank, *(row.values() for row in table)])), unread
+    cells = [(blank | renamed(dict(zip(header, cells_of(row))))).values() for row in sound]
+    return "".join(map(row_text, [blank, *cells])), unread
 
 
 def cells_of(row: bytes) -> list[str]:
@@ -99,8 +99,7 @@ def sound_rows(row: bytes, width: int, unread: list[bytes], at: int = 0) -> list
     The other lines are added to `unread`.
     """
     lines = row.splitlines(keepends=True)
-    is_one = len(lines) == 1
-    if is_one and at == 0 and row[:1] not in b',"' and is_text(row):
+    if len(lines) == 1 and at == 0 and row[:1] not in b',"' and is_text(row):
         unquoted = QUOTED.sub(b"", row) if b'"' in row else row
         if unquoted.count(b",") == width - 1:
             return [row.rstrip(b"\r\n") + b"\n"]
@@ -126,8 +125,9 @@ def is_text(row: bytes) -> bool:
 def looks_like_a_row(line: bytes, width: int, at: int) -> bool:
     """Whether a line within quotes is a row of its own, which a stray quote would swallow."""
     cells = line.split(b",")
-    is_wide = len(cells) >= width > 2 and is_text(line)
-    return is_wide and RUN_ID.fullmatch(cells[at].decode()) is not None
+    if len(cells) < width or width < 3 or not is_text(line):
+        return False
+    return RUN_ID.fullmatch(cells[at].decode()) is not None
 
 
 def fits(row: bytes, width: int, at: int) -> bool:
