@@ -22,6 +22,7 @@ from conftest import (
     dies_at,
     folder,
     launch,
+    points,
     row,
     run_ranks,
     tensors,
@@ -79,6 +80,8 @@ def test_a_signal_to_any_rank_saves_all_at_one_step(settings, monkeypatch, numbe
     )
     told_of = [int(float.fromhex(point[0])) for point in curve(settings)]
     assert told_of == list(range(step))  # the last one is for who goes on
+    validated = [point["step"] for point in points(settings) if point["val_loss"]]
+    assert told["val_step"] == validated[-1] and f"\nval_step: {validated[-1]}\n" in out
     assert not list((settings["LOG_DIR"] / "toy").glob("stacks*"))
     assert defect(folder(settings, step)) == ""
 

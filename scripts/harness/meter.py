@@ -164,7 +164,7 @@ class Meter:
             "compile_time": self.seconds["compile_time"] or None,
         }
         if val_loss is not None:
-            self.figures |= self.losses(val_loss)
+            self.figures |= self.losses(val_loss) | {"val_step": step}
         return self.figures
 
     def losses(self, val_loss: float) -> dict[str, float | None]:
