@@ -338,4 +338,6 @@ PARTS = RANKS | FAULTS
 
 
 if __name__ == "__main__":
+    if "MASTER_ADDR" not in os.environ:  # not below torchrun
+        sys.exit(__doc__)
     sys.exit(be_a_rank(dict(os.environ)))

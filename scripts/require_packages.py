@@ -1,10 +1,13 @@
 """Ends a script with one sentence where Python is too old or lacks the project's packages.
 
 A script imports it before all that may be missing; so it runs under any Python 3. From then on
-Ctrl-C is told without a traceback, also while other packages load. The train_gpt.py
-that scripts import is the one above them, whatever is installed.
+Ctrl-C is told without a traceback, also while other packages load, and a reader that has gone away,
+as in `| head -1`, is nothing to tell. The train_gpt.py that scripts import is the one above them,
+whatever is installed.
 """
 
+import atexit
+import errno
 import importlib.util
 import os
 import sys
@@ -42,11 +45,28 @@ def say_interrupted(kind, error, trace):
     """What is printed of an exception: of Ctrl-C, which may come while packages load, one word."""
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write("interrupted\n")
-    else:
+    elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
+        script = os.path.basename(sys.argv[0])
+        sys.stderr.write(f"{script}: error: {error}; make room\n")
+    elif not (issubclass(kind, BrokenPipeError) and is_reader_gone("\n")):
         sys.__excepthook__(kind, error, trace)
 
 
+def is_reader_gone(more=""):
+    """Whether nobody reads standard output; what is left to write goes nowhere then."""
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    except (AttributeError, OSError, ValueError):  # closed, or full
+        pass
+    return False
+
+
 check_packages()
+atexit.register(is_reader_gone)
 sys.excepthook = say_interrupted
 if ROOT not in sys.path:
     sys.path.insert(1, ROOT)

@@ -54,6 +54,19 @@ print(train_gpt.__file__)
     assert done.stdout.strip() == str(ROOT / "train_gpt.py"), done.stderr
 
 
+def test_a_reader_that_has_gone_away_is_nothing_to_tell():
+    """Whether the output is longer than a buffer or not; a full disk is a sentence."""
+    begin = f'{sys.executable} -c \'import sys; sys.path[:0] = ["scripts"]; import require_packages'
+    for action, err in {
+        "print(1)": "",
+        "[print(i) for i in range(100_000)]": "",
+        'raise OSError(28, "No space left")': "-c: error: [Errno 28] No space left; make room\n",
+    }.items():
+        command = ["bash", "-c", f"{begin}; {action}' | true"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.stderr == err, action
+
+
 def test_ctrl_c_is_no_traceback(tmp_path):
     """Whenever it comes, here while a script's other packages load; other errors have theirs."""
     for name, (code, err) in {"INT": (-2, "interrupted\n"), "KeyError": (1, "Traceback")}.items():
