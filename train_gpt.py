@@ -51,7 +51,7 @@ from harness.provenance import fingerprint, how_to_get
 from harness.run import Run
 from harness.settings import Settings, settings_table
 from store.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
-from store.files import quoted
+from store.files import quoted, regular
 from store.source import source_hash
 from ops.cross_entropy import LinearCrossEntropy, loss_chunk, pad_head, rows_per_chunk, score_chunk
 from ops.cross_entropy import soft_cap
@@ -1822,14 +1822,13 @@ HEADER_INTS = 256
 def shard_tokens(path):
     """Number of tokens of a shard, after its header and size are verified. Raises DataError."""
     try:
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        header = np.fromfile(regular(path), dtype="<i4", count=HEADER_INTS)
         size = os.path.getsize(path)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); name shards, as data/x/x_train_*.bin"
+            f"{path}: cannot be read ({error}); name shards, as data/x/x_train_*.bin"
         ) from None
-    first_words = [*header[:3].tolist(), 0, 0, 0]  # a file may be shorter
-    magic, version, tokens = first_words[:3]
+    magic, version, tokens = [*header[:3].tolist(), 0, 0, 0][:3]  # a file may be shorter
     expected_size = 4 * HEADER_INTS + 2 * tokens
     good_header = magic == SHARD_MAGIC and version == SHARD_VERSION and tokens >= 1
     if not good_header or size != expected_size:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from store.contract import ConfigError
+from store.files import regular
 from store.tables import update_results
 from train_gpt import Config
 
@@ -21,7 +22,7 @@ def read_summaries(files: list[Path]) -> list[dict]:
     rows = []
     for file in files:
         try:
-            row = json.loads(file.read_text("utf-8"))
+            row = json.loads(regular(file).read_text("utf-8"))
         except (OSError, ValueError) as error:
             print(
                 f"rebuild_results.py: {file} is skipped, it holds no JSON: {error}", file=sys.stderr
@@ -29,6 +30,8 @@ def read_summaries(files: list[Path]) -> list[dict]:
             continue
         if isinstance(row, dict) and row.get("run_id"):
             rows.append(row)
+        else:
+            print(f"rebuild_results.py: {file} is skipped, it is no summary", file=sys.stderr)
     return rows
 
 

@@ -671,6 +671,9 @@ def test_the_exported_weights_are_the_model_and_start_another_run(settings):
             curve(settings, f"tuned{i}")[0][2] == curve(settings)[-1][2]
             and len(curve(settings, f"tuned{i}")) == 9
         )
+    os.mkfifo(settings["LOG_DIR"] / "pipe")
+    codes, out = launch(settings | {"INIT_FROM": settings["LOG_DIR"] / "pipe", "RUN_ID": "pipe"})
+    assert codes == [2] and "pipe is no regular file" in out
     codes, out = launch(settings | {"INIT_FROM": run, "RUN_ID": "wide", "N_EMBD": 64})
     assert codes == [2] and f"INIT_FROM={run}" in out and "size mismatch" in out
     assert len(out.splitlines()) == 1 and row(settings, "wide")["status"] == "config"

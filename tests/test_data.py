@@ -95,18 +95,22 @@ def test_a_shard_is_read_as_it_is_specified(tmp_path):
         (header()[:1023], "1032 bytes for 4, found 20240520, 1 and 1023 bytes; "),
         (header()[:7], "1024 bytes for 0, found 20240520, 0 and 7 bytes; "),
         (b"", "1024 bytes for 0, found 0, 0 and 0 bytes; "),
-        ("a folder", "cannot be read (Is a directory)"),
-        (None, "cannot be read (No such file or directory)"),
+        ("a folder", "cannot be read ({path} is no regular file)"),
+        ("a pipe", "cannot be read ({path} is no regular file)"),
+        (None, "cannot be read ([Errno 2] No such file or directory: '{path}')"),
     ],
     ids="magic version truncated longer odd header-only zero negative fits-negative short-header "
-    "stub empty directory missing".split(),
+    "stub empty directory pipe missing".split(),
 )
 def test_a_broken_shard_is_refused_with_what_was_expected_and_found(tmp_path, raw, sentence):
     path = tmp_path / "x.bin"
     if raw == "a folder":
         path.mkdir()
+    elif raw == "a pipe":
+        os.mkfifo(path)
     elif raw is not None:
         path.write_bytes(raw)
+    sentence = sentence.replace("{path}", str(path))
     start = f"{path}: "
     if isinstance(raw, bytes):
         start += "expected magic 20240520, version 1, a token or more and "
@@ -125,7 +129,7 @@ def test_a_shard_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(np, "fromfile", denied)
-    assert message(load_shard, path).startswith(f"{path}: cannot be read (Permission denied); ")
+    assert message(load_shard, path).startswith(f"{path}: cannot be read ([Errno 13] Permission")
 
 
 # Order
@@ -383,7 +387,7 @@ def test_data_of_two_tokenizers_a_folder_and_a_vocabulary_that_is_too_large(sett
     codes, output = launch(settings | {"INPUT_VAL_BIN": other / "toy_val_*.bin"})
     assert codes == [3] and "other/toy_val_*.bin are of different tokenizers; set both" in output
     codes, output = launch(settings | {"INPUT_BIN": tmp_path})
-    assert codes == [3] and "(Is a directory); name shards, as data/x/x_train_*.bin" in output
+    assert codes == [3] and "is no regular file); name shards, as data/x/x_train_*.bin" in output
     codes, output = launch(settings | {"VOCAB_SIZE": 50304, "NUM_ITERATIONS": 1})
     assert codes == [0] and "VOCAB_SIZE=50304, the data have 64 ids; VOCAB_SIZE=0 takes" in output
     (other / "index.json").unlink()

@@ -20,7 +20,7 @@ from harness.provenance import dataset_folder
 from harness.ranks import Ranks
 from harness.settings import Settings
 from store.contract import ConfigError
-from store.files import sha256sum, sync, write_whole
+from store.files import regular, sha256sum, sync, write_whole
 
 MAX_FAILED_SAVES = 3  # in a row
 SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint; a slower one is written meanwhile
@@ -350,7 +350,7 @@ def import_weights(model: torch.nn.Module, path: str | Path) -> None:
 
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else path
     try:
-        weights = safetensors.torch.load_file(file)
+        weights = safetensors.torch.load_file(regular(file))
         # These start anew; in files of earlier versions a router_state is called balance.
         states = ("ffn.router_state", "ffn.balance", "eot")
         weights = {name: t for name, t in weights.items() if not name.endswith(states)}
