@@ -11,11 +11,16 @@ TMPDIR chooses the disk they are on, and so the disk the loader is measured on.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
+import os
+
+from store.process import ENDINGS, before_torch
+
+if __name__ == "__main__":  # as train_gpt.py does
+    before_torch(os.environ)
+
 import argparse
 import contextlib
 import json
-import os
-import resource
 import signal
 import subprocess
 import sys
@@ -201,6 +206,8 @@ def bench_peak(cfg: Config, device: torch.device) -> Figures:
 
 def blocks_read() -> int:
     """Blocks of 512 bytes that this process has read from a disk."""
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_inblock
 
 
@@ -509,7 +516,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    for number in signal.SIGTERM, signal.SIGHUP:  # end like Ctrl-C: nothing is left behind
+    for number in {*ENDINGS} - {signal.SIGINT}:  # end like Ctrl-C: nothing is left behind
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:], dict(os.environ)))

@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import re
-import resource
 import sys
 import time
 import traceback
@@ -44,6 +43,8 @@ def peak_memory(device: torch.device) -> float:
     if sys.platform == "linux":  # whose rusage starts with what the parent had in use
         kib = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
         return int(kib[1]) / 2**20
+    import resource  # Windows has none
+
     units = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from harness.provenance import utc_now
 from harness.settings import ROOT
 from store.files import write_whole
+from store.process import ENDINGS, usable_cores
 from store.tables import update_results
 import train_gpt
 from plan_stage import HAS_RESULT, PlannedRun, environment_here, results, status_of
@@ -43,9 +44,7 @@ def environment(
     this machine."""
     env = environment_here()
     if device == "cpu":
-        has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-        threads = max(1, cores // (jobs * world_size))
+        threads = max(1, usable_cores() // (jobs * world_size))
         env.setdefault("OMP_NUM_THREADS", str(threads))
     elif jobs > 1:
         own_devices = devices()[slot * world_size : (slot + 1) * world_size]
@@ -73,7 +72,7 @@ class Pool:
         self.has_result = (*HAS_RESULT, "stopped") if keep_stopped else HAS_RESULT
         self.asked_to_end = False
         self.gated_at: dict[str, int] = {}  # the step at which the gate last saw a run, by run_id
-        for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        for number in ENDINGS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self.ask_to_end)
 

@@ -38,6 +38,7 @@ from encode_shards import Job, Progress, dump, encoder, read_record, write_file
 from harness.settings import ROOT, read_preset
 from store.contract import DataError
 from store.files import regular, sha256sum
+from store.process import usable_cores
 from text_sources import FILES_SPLIT, Reading, Source, fetch, open_source, split_of, survey
 
 PARTIAL = ".partial"  # folder of what is not whole yet
@@ -450,7 +451,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--binary", action="store_true", help="with bytes: take files that are no text, as they are"
     )
-    add("--workers", type=int, default=cores(), help="processes that encode (all cores)")
+    add("--workers", type=int, default=usable_cores(), help="processes that encode (all cores)")
     add("--force", action="store_true", help="replace whatever data --out holds")
     args = parser.parse_args(argv)
     problem = text_sources.option_problem(args) or option_problem(args)
@@ -464,13 +465,6 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found a blank")
     return Path(text)
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def option_problem(args: argparse.Namespace) -> str | None:

@@ -66,6 +66,7 @@ from harness.files import RunFiles
 from harness.provenance import new_run_id
 from harness.settings import ROOT
 from store.contract import ConfigError, DataError
+from store.process import ENDINGS
 from load_model import (
     Trained,
     as_environment,
@@ -92,7 +93,6 @@ RULE = "-" * 70
 SPEED_STEPS = 10  # that are enough to say how long all will take
 MOST_POINTS = 20_000  # of a curve: where there are fewer steps, every one of them is logged
 COURSE = {"NUM_ITERATIONS", "MAX_EPOCHS", "LOG_EVERY", "SAVE_EVERY", "KEEP_LAST"}  # see course
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OPTIONS = {  # option: (setting, kind, what it is)
     "hidden-size": ("N_EMBD", int, "channels of the embedding and the states"),
     "layers": ("N_LAYER", int, "recurrent layers"),
@@ -335,7 +335,7 @@ class Trainer:
         self.errors = tempfile.TemporaryFile()
 
     def __enter__(self) -> Self:
-        heeded = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has it
+        heeded = [n for n in ENDINGS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has it
         self.handlers = {n: signal.signal(n, self.ask_to_end) for n in heeded}
         self.process = subprocess.Popen(
             self.command,

@@ -277,9 +277,11 @@ def test_the_command_that_goes_on_is_whole(monkeypatch):
     """A shell takes it as it stands."""
     monkeypatch.setattr(sys, "argv", ["my dir/train.py", "--steps", "3"])
     cfg = Config(log_dir="my logs", note="it's")
-    words = shlex.split(command_of(cfg, "WIDTH=3", "r", 2))
+    words = shlex.split(command_of(cfg, "WIDTH=3", "r", Ranks(0, 0, 2, 2)))
     assert words == [
         *("WIDTH=3", "NOTE=it's", "LOG_DIR=my logs", "RUN_ID=r", "RESUME=auto"),
         *("torchrun", "--standalone", "--nproc_per_node=2", "my dir/train.py", "--steps", "3"),
     ]
-    assert " RUN_ID=r RESUME=auto python 'my dir/train.py'" in command_of(cfg, "", "r", 1)
+    assert " RUN_ID=r RESUME=auto python 'my dir/train.py'" in command_of(cfg, "", "r", Ranks())
+    command = command_of(cfg, "", "r", Ranks(0, 0, 16, 8))
+    assert "RESUME=auto torchrun <as before, on every machine> 'my dir/" in command

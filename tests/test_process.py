@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from store.process import SPINS, core_quota, share_cores
+from store.process import SPINS, core_quota, share_cores, usable_cores
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +28,8 @@ def test_a_container_has_as_many_threads_as_it_may_use(tmp_path, file, text, cor
     env = {}
     share_cores(env, tmp_path)
     assert core_quota(tmp_path) == cores
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2), raising=False)
+    assert usable_cores(tmp_path) == min(cores or 2, 2)
     assert env.get("OMP_NUM_THREADS", "0") == str(cores)
 
 

@@ -253,6 +253,29 @@ def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path, place):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.mark.parametrize("table", ["r.csv", "r/live", "r/results.csv"])
+def test_a_table_among_the_files_of_the_run_is_refused_and_not_made(tmp_path, table):
+    """Not by the row of the refusal either; r/live.lock is what the run holds."""
+    table = tmp_path / "logs" / table
+    with pytest.raises(ConfigError, match="is a file of RUN_ID=r itself") as error:
+        start(tmp_path, results_csv=f"{table}")
+    env = {"RUN_ID": "r", "LOG_DIR": f"{tmp_path}/logs", "RESULTS_CSV": f"{table}"}
+    record_refusal(error.value, Config, env)
+    assert not table.exists() and strict(tmp_path / "logs/r.json")["status"] == "config"
+
+
+def test_a_damaged_summary_is_told_when_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/r.txt").write_text("step:1/8 train_loss:2\n")
+    (tmp_path / "logs/r.json").write_text('{"status": "run')
+    start(tmp_path, resume="auto", run_id="r").close("ok")
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path}/logs/r.json is no summary of a run; name another; resumes are counted" in said
+    )
+    assert read(tmp_path / "results.csv")["r"]["resumes"] == "0"
+
+
 def test_a_log_dir_that_is_a_file_ends_a_run_with_code_2(tmp_path, settings):
     (tmp_path / "logs").write_text("in the way")
     codes, output = launch(settings)

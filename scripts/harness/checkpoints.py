@@ -36,14 +36,14 @@ def defect(folder: Path) -> str:
     try:
         lines = (folder / "SHA256SUMS").read_bytes().decode().splitlines(keepends=True)
         names = [line[66:-1] for line in lines]
-        for name, line in zip(names, lines):
-            if line != sha256sum(folder / name):
-                return f"{name} is not what was written there"
         owners = {os.stat(path).st_uid for path in (folder, *folder.iterdir())}
         if hasattr(os, "geteuid") and not owners <= {os.geteuid(), 0}:
             return "it belongs to another user, and what is in it would run as you"
         if any(path.is_symlink() for path in folder.iterdir()):
             return "it has links, which may lead to what is not of this run"
+        for name, line in zip(names, lines):
+            if line != sha256sum(folder / name):
+                return f"{name} is not what was written there"
         if folder.is_symlink() or not {".metadata", "run.json"} <= set(names):
             return "SHA256SUMS is not what was written there"
         return ""

@@ -15,7 +15,7 @@ from harness.files import RunFiles
 from harness.meter import peak_memory
 from harness.provenance import new_run_id, utc_now
 from harness.ranks import Ranks
-from harness.records import Records
+from harness.records import Records, refuse_foreign_files
 from harness.settings import Settings
 from store.contract import EXIT_CODES, RUN_ID_PATTERN, ConfigError
 from store.files import write_whole
@@ -51,7 +51,7 @@ def report_failure(
     reason = redact(str(error) or interrupted, env)
     if status == "oom" and records:
         peak = peak_memory(ranks.device(records.cfg))
-        reason = f"out of memory, peak {peak:.2f} GiB; {records.cfg.advice(status)}"
+        reason = f"out of memory, peak {peak or 0:.2f} GiB; {records.cfg.advice(status)}"
     if status == "crash":
         reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
         if records and "imed out" in reason:
@@ -124,10 +124,11 @@ def record_refusal(error: BaseException, cls: type[Settings], env: Mapping[str, 
         "started": utc_now(),
         "host": platform.node(),
     }
-    summary = RunFiles(row["log_dir"], row["run_id"]).json
+    files = RunFiles(row["log_dir"], row["run_id"])
     with contextlib.suppress(
         OSError, ConfigError
     ):  # where nothing can be written, the terminal has to do
-        if not summary.exists():  # no finished run is touched
-            write_whole(summary, json.dumps(row, indent=1) + "\n")
+        if not files.json.exists():  # no finished run is touched
+            write_whole(files.json, json.dumps(row, indent=1) + "\n")
+            refuse_foreign_files(files, row["results_csv"])
             update_results(row["results_csv"], [row])

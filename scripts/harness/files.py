@@ -23,7 +23,7 @@ class RunFiles:
 
     def summary(self) -> dict:
         """What the JSON holds. Raises ValueError where that is not a summary."""
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             summary = json.loads(self.json.read_text("utf-8"))
             if "status" in summary:
                 return summary

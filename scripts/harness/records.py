@@ -57,6 +57,7 @@ class Records:
         if self.rank:
             return None
         claim(self.files, self.lock)
+        refuse_foreign_files(self.files, self.cfg.results_csv)
         update_results(self.cfg.results_csv, [])  # where it cannot be written, nothing has begun
 
         warnings = list(warnings)
@@ -65,7 +66,6 @@ class Records:
             saved = json.loads((checkpoint / "run.json").read_text("utf-8"))
             step = saved["step"]
             warnings += changed_settings(saved, self.cfg, plan)
-        refuse_foreign_files(self.files, self.cfg.results_csv)
         known = self.files.log.exists()
         self.refuse_second_start(known, checkpoint)
         if known and not checkpoint:
@@ -116,8 +116,10 @@ class Records:
         """Puts into the summary what is known at the start, names first."""
         old = {}
         if self.files.log.exists():
-            with contextlib.suppress(OSError, ValueError):  # none, or a damaged one
+            try:
                 old = self.files.summary()
+            except ValueError as error:
+                print(f"warning: {error}; resumes are counted anew", file=sys.stderr)
         commit, dirty = git_state()
         identity = {name: self.summary[name] for name in ("run_id", "stage", "variant", "preset")}
         found_here = {
@@ -202,10 +204,10 @@ class Records:
         lines = {
             key: self.summary[key] for key in measured if self.summary.get(key) not in (None, "")
         }
-        weights = self.files.folder / "model.safetensors"
+        files = self.files
+        weights = files.folder / "model.safetensors"
         lines |= {"weights": weights} if status == "ok" else {}
-        lines |= {"log": self.files.log, "curve": self.files.curve}
-        lines |= {"summary": self.files.json, "row": row}
+        lines |= {"log": files.log, "curve": files.curve, "summary": files.json, "row": row}
         for key, value in lines.items():
             text = f"{value:.6g}" if isinstance(value, float) else value
             unit = UNITS.get(key, "")
@@ -217,9 +219,9 @@ def start_trackers(cfg: Settings, files: RunFiles) -> None:
     """Starts scripts/track.py in a session of its own: what becomes of it, no run notices."""
     if cfg.trackers == "none":
         return
-    script, log_dir = ROOT / "scripts" / "track.py", cfg.log_dir
-    command = [sys.executable, script, files.run_id, "--to", cfg.trackers]
-    command += ["--follow", "--log-dir", log_dir]
+    script = ROOT / "scripts" / "track.py"
+    options = ["--to", cfg.trackers, "--follow", "--log-dir", cfg.log_dir]
+    command = [sys.executable, script, files.run_id, *options]
     with contextlib.suppress(OSError), open(files.folder / "track.txt", "ab") as out:
         subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
@@ -249,8 +251,8 @@ def claim(files: RunFiles, lock: FileLock) -> None:
 def refuse_foreign_files(files: RunFiles, results_csv: str) -> None:
     """Raises ConfigError where files of this run would be, or are, something else."""
     table = Path(results_csv).resolve()
-    for path in (files.log, files.curve, files.json):
-        if table == path.resolve():
+    for path in files.log, files.curve, files.json:
+        if path.resolve() == table or files.folder.resolve() in table.parents:
             raise ConfigError(
                 f"RESULTS_CSV={table} is a file of RUN_ID={files.run_id} itself; choose "
                 "another RUN_ID or table"

@@ -174,8 +174,7 @@ class Run:
         """Ends the run with the status last polled; without one it is "ok" and leaves weights."""
         records, status = self.records, self.watch.status or "ok"
         if status != "ok":
-            run_id, world = records.files.run_id, self.ranks.world_size
-            command = command_of(self.cfg, self.changes, run_id, world)
+            command = command_of(self.cfg, self.changes, records.files.run_id, self.ranks)
             records.print(f"{status} at step {self.step}; this goes on: {command}")
         self.watch.wait_for_records()
         self.checkpoints.wait(last=True)
@@ -201,7 +200,7 @@ class Run:
             raise
 
 
-def command_of(cfg: Settings, changes: str, run_id: str, world: int) -> str:
+def command_of(cfg: Settings, changes: str, run_id: str, ranks: Ranks) -> str:
     """What a shell has to be told so that a run goes on; `changes` are those from the defaults."""
     words = [changes] if changes else []
     for name in cfg.LABELS:
@@ -209,5 +208,9 @@ def command_of(cfg: Settings, changes: str, run_id: str, world: int) -> str:
         if name not in ("run_id", "resume", "dry_run") and value != getattr(type(cfg), name):
             words.append(f"{name.upper()}={shlex.quote(str(value))}")
     words.append(f"RUN_ID={run_id} RESUME=auto")
-    launcher = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+    launcher = "torchrun <as before, on every machine>"
+    if ranks.local_world_size == ranks.world_size:
+        launcher = f"torchrun --standalone --nproc_per_node={ranks.world_size}"
+    if ranks.world_size == 1:
+        launcher = "python"
     return " ".join([*words, launcher, *map(shlex.quote, sys.argv)])

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from harness.files import RunFiles
 from harness.ranks import FIRST_STEP_TIMEOUT, Ranks
 from store.files import LOCK_LIMIT
+from store.process import ENDINGS
 
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows has not all
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 GO_ON, PREEMPTED, STOPPED = 0, 1, 2  # what a rank asks for; the largest wins
 STATUS = {GO_ON: "", PREEMPTED: "preempted", STOPPED: "stopped"}
 
@@ -33,7 +32,7 @@ class Watch:
         self.stacks_path = files.folder / f"stacks_rank{ranks.rank}.txt"
         self.stacks_path.unlink(missing_ok=True)  # it may be a link to elsewhere
         self.stacks = open(self.stacks_path, "x", encoding="utf-8")
-        for number in SIGNALS:
+        for number in ENDINGS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self.ask_to_end)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 SPINS = 3000  # times that an idle OpenMP thread looks for work before it sleeps
 CGROUP = Path("/sys/fs/cgroup")
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # that ask for an end; Windows has not all
+ENDINGS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 def before_torch(env: MutableMapping[str, str]) -> None:
@@ -61,6 +63,14 @@ def share_cores(env: MutableMapping[str, str], cgroup: Path = CGROUP) -> None:
     cores = core_quota(cgroup)
     if cores and cores < (os.cpu_count() or 1):
         env.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """Cores that this process may use, at least 1."""
+    there = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        there = len(os.sched_getaffinity(0))
+    return min(core_quota(cgroup) or there, there)
 
 
 def core_quota(cgroup: Path) -> int:
