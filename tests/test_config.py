@@ -240,6 +240,8 @@ def test_auto_gives_a_setting_back_to_those_that_decide_on_it(preset):
     assert cfg.resolved() == {"embed_lr": 0.5, "muon_lr": 0.05, "d_ff": 4 * 768}
     assert Config.from_env({"VOCAB_SIZE": "auto"}).vocab_size == 0
     assert refused({"MUON_LR": "none"}) == "MUON_LR='none': must be a number or auto"
+    assert refused({"LR": "none"}) == "LR='none': must be a number"
+    assert refused({"AUX_DECAY_END_FRAC": "none"}).endswith("must be a number")
     assert refused({"LR": "auto"}) == "LR='auto': must be a number"
     assert refused({"AUX_LOSS_COEF_END": "auto"}).endswith("must be a number")
 

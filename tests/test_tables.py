@@ -67,6 +67,13 @@ def test_a_stray_quote_swallows_no_row(tmp_path, capsys):
     assert path.read_text() == before and (tmp_path / "r.csv.unread").read_text() == kept
 
 
+def test_blank_lines_are_no_header(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("\n\nrun_id,loss\n\na,1\n\n")
+    update_results(path, [{"run_id": "b"}])
+    assert path.read_text() == "run_id,loss\na,1\nb,\n" and len([*tmp_path.glob("*.unread")]) == 0
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("names", ["run_id,note,loss", "note,run_id,loss"])
 def test_two_stray_quotes_swallow_no_row(tmp_path, names, mark):

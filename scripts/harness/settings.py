@@ -119,7 +119,7 @@ class Settings:
     def parse(cls, name: str, text: str) -> Any:
         """The value of a field from its text. Raises ConfigError."""
         kind = cls.__dataclass_fields__[name].type
-        is_auto, may_be_none = name in cls.AUTO, kind not in (int, str, bool)
+        is_auto, may_be_none = name in cls.AUTO, kind not in (int, float, str, bool)
         if text == "auto" and is_auto:
             return None if may_be_none else kind()
         if text == "none" and may_be_none and not is_auto:

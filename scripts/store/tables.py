@@ -18,7 +18,7 @@ LONGEST_CELL = 1000  # characters; what is longer is cut, so that one run spoils
 csv.field_size_limit(2**31 - 1)  # others' tables may hold any
 
 
-def update_results(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+def update_results(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Merges rows into the results table, one per run_id, under a lock: columns are united.
 
     A path of none is no table. Lines that are no rows of it are kept beside it, in <path>.unread.
@@ -34,7 +34,7 @@ def update_results(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
                 text, unread = read_table(path)
                 set_aside_lines(path, unread)
                 write_whole(path, text)
-            if rows := [*rows]:
+            if rows:
                 write_whole(path, merged(path, rows))
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise ConfigError(
@@ -56,8 +56,8 @@ def read_table(path: Path) -> tuple[str, list[bytes]]:
     unread, sound = [], []
     try:
         with open(path, "rb") as file:
-            rows = rows_of(file)
-            header = cells_of(next(rows).removeprefix(codecs.BOM_UTF8))
+            rows = filter(bytes.strip, rows_of(file))
+            header = cells_of(next(rows, b"").removeprefix(codecs.BOM_UTF8))
             if not header:
                 return "", unread
             at = header.index("run_id")
