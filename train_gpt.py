@@ -141,7 +141,6 @@ class Rules(Settings):
         "AUX_LOSS_COEF_START=none": "aux_loss_coef",
         "AUX_LOSS_COEF_START!=none": "aux_warmup_frac aux_decay_end_frac",
         "MIXER=attention": "attngate gatepos gateact qk_norm",
-        "MIXER!=gru|mingru": "n_head",
         "ATTNGATE!=none": "gatepos gateact",
         "OPTIMIZER=muon": """muon_lr muon_scale muon_momentum orthogonalize muon_norm
             momentum_start momentum_warmup_iters momentum_cooldown_iters""",

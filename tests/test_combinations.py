@@ -144,7 +144,7 @@ BASES = [  # together in each of them every setting that may have no effect has 
     | {"momentum_cooldown_iters": 1},
     {"warmdown_frac": 0.5, "weight_decay": 0.1},
 ]
-OTHER = {"n_head": 1, "num_experts": 4, "top_k": 1, "momentum_warmup_iters": 2}
+OTHER = {"num_experts": 4, "top_k": 1, "momentum_warmup_iters": 2}
 OTHER |= {
     "momentum_cooldown_iters": 3,
     "aux_warmup_frac": 0.3,

@@ -45,12 +45,11 @@ class Settings:
         return {}
 
     def holds(self, need: str) -> bool:
-        """Whether FIELD=value is so, or FIELD!=value|value; of a list one value is enough."""
+        """Whether FIELD=value is so, or FIELD!=value; of a list one value is enough."""
         name, _, wanted = need.partition("=")
         value = getattr(self, name.rstrip("!").lower())
         text = {None: "none"}.get(value, str(int(value) if isinstance(value, bool) else value))
-        values = set(text.split(","))
-        return not values <= set(wanted.split("|")) if name[-1] == "!" else wanted in values
+        return (wanted in text.split(",")) != name.endswith("!")
 
     def idle(self) -> dict[str, str]:
         """The fields that have no effect, and what they would need for one."""
