@@ -612,7 +612,8 @@ class Rotary(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         half = cfg.n_embd // cfg.n_head // 2
-        with torch.device("cpu"):  # on meta these operators would load seconds of code
+        cos_sin = torch.empty(2, cfg.sequence_length, 2 * half)
+        if not cos_sin.is_meta:  # where it would load seconds of code to do nothing
             frequencies = 10000 ** -(torch.arange(half) / half)
             angles = torch.outer(torch.arange(cfg.sequence_length), frequencies).repeat(1, 2)
             signs = torch.tensor([1.0, -1.0]).repeat_interleave(half)
@@ -2551,9 +2552,9 @@ def main(argv, env):
     with Run(Config, env, SOURCE) as run:
         run.ranks.check(env)
         if argv:
-            option = argv[0].partition("=")[0]
             raise ConfigError(
-                f"{option} is no option; settings go so: LR=0.003 python train_gpt.py"
+                f"{argv[0].partition('=')[0]} is no option; settings go so: LR=0.003 python "
+                "train_gpt.py"
             )
         asked = Config.from_env(env)
         cfg = resolve(asked)

@@ -1,11 +1,14 @@
 """What is damaged at random ends in a sentence: a small share of scripts/fuzz.py's cases."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 
 import fuzz
 import train_gpt
+from harness.settings import ROOT
 
 
 @pytest.mark.parametrize("kind, count", [("settings", 100), ("shards", 100), ("tables", 100)])
@@ -23,3 +26,19 @@ def test_the_cases_can_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "check_batch", lambda cfg, ranks: 1 / 0)
     fuzz.write_shards(tmp_path)
     assert any(fuzz.settings_case(tmp_path, random.Random(n)) for n in range(20))
+
+
+def test_a_dry_run_at_the_bounds_takes_neither_memory_nor_time(tmp_path):
+    """Of a process of its own, for a peak never falls."""
+    largest = {"N_LAYER": 512, "N_EMBD": 65536, "N_HEAD": 1, "SEQUENCE_LENGTH": 2**31}
+    env = fuzz.environment(tmp_path) | {name: str(value) for name, value in largest.items()}
+    env |= {"VAL_TOKENS": str(2**31), "DRY_RUN": "1", "MAX_EPOCHS": "0"}
+    code = f"""
+import sys; sys.path[:0] = ["scripts"]
+import torch, train_gpt
+from harness.meter import peak_memory
+assert train_gpt.main([], {env}) == 0
+print(peak_memory(torch.device("cpu")), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stderr.splitlines()[-1]) < fuzz.LARGEST, done.stderr
