@@ -202,7 +202,7 @@ class Run:
 
 def command_of(cfg: Settings, changes: str, run_id: str, ranks: Ranks) -> str:
     """What a shell has to be told so that a run goes on; `changes` are those from the defaults."""
-    words = [changes] if changes else []
+    words = [f" {changes}".partition(" --")[0].strip()]  # a program's options are in sys.argv
     for name in cfg.LABELS:
         value = getattr(cfg, name)
         if name not in ("run_id", "resume", "dry_run") and value != getattr(type(cfg), name):
@@ -213,4 +213,4 @@ def command_of(cfg: Settings, changes: str, run_id: str, ranks: Ranks) -> str:
         launcher = f"torchrun --standalone --nproc_per_node={ranks.world_size}"
     if ranks.world_size == 1:
         launcher = "python"
-    return " ".join([*words, launcher, *map(shlex.quote, sys.argv)])
+    return " ".join([*words, launcher, *map(shlex.quote, sys.argv)]).strip()
