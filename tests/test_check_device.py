@@ -318,11 +318,11 @@ def test_a_group_that_is_killed_leaves_no_files(checked, monkeypatch, tmp_path):
 
 def test_what_does_not_fit_the_budget_is_left_out(checked, monkeypatch):
     code, output = checked({"ops": FINE}, "--budget", "1")
-    assert code == 0 and "ops.process" in output and "no time left of --budget" in output
+    assert code == 1 and "ops.process" in output and "no time left of --budget" in output
     assert output.splitlines()[-1].startswith("0 checks ok, 0 FAILED, 1 left out")
     monkeypatch.setattr(check_device, "LEAST", 0.1)
     code, output = checked({"ops": HANGS, "ranks": FINE}, "--budget", "1")
-    assert code == 0 and output.splitlines()[-1].startswith("0 checks ok, 0 FAILED, 2 left out")
+    assert code == 1 and output.splitlines()[-1].startswith("0 checks ok, 0 FAILED, 2 left out")
 
 
 def test_the_log_gets_one_entry_below_its_head(checked, monkeypatch, tmp_path):
