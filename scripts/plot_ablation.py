@@ -1,4 +1,4 @@
-"""Draws the figures of a stage from its results_<stage>.csv and log_curves_<stage>.csv alone.
+"""Draws the figures of a stage from what is published of it and the runs here.
 
     python scripts/plot_ablation.py stage1           # figures/stage1.png in experiments
     python scripts/plot_ablation.py batch_vs_seqlen  # and one a rate, ..._lr0005.png for 0.005
@@ -28,7 +28,7 @@ from gate_stats import FEWEST
 from make_tables import difference_of
 from plot_runs import ACCURACY, AXES, GREY, SPEED, Looks, Words, dress, frame, has, name_of, save
 from plot_runs import styles
-from split_results import RESULTS, comparable, measured, planned_seconds, read_curves, read_results
+from split_results import RESULTS, comparable, curves_of_rows, measured, planned_seconds, rows_of
 from stages import Stage, load_stage
 
 # stages with these axes ask what should fill the memory
@@ -49,23 +49,22 @@ def load(stage_name: str) -> tuple[Stage, pd.DataFrame, pd.DataFrame]:
     """(Stage, its comparable runs by the order of its variants, with differences, their curves).
     Raises ValueError where it has none."""
     stage = load_stage(stage_name)
-    path = RESULTS.with_name(f"results_{stage_name}.csv")
-    rows = pd.DataFrame({"variant": []})
-    if path.is_file():
-        rows = comparable(read_results(path), stage)
-        if len(rows) and measured(rows, stage).empty:
-            raise ValueError(f"{path} has no finished run that has {stage.measure}")
-        rows = measured(rows, stage)
+    rows = comparable(rows_of(stage_name), stage)
+    if len(rows) and measured(rows, stage).empty:
+        raise ValueError(f"STAGE {stage_name} has no finished run that has {stage.measure}")
+    rows = measured(rows, stage)
     order = {label: i for i, label in enumerate(stage.variants)}
     rows = rows[rows["variant"].isin(order)]
     rows = rows.sort_values("variant", key=lambda labels: labels.map(order), kind="stable")
     if rows.empty:
         raise ValueError(
-            f"{path} has no finished run of the stage as its file is now; "
+            f"STAGE {stage_name} has no finished run of the stage as its file is now; "
             f"python scripts/run_stage.py {stage_name} makes them"
         )
-    curves = read_curves(stage_name)
-    curves = curves[curves["run_id"].isin(rows["run_id"])]
+    curves = curves_of_rows(stage_name, rows, Path("logs"))
+    if not curves:
+        raise ValueError(f"STAGE {stage_name} has no curve in logs, and none is published")
+    curves = pd.concat(curves, ignore_index=True)
     if stage.seconds:
         curves = with_planned_seconds(stage, rows, curves)
     return stage, with_differences(stage, rows), curves

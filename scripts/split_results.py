@@ -97,8 +97,8 @@ def say_once(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def stage_table(stage_name: str) -> str:
-    """The rows of a stage as CSV: what is published, brought up to date by the runs here. Raises
+def stage_table(stage_name: str) -> list[dict[str, str]]:
+    """The rows of a stage: what is published, brought up to date by the runs here. Raises
     ValueError where there is none, or where a published row would be lost."""
     rows = {}
     path = published(stage_name)
@@ -119,11 +119,7 @@ def stage_table(stage_name: str) -> str:
             f"STAGE {stage_name} has no run in {RESULTS} or {path.name}; "
             f"python scripts/run_stage.py {stage_name} makes them"
         )
-    filled = {name for row in rows.values() for name, cell in row.items() if cell}
-    kept = filled | setting_columns()
-    return table_text(
-        {name: cell for name, cell in row.items() if name in kept} for row in rows.values()
-    )
+    return [*rows.values()]
 
 
 def readable(path: Path) -> str:
@@ -147,7 +143,7 @@ def read_results(path: Path = RESULTS) -> pd.DataFrame:
 def rows_of(stage_name: str) -> pd.DataFrame:
     """The rows of a stage, a row per run: what is published, brought up to date by the runs here.
     Raises ValueError where there is none."""
-    return frame_of(stage_table(stage_name), published(stage_name))
+    return frame_of(table_text(stage_table(stage_name)), published(stage_name))
 
 
 def frame_of(text: str, path: Path) -> pd.DataFrame:
@@ -338,17 +334,12 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     write_whole(path, table.to_csv(index=False))
 
 
-def split(stage_name: str, logs: Path) -> tuple[int, int]:
-    """Writes both files of a stage; returns how many runs and how many curves they hold. Raises
-    ValueError."""
-    text = stage_table(stage_name)
-    rows = frame_of(text, published(stage_name))
-    curves_path = RESULTS.with_name(f"log_curves_{stage_name}.csv")
-    kept = {}
-    if curves_path.is_file():
+def curves_of_rows(stage_name: str, rows: pd.DataFrame, logs: Path) -> list[pd.DataFrame]:
+    """The curves of rows of a stage that did not just begin: those of `logs`, where a log is gone
+    what is published. Raises ValueError."""
+    kept, curves = {}, []
+    if RESULTS.with_name(f"log_curves_{stage_name}.csv").is_file():
         kept = dict(list(read_curves(stage_name).groupby("run_id", sort=False)))
-
-    curves = []
     for run in rows[rows.status != "running"].itertuples():
         path = logs / f"{run.run_id}.csv"
         if path.is_file() and (run.status == "ok" or is_curve(path)):
@@ -357,12 +348,23 @@ def split(stage_name: str, logs: Path) -> tuple[int, int]:
             curves.append(curve)
         elif run.run_id in kept:
             curves.append(kept[run.run_id])
+    return curves
 
+
+def split(stage_name: str, logs: Path) -> tuple[int, int]:
+    """Writes both files of a stage; returns how many runs and how many curves they hold. Raises
+    ValueError."""
+    table = stage_table(stage_name)
+    filled = {name for row in table for name, cell in row.items() if cell}
+    kept = filled | setting_columns()
+    text = table_text({name: row[name] for name in row if name in kept} for row in table)
+    rows = frame_of(text, published(stage_name))
+    curves = curves_of_rows(stage_name, rows, logs)
     write_whole(published(stage_name), text)
     if curves:
         table = pd.concat(curves, ignore_index=True)
         names = list(dict.fromkeys(["run_id", "variant", "seed", *table]))
-        write_table(table[names], curves_path)
+        write_table(table[names], RESULTS.with_name(f"log_curves_{stage_name}.csv"))
     return len(rows), len(curves)
 
 

@@ -850,7 +850,7 @@ def test_a_run_without_the_measure_is_not_drawn(here):
     assert "No finished run of 'wide', 'late' that has pass_at_1." in caption(fig)
     assert titles(fig)[-2:] == ["Validation loss", "Validation loss, second half"]
     rows.drop(columns="pass_at_1").to_csv("experiments/results_gates.csv", index=False)
-    with pytest.raises(ValueError, match="gates.csv has no finished run that has pass_at_1"):
+    with pytest.raises(ValueError, match="STAGE gates has no finished run that has pass_at_1"):
         plot_ablation.figure("gates")
 
 
@@ -879,13 +879,13 @@ def test_of_a_measure_that_is_not_known_nothing_is_called_best(here):
         (
             "gates",
             None,
-            "experiments/results_gates.csv has no finished run of the stage as its file is now; "
+            "STAGE gates has no run in experiments/results.csv or results_gates.csv; "
             "python scripts/run_stage.py gates makes them",
         ),
         (
             "gates",
             "oom",
-            "experiments/results_gates.csv has no finished run of the stage as its file is now; "
+            "STAGE gates has no finished run of the stage as its file is now; "
             "python scripts/run_stage.py gates makes them",
         ),
         (
