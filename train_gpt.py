@@ -465,7 +465,9 @@ def cautions(cfg):
     idle = cfg.idle()
     for name in cfg.changes():
         if name.lower() in idle:
-            sentences.append(f"{name} has no effect without {idle[name.lower()]}")
+            sentences.append(
+                f"{name} has no effect without {idle[name.lower()].replace('!=', ' other than ')}"
+            )
     return sentences
 
 
@@ -1835,7 +1837,7 @@ def shard_tokens(path):
         raise DataError(
             f"{path}: expected magic {SHARD_MAGIC}, version {SHARD_VERSION}, a token or more and "
             f"{expected_size} bytes for {tokens}, found {magic}, {version} and {size} bytes; "
-            "fetch or make the shard again"
+            "it is no shard, or a damaged one: fetch or make it again"
         )
     return tokens
 
@@ -1960,8 +1962,8 @@ class ShardLoader:
             if token >= self.vocab_size:
                 raise DataError(
                     f"{self.files[shard]}: token {token} at offset {offset} is not below "
-                    f"VOCAB_SIZE={self.vocab_size}; set VOCAB_SIZE to the tokenizer's size, or 0 "
-                    "to read it"
+                    f"VOCAB_SIZE={self.vocab_size}; set VOCAB_SIZE to the tokenizer's size (0 "
+                    "reads it), or make a damaged shard again"
                 )
 
     def prefetch(self, slices, device, depth=4):
@@ -2020,8 +2022,8 @@ def resolve(cfg):
     vocab_size = cfg.vocab_size or dataset_index(cfg.input_bin).get("vocab_size")
     if not vocab_size:
         raise DataError(
-            f"VOCAB_SIZE=0 needs index.json in {dataset_folder(cfg.input_bin)}, the folder of "
-            f"INPUT_BIN={cfg.input_bin}; set VOCAB_SIZE, or {how_to_get(cfg.input_bin)}"
+            f"VOCAB_SIZE=0 needs index.json beside the shards that match INPUT_BIN={cfg.input_bin} "
+            f"(looked from {os.getcwd()}); set VOCAB_SIZE, or {how_to_get(cfg.input_bin)}"
         )
 
     run_id = cfg.run_id

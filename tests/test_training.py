@@ -197,7 +197,7 @@ REFUSED = [  # settings, exit code, what the one sentence says
     ({"VAL_TOKENS": 10**6}, 3, ["VAL_TOKENS=1000000", "62,500 samples"]),
     ({"INPUT_BIN": "nowhere/fineweb_train_*.bin"}, 3, ["nowhere", "python cached_fineweb10B.py"]),
     ({"VOCAB_SIZE": 63}, 3, ["token 63", "VOCAB_SIZE=63"]),
-    ({"VOCAB_SIZE": 0}, 3, ["VOCAB_SIZE=0", "index.json"]),
+    ({"VOCAB_SIZE": 0}, 3, ["index.json beside the shards that match INPUT_BIN=", os.getcwd()]),
 ]
 
 
