@@ -293,6 +293,12 @@ def test_a_table_that_cannot_be_written_leaves_a_summary_that_says_so(tmp_path):
     assert strict(tmp_path / "logs/r.json")["status"] == "config"
 
 
+def test_times_have_their_unit_in_the_last_words(tmp_path, capsys):
+    start(tmp_path).close("ok", warm_up_time=1.5, data_wait=0.5, step_avg=2.0, final_loss=3.0)
+    out = capsys.readouterr().out
+    assert "warm_up_time: 1.5 s\ndata_wait: 0.5 s\nstep_avg: 2 ms\nfinal_loss: 3\n" in out
+
+
 def test_a_diverged_run_leaves_strict_json_and_a_row_that_can_be_rebuilt(tmp_path):
     start(tmp_path).close("diverged", final_loss=math.nan, best_loss=math.inf, ppl=None)
     assert strict(tmp_path / "logs/r.json")["status"] == "diverged"

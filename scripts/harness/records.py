@@ -29,8 +29,8 @@ from store.source import HARNESS, OPS, source_hash, text_hash
 from store.tables import update_results
 
 
-UNITS = dict.fromkeys(("train_time", "eval_time", "save_time", "compile_time", "data_wait"), "s")
-UNITS |= {"step_avg": "ms", "peak_mem": "GiB"}  # of the last words; the others have none
+# Of the last words; what ends in _time is in seconds, all else has no unit.
+UNITS = {"data_wait": "s", "step_avg": "ms", "peak_mem": "GiB"}
 
 
 class Records:
@@ -210,7 +210,7 @@ class Records:
         lines |= {"log": files.log, "curve": files.curve, "summary": files.json, "row": row}
         for key, value in lines.items():
             text = f"{value:.6g}" if isinstance(value, float) else value
-            unit = UNITS.get(key, "")
+            unit = UNITS.get(key, "s" if key.endswith("_time") else "")
             lines[key] = f"{text} {unit}".rstrip()
         self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
 
