@@ -137,9 +137,11 @@ def is_whole(folder: Path, shard: dict) -> bool:
         return False
 
 
-def find_index(out: Path, recipe: dict, keys: tuple[str, ...] = RECIPE) -> dict | None:
+def find_index(
+    out: Path, recipe: dict, keys: tuple[str, ...] = RECIPE, said: bool = True
+) -> dict | None:
     """The index of a folder that holds all of recipe, None if any is missing. Raises DataError for
-    other data."""
+    other data. A damaged shard is told unless it was `said`, for several ask on the way."""
     index = read_index(out)
     different = differences(recipe, index, keys)
     if different and (index or old_shards(out)):
@@ -147,8 +149,9 @@ def find_index(out: Path, recipe: dict, keys: tuple[str, ...] = RECIPE) -> dict 
     if different or not (out / "tokenizer.json").is_file():
         return None
     damaged = [shard["name"] for shard in index["shards"] if not is_whole(out, shard)]
-    if damaged:
+    if damaged and not said:
         print(f"{out / damaged[0]}: missing or damaged: is made again", file=sys.stderr)
+    if damaged:
         return None
     return upgraded(out, index)
 
@@ -324,7 +327,7 @@ def make(args: argparse.Namespace, recipe: dict, sources: list[Source], reading:
             file=sys.stderr,
         )
     with unfinished(args.out, goes_on=bool(begun)):
-        index = None if args.force else find_index(args.out, recipe)
+        index = None if args.force else find_index(args.out, recipe, said=False)
         if index:  # of another run, that this one has waited for
             shutil.rmtree(partial, ignore_errors=True)
             return index

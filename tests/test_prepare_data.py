@@ -348,7 +348,7 @@ def test_second_run_writes_nothing(tmp_path, capsys):
     "damage",
     ["missing shard", "short shard", "other shard", "flipped byte", "no tokenizer"],
 )
-def test_damaged_folder_of_the_same_recipe_is_written_again(tmp_path, damage):
+def test_damaged_folder_of_the_same_recipe_is_written_again(tmp_path, damage, capsys):
     (tmp_path / "in.txt").write_text("some text " * 50)
     prepare("in.txt")
     whole = contents(tmp_path / "out")
@@ -365,6 +365,8 @@ def test_damaged_folder_of_the_same_recipe_is_written_again(tmp_path, damage):
         (tmp_path / "out/tokenizer.json").unlink()
     prepare("in.txt")
     assert contents(tmp_path / "out") == whole
+    told = capsys.readouterr().err.count(f"{shard.name}: missing or damaged: is made again")
+    assert told == int(damage != "no tokenizer")
 
 
 def test_edited_source_is_refused_until_forced(tmp_path, capsys):
