@@ -25,7 +25,10 @@ def overridden(stage: Stage, changes: list[str], name: str, write: bool = True) 
     given = pairs("--set", changes)
     reserved = RESERVED.intersection(given)
     if reserved:
-        raise ConfigError(f"--set {min(reserved)}: is not for a stage to set")
+        raise ConfigError(
+            f"--set {min(reserved)}: is not for a stage to set; --seeds takes seeds, run_stage.py "
+            "gives the rest, and keeps runs in logs/ and rows in experiments/results.csv"
+        )
     refuse_unknown(given)
     for label, settings in stage.variants.items() if given else ():
         own = {setting: text for setting, text in settings.items() if setting.isupper()}

@@ -70,12 +70,13 @@ def choices(checkpoint: str, log_dir: Path) -> str:
     folders = [path for path in log_dir.glob("*") if path.is_dir()]
     folders = [f for f in folders if step_folders(f) or (f / "model.safetensors").is_file()]
     runs = [path.name for path in sorted(folders, key=lambda path: path.stat().st_mtime)]
-    near = difflib.get_close_matches(checkpoint, runs)
-    if near:
+    near = [run for run in runs if run.startswith(checkpoint)][-5:]
+    near = near or difflib.get_close_matches(checkpoint, runs)
+    if near and checkpoint:
         return f"did you mean {' or '.join(near)}?"
     if not runs:
         return f"no run in {log_dir.absolute()} has any: --log-dir names another folder"
-    return f"runs that have some in {log_dir.absolute()}: {', '.join(runs[-5:])}"
+    return f"the newest runs that have some in {log_dir.absolute()}: {', '.join(runs[-5:])}"
 
 
 def read_settings(folder: Path, device: str) -> Config:

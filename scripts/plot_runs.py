@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
         for text in args.run:
             label, _, run = text.rpartition("=")
             if not label or not run or label in runs:
-                raise ValueError(f"--run {text}: must be label=run, each label once")
+                raise ValueError(f"--run {text}: must be label=run, each label once, as a=RUN_ID")
             runs[label] = load_run(run, args.log_dir)
         check_columns(runs, args.y)
         save(runs_figure(runs, args.title, args.y), args.output)

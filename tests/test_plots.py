@@ -392,8 +392,11 @@ def test_a_run_may_be_named_in_many_ways(here, run):
             "--run nowhere: no curve, run folder or run_id of that name; newest "
             "in none: none yet; PRESET=quickstart python train_gpt.py makes one",
         ),
-        (["--run", "a"], "--run a: must be label=run, each label once"),
-        (["--run", "x=a", "--run", "x=a"], "--run x=a: must be label=run, each label once"),
+        (["--run", "a"], "--run a: must be label=run, each label once, as a=RUN_ID"),
+        (
+            ["--run", "x=a", "--run", "x=a"],
+            "--run x=a: must be label=run, each label once, as a=RUN_ID",
+        ),
         (
             ["--run", "a=table"],
             "--run table: is not the curve of a run; name logs/<run_id>.csv or the run_id",

@@ -602,7 +602,10 @@ def test_a_dry_run_needs_no_data(project, capsys):
             ["toy", "--set", "ATTNGATE=const", "--as", "t"],
             "--set ATTNGATE=const: variants of toy have their own, const, headwise; write a stage",
         ),
-        (["toy", "--set", "LOG_DIR=x"], "--set LOG_DIR: is not for a stage to set"),
+        (
+            ["toy", "--set", "LOG_DIR=x"],
+            "--set LOG_DIR: is not for a stage to set; --seeds takes seeds, run_",
+        ),
         (["toy", "--slurm", "partition"], "partition: must be NAME=VALUE"),
         (["toy", "--slurm"], "needs time=MINUTES"),
         (["toy", "--slurm", "time=9", "--gate"], "cannot have --gate"),

@@ -254,7 +254,8 @@ def test_bad_input_is_one_sentence(logs, capsys, tmp_path):
     def says(*words, code=2):
         return refused(capsys, logs, code, *words)
 
-    assert "found no weights there; runs that have some in" in says("nothing")
+    assert "found no weights there; the newest runs that have some in" in says("nothing")
+    assert "did you mean poem?" in says("p")
     assert "did you mean poem?" in says("poems")
     (tmp_path / "empty").mkdir()
     assert sample.main(["poem", "--log-dir", str(tmp_path / "empty")]) == 2
