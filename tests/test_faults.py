@@ -510,7 +510,8 @@ def test_a_log_that_cannot_grow_is_told_and_the_summary_is_whole(settings, monke
     )
     limit(monkeypatch, Records, "close", lambda *args: log.stat().st_size)
     codes, out = launch(settings)
-    assert codes == [1] and f"warning: {log}: [Errno 27] File too large" in out
+    assert codes == [1] and f"warning: {log} is not whole: [Errno 27] File too large" in out
+    assert out.count("warning: ") == 1, "once, not for each line that is lost"
     told = json.loads((settings["LOG_DIR"] / "toy.json").read_text())
     assert told["status"] == "ok" and told["final_loss"] and f"{log} is not whole" in told["error"]
     assert f"final_loss: {told['final_loss']:.6g}" in out

@@ -156,8 +156,9 @@ class Records:
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
-            self.lost = self.lost or f"{path} is not whole: {error}"
-            print(f"warning: {path}: {error}", file=sys.stderr)
+            if not self.lost:
+                self.lost = f"{path} is not whole: {error}"
+                print(f"warning: {self.lost}", file=sys.stderr)
 
     def print(self, line: str) -> None:
         """A line to the log and to standard output."""
@@ -205,8 +206,7 @@ class Records:
             key: self.summary[key] for key in measured if self.summary.get(key) not in (None, "")
         }
         files = self.files
-        weights = files.folder / "model.safetensors"
-        lines |= {"weights": weights} if status == "ok" else {}
+        lines |= {"weights": files.folder / "model.safetensors"} if status == "ok" else {}
         lines |= {"log": files.log, "curve": files.curve, "summary": files.json, "row": row}
         for key, value in lines.items():
             text = f"{value:.6g}" if isinstance(value, float) else value
