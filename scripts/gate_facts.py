@@ -10,7 +10,8 @@ import pandas as pd
 
 import gate_stats
 from gate_stats import Difference
-from split_results import comparable, current, is_curve, read_curve, read_curves, validation_of
+from split_results import comparable, current, curves_path, is_curve, read_curve, read_curves
+from split_results import settled, validation_of
 from stages import Stage
 
 FAILED = "diverged", "oom", "crash", "config", "data"
@@ -275,13 +276,13 @@ def step_table(known: Mapping[str, Facts]) -> pd.DataFrame:
 
 
 def curves_of(stage_name: str, rows: pd.DataFrame, logs: Path) -> dict[str, pd.DataFrame]:
-    """The curves of these runs by run_id: those of `logs`, where there is none that of
-    experiments/log_curves_<stage>.csv."""
+    """The curves of these runs by run_id: those of `logs`, where there is none, or the run is
+    published with a result, that of experiments/log_curves_<stage>.csv. Raises ValueError."""
     curves = {}
-    if Path(f"experiments/log_curves_{stage_name}.csv").is_file():
+    if curves_path(stage_name).exists():
         for run_id, curve in read_curves(stage_name).groupby("run_id"):
             curves[run_id] = curve.dropna(axis="columns", how="all")
-    run_ids = set(rows.run_id)
+    run_ids = set(rows.run_id) - (curves.keys() & settled(stage_name))
     for path in logs.glob("*.csv"):
         if path.stem in run_ids and is_curve(path):
             curves[path.stem] = read_curve(path)

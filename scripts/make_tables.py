@@ -323,12 +323,12 @@ def main(argv: list[str] | None = None) -> int:
             for name in args.stage:
                 print(other_view(name, args.against))
             return 0
-        with_rows = [name for name in stage_names() if published(name).is_file()]
+        with_rows = [name for name in stage_names() if published(name).exists()]
         for name in args.stage or with_rows:
             print(f"{name}\n{write_tables(name)}")
         if README.is_file():
             write_whole(README, with_tables(README.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"make_tables.py: error: {error}", file=sys.stderr)
         return 2
     return 0

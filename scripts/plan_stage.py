@@ -4,10 +4,8 @@ Before anything runs it works out every setting and refuses a stage whose varian
 than it says, or are validated on different data.
 """
 
-import csv
 import difflib
 import functools
-import io
 import hashlib
 import itertools
 import os
@@ -23,14 +21,12 @@ from harness.ranks import Ranks
 from harness.settings import ROOT
 from store.contract import ConfigError, DataError
 from store.source import source_hash
-from store.tables import read_table
 import train_gpt
 from harness.files import RunFiles
+from split_results import HAS_RESULT, newer, own_rows, published_rows
 from stages import TRAINER, Stage
 from train_gpt import Config
 
-# With --gate a stopped run has a result, too. Anything else is tried again by the next start.
-HAS_RESULT = ("ok", "diverged")
 SETTINGS = [one.name.upper() for one in fields(Config)]
 OF_ONE_RUN = (  # what begins like these is of one run, not of all
     "RANK",
@@ -130,13 +126,9 @@ def option_words(options: Mapping[str, str]) -> list[str]:
 
 def results(stage_name: str = "") -> dict[str, dict[str, str]]:
     """The rows of the runs here, and what is published of a stage, by run_id. Raises ValueError."""
-    own = Path(Config.results_csv)
-    rows = {}
-    for path in own.with_name(f"results_{stage_name}.csv"), own:
-        if path.exists():
-            text, _ = read_table(path)
-            rows |= {row["run_id"]: row for row in csv.DictReader(io.StringIO(text))}
-    return rows
+    there = published_rows(stage_name) if stage_name else {}
+    own = own_rows()
+    return own | there | {run_id: own[run_id] for run_id in newer(own, there)}
 
 
 def pairs(option: str, words: list[str], name: str = "[A-Z0-9_]+") -> dict[str, str]:
@@ -402,7 +394,7 @@ def status_of(run: PlannedRun, rows: Mapping[str, dict[str, str]]) -> str:
         for row in rows.values()
         if tuple(row.get(name) or "" for name in IDENTITY) == run.identity
     ]
-    for status in (*HAS_RESULT, "stopped"):
+    for status in (*HAS_RESULT, "stopped"):  # which has a result with --gate; others do not
         if status in statuses:
             return status
     return statuses[-1] if statuses else ""

@@ -4,11 +4,11 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from harness.meter import PEAK_TFLOPS, model_of
 from store.contract import ConfigError
+from store.files import regular
 from store.tables import read_table
 
 
@@ -80,11 +80,11 @@ def mfu_of_rows(rows: Iterable[dict[str, str]], gpu: Gpu, kind: str) -> list[flo
 def measured_mfu(path: str, gpu: Gpu, kind: str) -> list[float]:
     """The same from a table of results; [] where there is no table. Raises ConfigError."""
     try:
-        text, _ = read_table(Path(path))
+        text, _ = read_table(regular(path))
         return mfu_of_rows(csv.DictReader(io.StringIO(text)), gpu, kind)
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path} cannot be read for its mfu: {error}") from None
 
 

@@ -44,7 +44,7 @@ from plan_stage import SETTINGS, PlannedRun, description, plan_runs, results
 from price_runs import GPUS
 from stages import Stage, load_stage
 from submit_slurm import submit
-from store.contract import ConfigError, DataError
+from store.contract import ConfigError
 from train_gpt import Config
 
 
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.slurm is not None:
             return submit(stage, args)
         return work_through(stage, args)
-    except (ConfigError, DataError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ConfigError and DataError are ValueErrors
         print(f"run_stage.py: error: {error}", file=sys.stderr)
         return 2
 

@@ -4,18 +4,21 @@
     python scripts/split_results.py stage1_cpu
 
 experiments/results.csv has the runs of this machine and is not for git. From it the rows of each
-stage are added to experiments/results_<stage>.csv, or brought up to date there, and the curves to
-experiments/log_curves_<stage>.csv: what notebooks and plots read, and what others get. A row that
-is published stays until it is taken out of that file. The curves come from LOG_DIR (logs); where a
-log is gone, what the file of curves already holds of the run is kept.
+stage are added to experiments/results_<stage>.csv, and the curves, from LOG_DIR (logs), to
+experiments/log_curves_<stage>.csv: what notebooks and plots read, and what others get. A published
+row that has a result stays as it is, and its curve, until they are taken out of those files; others
+are brought up to date. A published file that is not whole is refused, and stays.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
+import contextlib
 import csv
 import functools
 import io
 import itertools
+import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -26,12 +29,15 @@ import numpy as np
 import pandas as pd
 
 from harness.settings import preset_files, read_preset
-from store.files import write_whole
+from store.contract import renamed
+from store.files import locked, regular, write_whole
 from store.source import source_hash
 from store.tables import read_table, table_text
 from stages import TRAINER, Stage
 
 RESULTS = Path("experiments/results.csv")
+STAGE_NAME = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
+HAS_RESULT = ("ok", "diverged")  # how a run ends that need not be tried again
 SWITCH = {"true": 1, "false": 0}  # as rows have it
 TEXT = (  # never numbers
     "run_id",
@@ -88,7 +94,11 @@ def untrained() -> set[str]:
 
 
 def published(stage_name: str) -> Path:
-    """The file of a stage's results that is for git."""
+    """The file of a stage's results that is for git. Raises ValueError."""
+    if not STAGE_NAME.fullmatch(stage_name):
+        raise ValueError(
+            f"STAGE {stage_name[:100]!r} is no name of a file; nothing of it is published"
+        )
     return RESULTS.with_name(f"results_{stage_name}.csv")
 
 
@@ -97,26 +107,102 @@ def say_once(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def stage_table(stage_name: str) -> list[dict[str, str]]:
-    """The rows of a stage: what is published, brought up to date by the runs here. Raises
-    ValueError where there is none, or where a published row would be lost."""
-    rows = {}
-    path = published(stage_name)
-    if path.is_file():
-        text, unread = read_table(path)
-        if unread:
-            raise ValueError(
-                f"{path}: {len(unread)} lines are no rows of it, as {unread[0][:40]!r}; mend them, "
-                "or git checkout it"
+def lines_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a published file as they stand; [] where there is none. Raises ValueError where
+    it is not whole: a cut, a quote or a merge would pass for results."""
+    if not path.exists():
+        return []
+    try:
+        with open(regular(path), encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = next(rows, [])
+        lines = [row for row in rows if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise not_whole(path, str(error)) from None
+    if text[-1:] != "\n" or "\0" in text or len({*header}) < len(header):
+        raise not_whole(path, "it is cut off, or has a NUL or a column twice")
+    for row in lines:
+        if len(row) != len(header) or row == header:
+            raise not_whole(
+                path, f"{row[0][:60]!r} begins a row that is none of {len(header)} cells"
             )
-        rows = {row["run_id"]: row for row in csv.DictReader(io.StringIO(text))}
-    if RESULTS.is_file():
+    return [renamed(dict(zip(header, row))) for row in lines]
+
+
+def not_whole(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} is published and not whole: {reason[:200]}; git checkout it, mend it, or move it "
+        "away and python scripts/split_results.py makes it of the runs here"
+    )
+
+
+def published_rows(stage_name: str) -> dict[str, dict[str, str]]:
+    """The published rows of a stage, by run_id. Raises ValueError."""
+    path = published(stage_name)
+    rows = {}
+    for row in lines_of(path):
+        run_id = row.get("run_id", "")
+        if run_id in rows or row.get("stage") != stage_name:
+            raise not_whole(path, f"row {run_id[:60]!r} is in it twice or of another stage")
+        rows[run_id] = row
+    return rows
+
+
+def settled(stage_name: str) -> set[str]:
+    """The run_ids that are published with a result. Raises ValueError."""
+    return {run_id for run_id, row in published_rows(stage_name).items() if has_result(row)}
+
+
+def own_rows() -> dict[str, dict[str, str]]:
+    """The rows of the runs here, by run_id; of two of one run the first. What has no status, or is
+    another header, is no run's, which is told. Raises ValueError."""
+    rows, odd = {}, []
+    if RESULTS.exists():
         for row in csv.DictReader(io.StringIO(readable(RESULTS))):
-            if row.get("stage") == stage_name:
-                rows[row["run_id"]] = rows.get(row["run_id"], {}) | row
+            if row.get("status") in (None, "", "status"):
+                odd.append(row["run_id"])
+            else:
+                rows.setdefault(row["run_id"], row)
+    if odd:
+        say_once(f"{RESULTS}: {len(odd)} rows without a status are left out, as {odd[0]!r}")
+    return rows
+
+
+def newer(own: Mapping[str, Mapping], there: Mapping[str, Mapping]) -> list[str]:
+    """The run_ids of the runs here that are not published, or without a result. Where another run
+    of the same id is published with one, that counts, and it is said."""
+    known = {run_id for run_id, row in there.items() if has_result(row)}
+    others = [
+        run_id for run_id in own if run_id in known and is_another(own[run_id], there[run_id])
+    ]
+    if others:
+        say_once(
+            f"{RESULTS}: {len(others)} runs are published by others with a result, as {others[0]}; "
+            "theirs count"
+        )
+    return [run_id for run_id in own if run_id not in known]
+
+
+def has_result(row: Mapping) -> bool:
+    """Whether a run has ended so that it need not be tried again."""
+    return row.get("status") in HAS_RESULT
+
+
+def is_another(one: Mapping, other: Mapping) -> bool:
+    """Whether two rows of one run_id are of two starts."""
+    return any(one.get(name) != other.get(name) for name in ("started", "status"))
+
+
+def stage_table(stage_name: str) -> list[dict[str, str]]:
+    """The rows of a stage: what is published, and the runs here. Raises ValueError where there is
+    none, or where what is published is not whole."""
+    there = published_rows(stage_name)
+    own = {run_id: row for run_id, row in own_rows().items() if row.get("stage") == stage_name}
+    rows = there | {run_id: there.get(run_id, {}) | own[run_id] for run_id in newer(own, there)}
     if not rows:
         raise ValueError(
-            f"STAGE {stage_name} has no run in {RESULTS} or {path.name}; "
+            f"STAGE {stage_name} has no run in {RESULTS} or {published(stage_name).name}; "
             f"python scripts/run_stage.py {stage_name} makes them"
         )
     return [*rows.values()]
@@ -124,7 +210,10 @@ def stage_table(stage_name: str) -> list[dict[str, str]]:
 
 def readable(path: Path) -> str:
     """A table as CSV, without what are no rows of it, which is told."""
-    text, unread = read_table(path)
+    try:
+        text, unread = read_table(regular(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if unread:
         say_once(f"warning: {path}: {len(unread)} lines are no rows of it and are left out")
     return text
@@ -132,21 +221,27 @@ def readable(path: Path) -> str:
 
 def read_results(path: Path = RESULTS) -> pd.DataFrame:
     """A table of results, a row per run. Raises ValueError where there is none."""
-    if not Path(path).is_file():
-        raise ValueError(
-            f"{path} is not there; python scripts/run_stage.py makes it, "
-            "or rebuild_results.py from logs"
-        )
+    if not Path(path).exists():
+        raise not_there(path)
+    if path != RESULTS:
+        lines_of(path)
     return frame_of(readable(path), path)
+
+
+def not_there(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is not there; python scripts/run_stage.py makes it, "
+        "or rebuild_results.py from logs"
+    )
 
 
 def rows_of(stage_name: str) -> pd.DataFrame:
     """The rows of a stage, a row per run: what is published, brought up to date by the runs here.
     Raises ValueError where there is none."""
-    return frame_of(table_text(stage_table(stage_name)), published(stage_name))
+    return frame_of(table_text(stage_table(stage_name)), f"{published(stage_name)} with {RESULTS}")
 
 
-def frame_of(text: str, path: Path) -> pd.DataFrame:
+def frame_of(text: str, path: str | Path) -> pd.DataFrame:
     """A table of results out of CSV, which is of this file. Raises ValueError."""
     if not text:
         raise ValueError(f"{path} is empty; python scripts/rebuild_results.py fills it from logs")
@@ -316,10 +411,15 @@ def is_curve(path: Path) -> bool:
 def read_curves(stage_name: str) -> pd.DataFrame:
     """The curves of a stage's runs, below each other, from experiments/log_curves_<stage>.csv.
     Raises ValueError."""
-    path = RESULTS.with_name(f"log_curves_{stage_name}.csv")
-    if not path.is_file():
+    path = curves_path(stage_name)
+    if not lines_of(path):
         raise ValueError(f"{path} is not there; python scripts/run_stage.py {stage_name} makes it")
     return pd.read_csv(path, dtype={"run_id": str, "variant": str})
+
+
+def curves_path(stage_name: str) -> Path:
+    """The file of a stage's curves that is for git."""
+    return RESULTS.with_name(f"log_curves_{stage_name}.csv")
 
 
 def planned_seconds(curve: pd.DataFrame, num_iterations: float, seconds: float) -> list[float]:
@@ -329,60 +429,99 @@ def planned_seconds(curve: pd.DataFrame, num_iterations: float, seconds: float) 
     return [float(a_step * int(step)) for step in curve.step]
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
+def write_table(table: pd.DataFrame, path: str | Path) -> None:
     """Replaces a file by a table at one stroke; numbers come back as they were."""
     write_whole(path, table.to_csv(index=False))
 
 
-def curves_of_rows(stage_name: str, rows: pd.DataFrame, logs: Path) -> list[pd.DataFrame]:
-    """The curves of rows of a stage that did not just begin: those of `logs`, where a log is gone
-    what is published. Raises ValueError."""
-    kept, curves = {}, []
-    if RESULTS.with_name(f"log_curves_{stage_name}.csv").is_file():
-        kept = dict(list(read_curves(stage_name).groupby("run_id", sort=False)))
-    for run in rows[rows.status != "running"].itertuples():
+def published_curves(stage_name: str) -> dict[str, pd.DataFrame]:
+    """The published curves of a stage as text, by run_id. Raises ValueError."""
+    lines = lines_of(curves_path(stage_name))
+    if not lines:
+        return {}
+    if not {"run_id", "step"} <= lines[0].keys():
+        raise not_whole(curves_path(stage_name), "it has no columns run_id and step")
+    return dict(list(pd.DataFrame(lines).groupby("run_id", sort=False)))
+
+
+def curves_of_logs(rows: pd.DataFrame, logs: Path, stay: set[str]) -> dict[str, pd.DataFrame]:
+    """The curves in `logs`, by run_id, of rows that did not just begin, without those that stay as
+    they are published. Raises ValueError."""
+    curves = {}
+    new = rows[(rows.status != "running") & ~rows.run_id.isin(stay)]
+    for run in new.itertuples():
         path = logs / f"{run.run_id}.csv"
         if path.is_file() and (run.status == "ok" or is_curve(path)):
             curve = read_curve(path)
             curve[["run_id", "variant", "seed"]] = run.run_id, run.variant, int(run.seed)
-            curves.append(curve)
-        elif run.run_id in kept:
-            curves.append(kept[run.run_id])
+            curves[run.run_id] = curve
     return curves
+
+
+def curves_of_rows(stage_name: str, rows: pd.DataFrame, logs: Path) -> list[pd.DataFrame]:
+    """The curves of rows of a stage that did not just begin: what is published, and of `logs` those
+    whose rows are not published with a result. Raises ValueError."""
+    kept = {}
+    if curves_path(stage_name).exists():
+        kept = dict(list(read_curves(stage_name).groupby("run_id", sort=False)))
+    curves = kept | curves_of_logs(rows, logs, kept.keys() & settled(stage_name))
+    return [curves[run_id] for run_id in rows[rows.status != "running"].run_id if run_id in curves]
 
 
 def split(stage_name: str, logs: Path) -> tuple[int, int]:
     """Writes both files of a stage; returns how many runs and how many curves they hold. Raises
-    ValueError."""
-    table = stage_table(stage_name)
-    filled = {name for row in table for name, cell in row.items() if cell}
-    kept = filled | setting_columns()
-    text = table_text({name: row[name] for name in row if name in kept} for row in table)
-    rows = frame_of(text, published(stage_name))
-    curves = curves_of_rows(stage_name, rows, logs)
-    write_whole(published(stage_name), text)
-    if curves:
-        table = pd.concat(curves, ignore_index=True)
-        names = list(dict.fromkeys(["run_id", "variant", "seed", *table]))
-        write_table(table[names], RESULTS.with_name(f"log_curves_{stage_name}.csv"))
+    ValueError, OSError."""
+    lock = Path(f"{os.path.realpath(RESULTS)}.lock")  # another run_stage.py may end now, too
+    with locked(lock) if RESULTS.exists() else contextlib.nullcontext():
+        there, table = published_rows(stage_name), stage_table(stage_name)
+        filled = {name for row in table for name, cell in row.items() if cell}
+        kept = filled | setting_columns() | {name for row in there.values() for name in row}
+        text = table_text({name: row[name] for name in row if name in kept} for row in table)
+        rows = frame_of(text, f"{published(stage_name)} with {RESULTS}")
+        curves = published_curves(stage_name)
+        curves |= curves_of_logs(rows, logs, curves.keys() & settled(stage_name))
+
+        write_whole(os.path.realpath(published(stage_name)), text)  # a link stays one
+        if curves:
+            points = pd.concat(curves.values(), ignore_index=True)
+            names = list(dict.fromkeys(["run_id", "variant", "seed", *points]))
+            write_table(points[names], os.path.realpath(curves_path(stage_name)))
     return len(rows), len(curves)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Publishes stages; exit code 0, or 2 with one sentence where there is no such stage in it."""
+    """Publishes stages; exit code 0, or 2 with a sentence for each that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("stage", nargs="*", help="only these")
     parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="folder of the curves")
     args = parser.parse_args(argv)
+    code = 0
     try:
-        names = args.stage or [name for name in read_results().stage.unique() if name]
-        for name in names:
+        names = args.stage or stages_here()
+    except ValueError as error:
+        names = []
+        code = refused(error)
+    for name in names:
+        try:
             runs, curves = split(name, args.log_dir)
             print(f"{name}: {runs} runs, {curves} curves")
-    except ValueError as error:
-        print(f"split_results.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except (OSError, ValueError) as error:
+            code = refused(error)
+    return code
+
+
+def stages_here() -> list[str]:
+    """The stages of the runs here. Raises ValueError where there is no table."""
+    if not RESULTS.exists():
+        raise not_there(RESULTS)
+    names = dict.fromkeys(row.get("stage") for row in own_rows().values())
+    return [name for name in names if name]
+
+
+def refused(error: Exception) -> int:
+    """Says what cannot be published; the exit code."""
+    print(f"split_results.py: error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -506,7 +506,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         table = write_gate(args.stage, args.logs)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"stage_gate.py: error: {error}", file=sys.stderr)
         return 2
     for one in table.itertuples():

@@ -2,6 +2,7 @@
 follow from rows."""
 
 import csv
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from conftest import committed
 from scipy import stats as scipy_stats
 
+import gate_facts
 import make_tables
 import plan_stage
 import split_results
@@ -729,13 +731,99 @@ def test_runs_here_are_added_to_what_is_published_and_take_nothing_from_it(folde
     damaged = published.read_text()
     results([new])
     assert split_results.main(["toy"]) == 2 and published.read_text() == damaged
-    assert "results_toy.csv: 1 lines are no rows of it" in capsys.readouterr().err
+    assert "results_toy.csv is published and not whole: " in capsys.readouterr().err
+
+
+def test_a_published_row_with_a_result_is_not_that_of_a_run_here(folder, capsys):
+    """Ids follow from settings, source and data, so another machine makes the same: what is begun
+    here, torn or written by an earlier version takes nothing from what is published."""
+    results(ROWS)
+    curve(folder, ROWS[0]["run_id"], "step,val_loss\n1,3.5\n2,3.0\n")
+    split_results.main(["toy"])
+    files = [Path(f"experiments/{name}_toy.csv") for name in ("results", "log_curves")]
+    before = [path.read_bytes() for path in files]
+    begun = [one | {"status": "crash", "final_loss": "", "started": "2027"} for one in ROWS[:1]]
+    for rows in begun, [ROWS[0] | {"final_loss": "3.00"}], [{"run_id": ROWS[0]["run_id"]}]:
+        results([{"stage": "toy"} | one for one in rows])
+        curve(folder, ROWS[0]["run_id"], "step,val_loss\n1,9.0\n")
+        assert split_results.main(["toy"]) == 0 and [path.read_bytes() for path in files] == before
+    assert "2 runs are published" not in (said := capsys.readouterr().err)
+    assert f"1 runs are published by others with a result, as {ROWS[0]['run_id']}" in said
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-5],
+        lambda text: text[:-1],
+        lambda text: text.replace(",ok,", ",ok,ok,", 1),
+        lambda text: text.replace("\n", "\n<<<<<<< HEAD\n", 1),
+        lambda text: text.replace("toy", '"toy', 1),
+        lambda text: text + text.splitlines()[1] + "\n",
+        lambda text: text + text.splitlines()[0] + "\n",
+        lambda text: text.replace("toy", "t\0y", 1),
+        lambda text: text.replace(",", ";"),
+    ],
+    ids=["cut", "end", "cells", "merge", "quote", "twice", "header", "nul", "semicolons"],
+)
+def test_a_published_file_that_is_not_whole_is_refused_and_stays(folder, capsys, damage):
+    results(ROWS)
+    curve(folder, ROWS[0]["run_id"], "step,val_loss\n1,3.5\n2,3.0\n")
+    split_results.main(["toy"])
+    path = Path("experiments/results_toy.csv")
+    path.write_bytes(damaged := damage(path.read_text()).encode())
+    assert split_results.main(["toy"]) == 2 and path.read_bytes() == damaged
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "results_toy.csv is published and not whole: " in said
+
+
+def test_published_curves_that_are_not_whole_are_refused_and_stay(folder, capsys):
+    results(ROWS)
+    curve(folder, ROWS[0]["run_id"], "step,val_loss\n1,3.5\n2,3.0\n")
+    split_results.main(["toy"])
+    path = Path("experiments/log_curves_toy.csv")
+    whole = path.read_text()
+    for damaged in whole[:-2], whole + whole[: whole.index("\n") + 1]:
+        path.write_text(damaged)
+        assert split_results.main(["toy"]) == 2 and path.read_text() == damaged
+        assert "log_curves_toy.csv is published and not whole" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="is published and not whole"):
+            split_results.read_curves("toy")
+
+
+def test_what_is_no_file_in_the_place_of_a_table_is_a_sentence(folder, capsys):
+    results(ROWS)
+    split_results.main(["toy"])
+    for name in "results_toy", "results":
+        path = Path(f"experiments/{name}.csv")
+        for make in os.mkfifo, os.mkdir:
+            path.unlink() if path.is_file() or path.is_fifo() else path.rmdir()
+            make(path)
+            told = split_results.main(["toy"]), make_tables.main(["toy"]), stage_gate.main(["toy"])
+            said = capsys.readouterr().err.splitlines()
+            assert told == (2, 2, 2) and len(said) == 3, said
+            assert all("is no regular file" in line for line in said)
+            with pytest.raises(ValueError, match="is no regular file"):
+                plan_stage.results("toy")
+        path.rmdir()
+        results(ROWS, path)
+    Path("experiments/results.csv").unlink()
+    Path("experiments/results.csv").symlink_to("results.csv")
+    assert split_results.main(["toy"]) == 0, "a link to itself is no table"
+
+
+def test_a_begun_run_takes_no_published_curve_from_the_gate(folder):
+    results(ROWS[:1])
+    run_id = ROWS[0]["run_id"]
+    curve(folder, run_id, "step,train_loss,val_loss\n1,3.0,3.5\n")
+    split_results.main(["toy"])
+    curve(folder, run_id, "step,train_loss,val_loss\n1,9.0,9.5\n")
+    curves = gate_facts.curves_of("toy", split_results.rows_of("toy"), Path("logs"))
+    assert list(curves[run_id].val_loss) == [3.5]
 
 
 def test_runs_of_other_settings_than_the_file_has_are_left_out_and_counted(folder):
     """A stage that was edited has no results until it is run again."""
-    results(ROWS)
-    split_results.main([])
     stage = Path("experiments/stages/toy.toml")
     for old, new in (
         ("N_LAYER = 2", "N_LAYER = 3"),
@@ -793,6 +881,7 @@ def test_a_blank_setting_stays_in_the_rows_of_a_stage(folder):
     split_results.main([])
     kept = pd.read_csv("experiments/results_toy.csv")
     assert "head_lr" in kept and "error" not in kept
+    Path("experiments/results_toy.csv").unlink()
     stage = Path("experiments/stages/toy.toml")
     rows = pd.DataFrame(ROWS).assign(head_lr="", preset="gpt2_small")
     results(rows.astype(object).fillna("").to_dict("records"))
@@ -824,6 +913,8 @@ def test_a_broken_curve_is_named_and_blocks_only_a_finished_run(folder, capsys):
     curve(folder, row("none LR=0.1", 2, 3.0)["run_id"], "ste")
     assert split_results.main(["toy"]) == 0
     curve(folder, "good", "ste")
+    assert split_results.main(["toy"]) == 0, "what is published stays"
+    Path("experiments/log_curves_toy.csv").unlink()
     assert split_results.main(["toy"]) == 2 and "good.csv is no curve" in capsys.readouterr().err
     Path("experiments/results.csv").write_text("a,b\n1,2\n")
     assert split_results.main([]) == 2 and "is no table of results" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The table of results: what many runs, and a spreadsheet, may do to it."""
 
+import contextlib
 import csv
 import os
 import stat
@@ -36,6 +37,17 @@ def test_what_is_no_regular_file_is_refused_and_stays(tmp_path, kind):
         update_results(path, [{"run_id": "a"}])
     after = os.lstat(path)
     assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+
+
+def test_a_link_that_leads_nowhere_is_made_a_table_or_refused(tmp_path):
+    path = tmp_path / "r.csv"
+    path.symlink_to("there.csv")
+    update_results(path, [{"run_id": "a"}])
+    assert path.is_symlink() and list(read(tmp_path / "there.csv")) == ["a"]
+    path.unlink()
+    path.symlink_to("r.csv")
+    with contextlib.suppress(ConfigError):  # as Python 3.13 sees it, there is no file yet
+        update_results(path, [{"run_id": "a"}])
 
 
 def test_none_is_no_table(tmp_path, monkeypatch):
@@ -97,6 +109,19 @@ def test_rows_that_are_no_utf_8_or_have_too_many_cells_are_kept_aside(tmp_path):
     assert list(read(path)) == ["a", "c"]
     unread = (tmp_path / "r.csv.unread").read_bytes()
     assert unread == b"2,b,more\n3,\xff\n4,\nb,\xff\n"
+
+
+def test_a_row_that_is_cut_off_is_no_row(tmp_path, capsys):
+    """Else what is left of it would count as the run's."""
+    path = tmp_path / "r.csv"
+    path.write_text("run_id,status,loss\na,ok,1\nb,ok\nc,ok,2.")
+    assert tables.read_table(path) == ("run_id,status,loss\na,ok,1\nb,ok,\nc,ok,2.\n", [])
+    path.write_text("run_id,status,loss\na,ok,1\nb,ok")
+    update_results(path, [{"run_id": "c"}])
+    assert list(read(path)) == ["a", "c"] and "1 lines that are no rows" in capsys.readouterr().err
+    assert (tmp_path / "r.csv.unread").read_text() == "b,ok"
+    update_results(path, [{"run_id": "b", "status": "ok", "loss": 2}])
+    assert read(path)["b"]["loss"] == "2"
 
 
 def test_many_rows_are_one_write(tmp_path, monkeypatch):

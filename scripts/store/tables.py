@@ -26,8 +26,8 @@ def update_results(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """
     if str(path) == "none":
         return
-    path = Path(path).resolve()  # a link stays one
     try:
+        path = Path(path).resolve()  # a link stays one
         regular(path)
         with locked(Path(f"{path}.lock")):
             if path.exists() and not is_plain(path):
@@ -36,7 +36,7 @@ def update_results(path: str | Path, rows: list[dict[str, Any]]) -> None:
                 write_whole(path, text)
             if rows:
                 write_whole(path, merged(path, rows))
-    except (OSError, KeyError, ValueError, csv.Error) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, csv.Error) as error:
         raise ConfigError(
             f"RESULTS_CSV={path}: cannot be written as a table with a column run_id "
             f"({str(error)[:200]}); name another, or none"
@@ -138,7 +138,7 @@ def fits(row: bytes, width: int, at: int) -> bool:
         return False
     if len(cells) <= at or not RUN_ID.fullmatch(cells[at]):
         return False
-    is_short = len(cells) < width and len(row.splitlines()) == 1  # by another program, or cut off
+    is_short = len(cells) < width and row.count(b"\n") == 1  # by another program; not cut off
     return len(cells) == width or is_short
 
 
