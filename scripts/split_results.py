@@ -32,7 +32,7 @@ from harness.settings import preset_files, read_preset
 from store.contract import renamed
 from store.files import locked, regular, write_whole
 from store.source import source_hash
-from store.tables import read_table, table_text
+from store.tables import RUN_ID, read_table, table_text
 from stages import TRAINER, Stage
 
 RESULTS = Path("experiments/results.csv")
@@ -74,6 +74,9 @@ NUMBERS = (  # of a run that ended early they may be missing
     "resumes",
     "tokens",
 )
+
+
+FIGURES = ("bits_per_byte", "moe_entropy", "moe_max_vio")  # numbers that not every row has
 
 
 @functools.cache
@@ -160,7 +163,8 @@ def own_rows() -> dict[str, dict[str, str]]:
     rows, odd = {}, []
     if RESULTS.exists():
         for row in csv.DictReader(io.StringIO(readable(RESULTS))):
-            if row.get("status") in (None, "", "status"):
+            has_status = row.get("status") not in (None, "", "status")
+            if not has_status or not RUN_ID.fullmatch(row["run_id"]):
                 odd.append(row["run_id"])
             else:
                 rows.setdefault(row["run_id"], row)
@@ -258,7 +262,7 @@ def frame_of(text: str, path: str | Path) -> pd.DataFrame:
     rows = rows.fillna({name: "" for name in TEXT if name in rows})
     missing = {name: blank for name, blank in blanks.items() if name not in rows}
     rows = pd.concat([rows, pd.DataFrame(missing, index=rows.index)], axis="columns")
-    for name in NUMBERS:
+    for name in (*NUMBERS, *(name for name in FIGURES if name in rows)):
         numbers = pd.to_numeric(rows[name], errors="coerce")
         wrong = rows[numbers.isna() & rows[name].notna()]
         if len(wrong):
@@ -414,7 +418,11 @@ def read_curves(stage_name: str) -> pd.DataFrame:
     path = curves_path(stage_name)
     if not lines_of(path):
         raise ValueError(f"{path} is not there; python scripts/run_stage.py {stage_name} makes it")
-    return pd.read_csv(path, dtype={"run_id": str, "variant": str})
+    curves = pd.read_csv(path, dtype={"run_id": str, "variant": str})
+    for name in curves.columns.difference(["run_id", "variant"]):
+        if not pd.api.types.is_numeric_dtype(curves[name]):
+            raise not_whole(path, f"not every {name} is a number")
+    return curves
 
 
 def curves_path(stage_name: str) -> Path:
@@ -441,6 +449,7 @@ def published_curves(stage_name: str) -> dict[str, pd.DataFrame]:
         return {}
     if not {"run_id", "step"} <= lines[0].keys():
         raise not_whole(curves_path(stage_name), "it has no columns run_id and step")
+    read_curves(stage_name)  # whose numbers are numbers
     return dict(list(pd.DataFrame(lines).groupby("run_id", sort=False)))
 
 

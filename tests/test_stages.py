@@ -783,7 +783,8 @@ def test_published_curves_that_are_not_whole_are_refused_and_stay(folder, capsys
     split_results.main(["toy"])
     path = Path("experiments/log_curves_toy.csv")
     whole = path.read_text()
-    for damaged in whole[:-2], whole + whole[: whole.index("\n") + 1]:
+    quote, header = whole.replace("3.5", '3"5'), whole[: whole.index("\n") + 1]
+    for damaged in whole[:-2], whole + header, quote:
         path.write_text(damaged)
         assert split_results.main(["toy"]) == 2 and path.read_text() == damaged
         assert "log_curves_toy.csv is published and not whole" in capsys.readouterr().err
@@ -895,6 +896,7 @@ def test_a_blank_setting_stays_in_the_rows_of_a_stage(folder):
     "change, sentence",
     [
         ({"final_loss": "3,01"}, "final_loss of odd is '3,01', no number"),
+        ({"moe_entropy": "x"}, "moe_entropy of odd is 'x', no number"),
         ({"changes": "PRESET='x"}, "changes of odd are no NAME=value words"),
         ({"changes": "PRESET"}, "changes of odd are no NAME=value words"),
         ({"changes": "LR=1 PRESET --fast"}, "changes of odd are no NAME=value words"),
@@ -902,7 +904,8 @@ def test_a_blank_setting_stays_in_the_rows_of_a_stage(folder):
     ids=str,
 )
 def test_a_row_that_cannot_be_read_is_named(folder, capsys, change, sentence):
-    results([*ROWS[:3], row("none LR=0.1", 9, 3.0, run_id="odd", **change)])
+    more = dict.fromkeys(change.keys() - ROWS[0].keys(), 1)
+    results([*(one | more for one in ROWS[:3]), row("none LR=0.1", 9, 3.0, run_id="odd", **change)])
     codes = split_results.main(["toy"]), make_tables.main(["toy"])
     assert 2 in codes and sentence in capsys.readouterr().err
 

@@ -120,6 +120,9 @@ def test_a_row_that_is_cut_off_is_no_row(tmp_path, capsys):
     update_results(path, [{"run_id": "c"}])
     assert list(read(path)) == ["a", "c"] and "1 lines that are no rows" in capsys.readouterr().err
     assert (tmp_path / "r.csv.unread").read_text() == "b,ok"
+    path.write_text('run_id,status,loss\na,"o\nk"')
+    assert tables.read_table(path)[0] == "run_id,status,loss\n", "over two lines neither"
+    path.write_text("run_id,status,loss\na,ok,1\n")
     update_results(path, [{"run_id": "b", "status": "ok", "loss": 2}])
     assert read(path)["b"]["loss"] == "2"
 

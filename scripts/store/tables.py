@@ -138,8 +138,8 @@ def fits(row: bytes, width: int, at: int) -> bool:
         return False
     if len(cells) <= at or not RUN_ID.fullmatch(cells[at]):
         return False
-    is_short = len(cells) < width and row.count(b"\n") == 1  # by another program; not cut off
-    return len(cells) == width or is_short
+    # by another program it may be short, but not cut off
+    return len(cells) == width or len(cells) < width and row.find(b"\n") + 1 == len(row)
 
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> Iterator[bytes]:
