@@ -10,8 +10,8 @@ import pandas as pd
 
 import gate_stats
 from gate_stats import Difference
-from split_results import comparable, current, curves_path, is_curve, read_curve, read_curves
-from split_results import settled, validation_of
+from published import curves_path, settled
+from split_results import comparable, current, is_curve, read_curve, read_curves, validation_of
 from stages import Stage
 
 FAILED = "diverged", "oom", "crash", "config", "data"

@@ -25,8 +25,8 @@ import pandas as pd
 
 import gate_stats
 from store.files import write_whole
-from split_results import RESULTS, comparable, measured, published, rows_of, tried, validation_of
-from split_results import write_table
+from published import RESULTS, results_path
+from split_results import comparable, measured, rows_of, tried, validation_of, write_table
 from stages import FINAL_LOSS, Stage, load_stage, read, stage_names, stage_of
 
 NAMES = {  # as published
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in args.stage:
                 print(other_view(name, args.against))
             return 0
-        with_rows = [name for name in stage_names() if published(name).exists()]
+        with_rows = [name for name in stage_names() if results_path(name).exists()]
         for name in args.stage or with_rows:
             print(f"{name}\n{write_tables(name)}")
         if README.is_file():

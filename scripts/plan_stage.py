@@ -23,7 +23,7 @@ from store.contract import ConfigError, DataError
 from store.source import source_hash
 import train_gpt
 from harness.files import RunFiles
-from split_results import HAS_RESULT, newer, own_rows, published_rows
+from published import HAS_RESULT, newer, own_rows, published_rows
 from stages import TRAINER, Stage
 from train_gpt import Config
 
@@ -282,7 +282,9 @@ def check_differences(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> No
         for name in said_to_differ(stage, one, other, are_compared):
             if ours.get(name) == theirs.get(name):
                 idle = runs[0].cfg.idle().get(name.lower())
-                reason = f"has no effect without {idle}" if idle else f"is {ours.get(name)} in both"
+                reason = f"is {ours.get(name)} in both"
+                if idle:
+                    reason = f"has no effect without {idle.replace('!=', ' other than ')}"
                 raise ConfigError(f"{both} are said to differ in {name}, which {reason}")
             for run in runs:
                 check_followers(stage, name, run)

@@ -26,9 +26,10 @@ from scipy.special import stdtrit
 
 from gate_stats import FEWEST
 from make_tables import difference_of
+from published import RESULTS
 from plot_runs import ACCURACY, AXES, GREY, SPEED, Looks, Words, dress, frame, has, name_of, save
 from plot_runs import styles
-from split_results import RESULTS, comparable, curves_of_rows, measured, planned_seconds, rows_of
+from split_results import comparable, curves_of_rows, measured, planned_seconds, rows_of
 from stages import Stage, load_stage
 
 # stages with these axes ask what should fill the memory

@@ -25,7 +25,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
-from split_results import RESULTS, read_curve, read_curves, read_results
+from published import RESULTS
+from split_results import read_curve, read_curves, read_results
 from stages import MEASURES, load_stage, stage_names
 
 COLORS = [  # Okabe and Ito's

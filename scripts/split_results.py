@@ -13,12 +13,10 @@ are brought up to date. A published file that is not whole is refused, and stays
 import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
 import contextlib
-import csv
 import functools
 import io
 import itertools
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -29,15 +27,13 @@ import numpy as np
 import pandas as pd
 
 from harness.settings import preset_files, read_preset
-from store.contract import renamed
-from store.files import locked, regular, write_whole
-from store.source import source_hash
-from store.tables import RUN_ID, read_table, table_text
+from published import RESULTS, curves_path, not_there, not_whole, results_path, whole_rows
+from published import published_rows, readable, settled, stage_table, stages_here
 from stages import TRAINER, Stage
+from store.files import locked, write_whole
+from store.source import source_hash
+from store.tables import table_text
 
-RESULTS = Path("experiments/results.csv")
-STAGE_NAME = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
-HAS_RESULT = ("ok", "diverged")  # how a run ends that need not be tried again
 SWITCH = {"true": 1, "false": 0}  # as rows have it
 TEXT = (  # never numbers
     "run_id",
@@ -74,8 +70,6 @@ NUMBERS = (  # of a run that ended early they may be missing
     "resumes",
     "tokens",
 )
-
-
 FIGURES = ("bits_per_byte", "moe_entropy", "moe_max_vio")  # numbers that not every row has
 
 
@@ -96,153 +90,21 @@ def untrained() -> set[str]:
     return {name.upper() for name in {*Config.NOT_HASHED, "seed"} - {*Config.LABELS}}
 
 
-def published(stage_name: str) -> Path:
-    """The file of a stage's results that is for git. Raises ValueError."""
-    if not STAGE_NAME.fullmatch(stage_name):
-        raise ValueError(
-            f"STAGE {stage_name[:100]!r} is no name of a file; nothing of it is published"
-        )
-    return RESULTS.with_name(f"results_{stage_name}.csv")
-
-
-@functools.cache
-def say_once(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
-
-
-def lines_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a published file as they stand; [] where there is none. Raises ValueError where
-    it is not whole: a cut, a quote or a merge would pass for results."""
-    if not path.exists():
-        return []
-    try:
-        with open(regular(path), encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(rows, [])
-        lines = [row for row in rows if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise not_whole(path, str(error)) from None
-    if text[-1:] != "\n" or "\0" in text or len({*header}) < len(header):
-        raise not_whole(path, "it is cut off, or has a NUL or a column twice")
-    for row in lines:
-        if len(row) != len(header) or row == header:
-            raise not_whole(
-                path, f"{row[0][:60]!r} begins a row that is none of {len(header)} cells"
-            )
-    return [renamed(dict(zip(header, row))) for row in lines]
-
-
-def not_whole(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{path} is published and not whole: {reason[:200]}; git checkout it, mend it, or move it "
-        "away and python scripts/split_results.py makes it of the runs here"
-    )
-
-
-def published_rows(stage_name: str) -> dict[str, dict[str, str]]:
-    """The published rows of a stage, by run_id. Raises ValueError."""
-    path = published(stage_name)
-    rows = {}
-    for row in lines_of(path):
-        run_id = row.get("run_id", "")
-        if run_id in rows or row.get("stage") != stage_name:
-            raise not_whole(path, f"row {run_id[:60]!r} is in it twice or of another stage")
-        rows[run_id] = row
-    return rows
-
-
-def settled(stage_name: str) -> set[str]:
-    """The run_ids that are published with a result. Raises ValueError."""
-    return {run_id for run_id, row in published_rows(stage_name).items() if has_result(row)}
-
-
-def own_rows() -> dict[str, dict[str, str]]:
-    """The rows of the runs here, by run_id; of two of one run the first. What has no status, or is
-    another header, is no run's, which is told. Raises ValueError."""
-    rows, odd = {}, []
-    if RESULTS.exists():
-        for row in csv.DictReader(io.StringIO(readable(RESULTS))):
-            has_status = row.get("status") not in (None, "", "status")
-            if not has_status or not RUN_ID.fullmatch(row["run_id"]):
-                odd.append(row["run_id"])
-            else:
-                rows.setdefault(row["run_id"], row)
-    if odd:
-        say_once(f"{RESULTS}: {len(odd)} rows without a status are left out, as {odd[0]!r}")
-    return rows
-
-
-def newer(own: Mapping[str, Mapping], there: Mapping[str, Mapping]) -> list[str]:
-    """The run_ids of the runs here that are not published, or without a result. Where another run
-    of the same id is published with one, that counts, and it is said."""
-    known = {run_id for run_id, row in there.items() if has_result(row)}
-    others = [
-        run_id for run_id in own if run_id in known and is_another(own[run_id], there[run_id])
-    ]
-    if others:
-        say_once(
-            f"{RESULTS}: {len(others)} runs are published by others with a result, as {others[0]}; "
-            "theirs count"
-        )
-    return [run_id for run_id in own if run_id not in known]
-
-
-def has_result(row: Mapping) -> bool:
-    """Whether a run has ended so that it need not be tried again."""
-    return row.get("status") in HAS_RESULT
-
-
-def is_another(one: Mapping, other: Mapping) -> bool:
-    """Whether two rows of one run_id are of two starts."""
-    return any(one.get(name) != other.get(name) for name in ("started", "status"))
-
-
-def stage_table(stage_name: str) -> list[dict[str, str]]:
-    """The rows of a stage: what is published, and the runs here. Raises ValueError where there is
-    none, or where what is published is not whole."""
-    there = published_rows(stage_name)
-    own = {run_id: row for run_id, row in own_rows().items() if row.get("stage") == stage_name}
-    rows = there | {run_id: there.get(run_id, {}) | own[run_id] for run_id in newer(own, there)}
-    if not rows:
-        raise ValueError(
-            f"STAGE {stage_name} has no run in {RESULTS} or {published(stage_name).name}; "
-            f"python scripts/run_stage.py {stage_name} makes them"
-        )
-    return [*rows.values()]
-
-
-def readable(path: Path) -> str:
-    """A table as CSV, without what are no rows of it, which is told."""
-    try:
-        text, unread = read_table(regular(path))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if unread:
-        say_once(f"warning: {path}: {len(unread)} lines are no rows of it and are left out")
-    return text
-
-
 def read_results(path: Path = RESULTS) -> pd.DataFrame:
     """A table of results, a row per run. Raises ValueError where there is none."""
     if not Path(path).exists():
         raise not_there(path)
     if path != RESULTS:
-        lines_of(path)
+        whole_rows(path)
     return frame_of(readable(path), path)
-
-
-def not_there(path: Path) -> ValueError:
-    return ValueError(
-        f"{path} is not there; python scripts/run_stage.py makes it, "
-        "or rebuild_results.py from logs"
-    )
 
 
 def rows_of(stage_name: str) -> pd.DataFrame:
     """The rows of a stage, a row per run: what is published, brought up to date by the runs here.
     Raises ValueError where there is none."""
-    return frame_of(table_text(stage_table(stage_name)), f"{published(stage_name)} with {RESULTS}")
+    return frame_of(
+        table_text(stage_table(stage_name)), f"{results_path(stage_name)} with {RESULTS}"
+    )
 
 
 def frame_of(text: str, path: str | Path) -> pd.DataFrame:
@@ -416,18 +278,13 @@ def read_curves(stage_name: str) -> pd.DataFrame:
     """The curves of a stage's runs, below each other, from experiments/log_curves_<stage>.csv.
     Raises ValueError."""
     path = curves_path(stage_name)
-    if not lines_of(path):
+    if not whole_rows(path):
         raise ValueError(f"{path} is not there; python scripts/run_stage.py {stage_name} makes it")
     curves = pd.read_csv(path, dtype={"run_id": str, "variant": str})
     for name in curves.columns.difference(["run_id", "variant"]):
         if not pd.api.types.is_numeric_dtype(curves[name]):
             raise not_whole(path, f"not every {name} is a number")
     return curves
-
-
-def curves_path(stage_name: str) -> Path:
-    """The file of a stage's curves that is for git."""
-    return RESULTS.with_name(f"log_curves_{stage_name}.csv")
 
 
 def planned_seconds(curve: pd.DataFrame, num_iterations: float, seconds: float) -> list[float]:
@@ -444,7 +301,7 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
 
 def published_curves(stage_name: str) -> dict[str, pd.DataFrame]:
     """The published curves of a stage as text, by run_id. Raises ValueError."""
-    lines = lines_of(curves_path(stage_name))
+    lines = whole_rows(curves_path(stage_name))
     if not lines:
         return {}
     if not {"run_id", "step"} <= lines[0].keys():
@@ -486,11 +343,11 @@ def split(stage_name: str, logs: Path) -> tuple[int, int]:
         filled = {name for row in table for name, cell in row.items() if cell}
         kept = filled | setting_columns() | {name for row in there.values() for name in row}
         text = table_text({name: row[name] for name in row if name in kept} for row in table)
-        rows = frame_of(text, f"{published(stage_name)} with {RESULTS}")
+        rows = frame_of(text, f"{results_path(stage_name)} with {RESULTS}")
         curves = published_curves(stage_name)
         curves |= curves_of_logs(rows, logs, curves.keys() & settled(stage_name))
 
-        write_whole(os.path.realpath(published(stage_name)), text)  # a link stays one
+        write_whole(os.path.realpath(results_path(stage_name)), text)  # a link stays one
         if curves:
             points = pd.concat(curves.values(), ignore_index=True)
             names = list(dict.fromkeys(["run_id", "variant", "seed", *points]))
@@ -517,14 +374,6 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             code = refused(error)
     return code
-
-
-def stages_here() -> list[str]:
-    """The stages of the runs here. Raises ValueError where there is no table."""
-    if not RESULTS.exists():
-        raise not_there(RESULTS)
-    names = dict.fromkeys(row.get("stage") for row in own_rows().values())
-    return [name for name in names if name]
 
 
 def refused(error: Exception) -> int:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import launch, rows, run_ranks
 
+import published
 import split_results
 import train_gpt
 from store import source
@@ -160,7 +161,7 @@ def test_wrong_settings_are_refused_in_one_sentence(env, sentence):
 
 
 def test_a_column_that_was_renamed_is_read_under_both_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(split_results, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(published, "RESULTS", tmp_path / "results.csv")
     table = tmp_path / "results.csv"
     table.write_text("run_id,per_step,stage\nold,norm,s\n")
     assert list(split_results.read_results(table).per_visit) == ["norm"]
