@@ -748,7 +748,7 @@ def test_a_published_row_with_a_result_is_not_that_of_a_run_here(folder, capsys)
         curve(folder, ROWS[0]["run_id"], "step,val_loss\n1,9.0\n")
         assert split_results.main(["toy"]) == 0 and [path.read_bytes() for path in files] == before
     assert "2 runs are published" not in (said := capsys.readouterr().err)
-    assert f"1 runs are published by others with a result, as {ROWS[0]['run_id']}" in said
+    assert f"1 runs are published with a result of another start, as {ROWS[0]['run_id']}" in said
 
 
 @pytest.mark.parametrize(
