@@ -283,8 +283,10 @@ def test_the_command_that_goes_on_is_whole(monkeypatch):
         *("WIDTH=3", "NOTE=it's", "LOG_DIR=my logs", "RUN_ID=r", "RESUME=auto"),
         *("torchrun", "--standalone", "--nproc_per_node=2", "my dir/train.py", "--steps", "3"),
     ]
-    for changes in "WIDTH=3 --steps 3", "--steps 3":
-        assert command_of(cfg, changes, "r", Ranks()).count("--steps 3") == 1
+    for settings in "WIDTH=3", "", """A='it'"'"'s --steps 3' WIDTH=3""":
+        command = command_of(cfg, f"{settings} --steps 3".strip(), "r", Ranks())
+        assert command.startswith(settings) and command.endswith("' --steps 3")
+        assert " --steps" not in command.removeprefix(settings).partition("RUN_ID=r")[0]
     assert " RUN_ID=r RESUME=auto python 'my dir/train.py'" in command_of(cfg, "", "r", Ranks())
     command = command_of(cfg, "", "r", Ranks(0, 0, 16, 8))
     assert "RESUME=auto torchrun <as before, on every machine> 'my dir/" in command

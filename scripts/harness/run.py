@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,9 @@ from harness.records import Records
 from harness.settings import Settings
 from harness.watch import Watch
 from store.contract import CURVE, Diverged
+
+# NAME=value words, quoted as shlex does it, at the beginning of a text
+SETTINGS = r"""(\w+=('[^']*'|"'"|[^\s'"])* ?)*"""
 
 
 class Run:
@@ -202,7 +206,7 @@ class Run:
 
 def command_of(cfg: Settings, changes: str, run_id: str, ranks: Ranks) -> str:
     """What a shell has to be told so that a run goes on; `changes` are those from the defaults."""
-    words = [f" {changes}".partition(" --")[0].strip()]  # a program's options are in sys.argv
+    words = [re.match(SETTINGS, changes)[0].strip()]  # a program's options are in sys.argv
     for name in cfg.LABELS:
         value = getattr(cfg, name)
         if name not in ("run_id", "resume", "dry_run") and value != getattr(type(cfg), name):
