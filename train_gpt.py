@@ -1828,7 +1828,8 @@ def shard_tokens(path):
         size = os.path.getsize(path)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error}); name shards, as data/x/x_train_*.bin"
+            f"{path}: cannot be read ({error.strerror or error}); name shards, as "
+            "data/x/x_train_*.bin"
         ) from None
     magic, version, tokens = [*header[:3].tolist(), 0, 0, 0][:3]  # a file may be shorter
     expected_size = 4 * HEADER_INTS + 2 * tokens
