@@ -41,11 +41,12 @@ def check_packages():
     sys.exit(2)
 
 
-def say_interrupted(kind, error, trace):
-    """What is printed of an exception: of Ctrl-C, which may come while packages load, one word."""
+def say_briefly(kind, error, trace):
+    """What is printed of an exception: of Ctrl-C, which may come while packages load, one word; of
+    a full disk a sentence; of a reader that has gone away nothing."""
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write("interrupted\n")
-    elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
+    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         script = os.path.basename(sys.argv[0])
         sys.stderr.write(f"{script}: error: {error}; make room\n")
     elif not (issubclass(kind, BrokenPipeError) and is_reader_gone("\n")):
@@ -67,6 +68,6 @@ def is_reader_gone(more=""):
 
 check_packages()
 atexit.register(is_reader_gone)
-sys.excepthook = say_interrupted
+sys.excepthook = say_briefly
 if ROOT not in sys.path:
     sys.path.insert(1, ROOT)

@@ -1,5 +1,6 @@
 """Scripts under a Python that lacks something, and the trainer that they find."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -55,12 +56,14 @@ print(train_gpt.__file__)
 
 
 def test_a_reader_that_has_gone_away_is_nothing_to_tell():
-    """Whether the output is longer than a buffer or not; a full disk is a sentence."""
+    """Whether the output is longer than a buffer or not; a full disk, or quota, is a sentence."""
+    full = OSError(errno.EDQUOT, "Quota")
     begin = f'{sys.executable} -c \'import sys; sys.path[:0] = ["scripts"]; import require_packages'
     for action, err in {
         "print(1)": "",
         "[print(i) for i in range(100_000)]": "",
         'raise OSError(28, "No space left")': "-c: error: [Errno 28] No space left; make room\n",
+        'import errno; raise OSError(errno.EDQUOT, "Quota")': f"-c: error: {full}; make room\n",
     }.items():
         command = ["bash", "-c", f"{begin}; {action}' | true"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
