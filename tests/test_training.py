@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import launch, points, rows, summary, write_shard
 
+from harness import failures
 from harness.settings import ROOT
 import train_gpt
 from ops import sharding
@@ -294,7 +295,9 @@ def test_out_of_memory_has_its_own_status(settings, monkeypatch):
         raise train_gpt.torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train_gpt, "train_step", fail)
+    monkeypatch.setattr(failures, "peak_memory", lambda device: None)  # as on Windows
     assert launch(settings)[0] == [5] and rows(settings)[0]["status"] == "oom"
+    assert rows(settings)[0]["error"].startswith("out of memory; lower")
 
 
 def run(*command, **env):

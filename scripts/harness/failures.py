@@ -51,7 +51,8 @@ def report_failure(
     reason = redact(str(error) or interrupted, env)
     if status == "oom" and records:
         peak = peak_memory(ranks.device(records.cfg))
-        reason = f"out of memory, peak {peak or 0:.2f} GiB; {records.cfg.advice(status)}"
+        known = f", peak {peak:.2f} GiB" if peak else ""
+        reason = f"out of memory{known}; {records.cfg.advice(status)}"
     if status == "crash":
         reason = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
         if records and "imed out" in reason:
