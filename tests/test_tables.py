@@ -127,6 +127,19 @@ def test_a_row_that_is_cut_off_is_no_row(tmp_path, capsys):
     assert read(path)["b"]["loss"] == "2"
 
 
+def test_what_a_spreadsheet_saves_takes_no_row(tmp_path):
+    """Names and cells in quotes, and blank columns behind."""
+    path = tmp_path / "r.csv"
+    path.write_text('"run_id","loss"\n"a",1\n"b",2\n')
+    update_results(path, [{"run_id": "a", "loss": 3}])
+    assert path.read_text() == "run_id,loss\na,3\nb,2\n"
+    path.write_text("run_id,loss,,\na,1,,mine\nb,2,,\n")
+    for run in "c", "d":
+        update_results(path, [{"run_id": run}])
+    assert path.read_text() == "run_id,loss,,\na,1,,mine\nb,2,,\nc,,,\nd,,,\n"
+    assert not (tmp_path / "r.csv.unread").exists()
+
+
 def test_many_rows_are_one_write(tmp_path, monkeypatch):
     path, written = tmp_path / "r.csv", []
     whole = files.write_whole

@@ -44,10 +44,11 @@ def update_results(path: str | Path, rows: list[dict[str, Any]]) -> None:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a table's header has run_id first and no name of an earlier version."""
-    with open(path, "rb") as file:
-        header = cells_of(next(rows_of(file)))
-    return header[:1] == ["run_id"] and RENAMED.keys().isdisjoint(header)
+    """Whether a table's header has run_id first, not in quotes, and no name of an earlier
+    version."""
+    with open(path, encoding="latin-1") as file:  # which takes any bytes
+        header = file.readline().strip().split(",")
+    return header[0] == "run_id" and RENAMED.keys().isdisjoint(header)
 
 
 def read_table(path: Path) -> tuple[str, list[bytes]]:
@@ -65,7 +66,7 @@ def read_table(path: Path) -> tuple[str, list[bytes]]:
                 sound += sound_rows(row, len(header), unread, at)
     except (ValueError, csv.Error):
         raise ValueError(f"{path} is no table of results: it has no column run_id") from None
-    if at == 0 and RENAMED.keys().isdisjoint(header):
+    if is_plain(path):
         return row_text(header) + b"".join(sound).decode(), unread
     blank = {"run_id": ""} | renamed(dict.fromkeys(header, ""))
     cells = [(blank | renamed(dict(zip(header, cells_of(row))))).values() for row in sound]
@@ -156,9 +157,9 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> Iterator[bytes]:
     left = dict(new)
     with open(path, "rb") if path.exists() else io.BytesIO() as file:
         old_rows = rows_of(file)
-        header = cells_of(next(old_rows))
-        names = [name for cells in new.values() for name in cells]
-        columns = dict.fromkeys(["run_id", *header, *names])
+        header = cells_of(next(old_rows)) or ["run_id"]
+        names = [name for cells in new.values() for name in cells if name not in header]
+        columns = [*header, *dict.fromkeys(names)]  # a spreadsheet's may share a name, or no name
         yield row_text(columns).encode()
         more = b"," * (len(columns) - len(header))
         for old in old_rows:
