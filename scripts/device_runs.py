@@ -339,5 +339,5 @@ PARTS = RANKS | FAULTS
 
 if __name__ == "__main__":
     if "MASTER_ADDR" not in os.environ:  # not below torchrun
-        sys.exit(__doc__)
+        sys.exit("device_runs.py: torchrun starts it, or python scripts/check_device.py")
     sys.exit(be_a_rank(dict(os.environ)))

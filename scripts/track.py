@@ -41,8 +41,8 @@ from store.contract import RUN_ID_PATTERN, RUN_ID_RULE
 
 FIGURES = """
     tokens train_time tokens_per_sec step_avg peak_mem mfu compile_time data_wait eval_time
-    save_time bad_steps final_loss best_loss bits_per_byte ppl val_accuracy ema_val_loss status
-    error resumes
+    save_time bad_steps val_step final_loss best_loss bits_per_byte ppl val_accuracy ema_val_loss
+    status error resumes
 """.split()  # what a summary measures, beside moe_*; the rest of its keys is given
 # what trackers call columns of the curve
 TAGS = {

@@ -8,7 +8,7 @@ import os
 import re
 
 import pytest
-from conftest import launch, tiny
+from conftest import launch, row, tiny
 
 import rebuild_results
 from harness.failures import record_refusal
@@ -280,6 +280,25 @@ def test_a_log_dir_that_is_a_file_ends_a_run_with_code_2(tmp_path, settings):
     (tmp_path / "logs").write_text("in the way")
     codes, output = launch(settings)
     assert codes == [2] and f"config: LOG_DIR={tmp_path}/logs" in output, output
+    assert row(settings)["status"] == "config", "the table can be written"
+
+
+def test_a_summary_that_cannot_be_written_costs_no_row(tmp_path, monkeypatch, capsys):
+    """LOG_DIR may be full where the table is not."""
+    records = start(tmp_path)
+    whole = write_whole
+
+    def full(path, content):
+        if path == records.files.json:
+            raise OSError(28, "No space left on device")
+        whole(path, content)
+
+    monkeypatch.setattr("harness.records.write_whole", full)
+    records.close("ok", final_loss=1.5)
+    said = capsys.readouterr().out
+    assert f"row: {tmp_path}/results.csv, but {tmp_path}/logs/r.json was not written: [Er" in said
+    one = read(tmp_path / "results.csv")["r"]
+    assert (one["status"], one["final_loss"]) == ("ok", "1.5") and records.lost
 
 
 def test_a_table_that_cannot_be_written_leaves_a_summary_that_says_so(tmp_path):

@@ -130,6 +130,8 @@ def record_refusal(error: BaseException, cls: type[Settings], env: Mapping[str, 
         OSError, ConfigError
     ):  # where nothing can be written, the terminal has to do
         if not files.json.exists():  # no finished run is touched
-            write_whole(files.json, json.dumps(row, indent=1) + "\n")
-            refuse_foreign_files(files, row["results_csv"])
-            update_results(row["results_csv"], [row])
+            try:
+                write_whole(files.json, json.dumps(row, indent=1) + "\n")
+            finally:
+                refuse_foreign_files(files, row["results_csv"])
+                update_results(row["results_csv"], [row])

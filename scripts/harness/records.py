@@ -59,7 +59,6 @@ class Records:
         claim(self.files, self.lock)
         refuse_foreign_files(self.files, self.cfg.results_csv)
         update_results(self.cfg.results_csv, [])  # where it cannot be written, nothing has begun
-
         warnings = list(warnings)
         checkpoint, step = find_checkpoint(self.cfg, self.files.folder, warnings), -1
         if checkpoint:
@@ -70,7 +69,6 @@ class Records:
         self.refuse_second_start(known, checkpoint)
         if known and not checkpoint:
             warnings.append("no valid checkpoint: starts at step 0")
-
         for number, later in step_folders(self.files.folder).items():
             if number > step:
                 set_aside(later, "superseded")
@@ -82,13 +80,11 @@ class Records:
             self.begin_files(step)
         except OSError as error:
             raise ConfigError(
-                f"LOG_DIR={self.cfg.log_dir}: cannot be written ({error}); make room, or name "
-                "another"
+                f"LOG_DIR={self.cfg.log_dir}: cannot be written ({error}); name another"
             ) from None
 
         head = [f"run_id:{self.files.run_id}", f"changes: {plan['changes'] or 'none'}"]
-        if checkpoint:
-            head.append(f"resumed:{checkpoint}")
+        head += [f"resumed:{checkpoint}"] if checkpoint else []
         head += [f"warning: {warning}" for warning in warnings]
         self.print("\n".join(head))
         steps = self.cfg.num_iterations
@@ -182,12 +178,14 @@ class Records:
 
     def save(self) -> None:
         """Writes summary and row; a number that is not finite is a blank, for JSON has none."""
-        finite = dict(self.summary)
-        for name, value in self.summary.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                finite[name] = None
-        write_whole(self.files.json, json.dumps(finite, indent=1) + "\n")
-        update_results(self.cfg.results_csv, [finite])
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self.summary.items()
+        }
+        try:
+            write_whole(self.files.json, json.dumps(finite, indent=1) + "\n")
+        finally:  # the table may be on a disk with room
+            update_results(self.cfg.results_csv, [finite])
 
     def close(self, status: str, **values: Any) -> None:
         """The run's last words: a block of figures and files, the summary, the row."""
@@ -198,7 +196,9 @@ class Records:
         row = self.cfg.results_csv
         try:
             self.save()
-        except (OSError, ConfigError) as error:
+        except OSError as error:
+            row = self.lost = f"{row}, but {self.files.json} was not written: {error}"
+        except ConfigError as error:
             row = f"not written ({error}); mend it, then python scripts/rebuild_results.py"
             self.lost = row
         measured = ["status", *list(self.summary)[self.n_given :], "resumes", "error"]
