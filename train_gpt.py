@@ -366,13 +366,10 @@ def check_model(cfg):
         unit *= 2  # it turns the channels of a head in pairs
     lower = max(unit, cfg.n_embd - cfg.n_embd % unit)
     multiple = (
-        f"a multiple of {unit}, for N_HEAD={cfg.n_head} and POS={cfg.pos}: {lower} or "
-        f"{lower + unit}"
+        f"N_EMBD={cfg.n_embd} to be a multiple of {unit} with POS={cfg.pos}: {lower} or "
+        f"{lower + unit}, or another N_HEAD"
     )
-    fits = cfg.n_embd % unit == 0
-    if cfg.n_embd == Config.n_embd:  # not what was set
-        cfg.require(fits, "n_head", f"another value, or N_EMBD={cfg.n_embd} {multiple}")
-    cfg.require(fits, "n_embd", multiple)
+    cfg.require(cfg.n_embd % unit == 0, "n_head", multiple)
     smallest = RESIDUALS[cfg.residual].least_visits
     cfg.require(cfg.n_layer >= smallest, "residual", f"N_LAYER={smallest} or more")
     has_values = set(cfg.mixer.split(",")) == {"attention"} and cfg.n_layer > 1
@@ -2555,9 +2552,9 @@ def main(argv, env):
     with Run(Config, env, SOURCE) as run:
         run.ranks.check(env)
         if argv:
+            option = argv[0].partition("=")[0]
             raise ConfigError(
-                f"{argv[0].partition('=')[0]} is no option; settings go so: LR=0.003 python "
-                "train_gpt.py"
+                f"{option} is no option; settings go so: LR=0.003 python train_gpt.py"
             )
         asked = Config.from_env(env)
         cfg = resolve(asked)

@@ -147,7 +147,7 @@ def test_nothing_is_left_behind(measured):
     [
         (
             {"N_EMBD": "33"},
-            "config: N_EMBD=33 needs a multiple of 4, for N_HEAD=2 and POS=rotary: 32 or 36",
+            "config: N_HEAD=2 needs N_EMBD=33 to be a multiple of 4 with POS=rotary: 32 or 36",
         ),
         (
             {"BATCH_SIZE": "3"},
@@ -358,7 +358,7 @@ def test_nothing_is_left_of_an_interrupted_comparison(repository, temporary, tmp
         ("HEAD~no", {}, "config: --against-file HEAD~no: no such file, and no commit of git here"),
         ("{empty}", {}, "config: --against-file {empty}: no such file, and no commit"),
         ("{alone}", {}, "config: --against-file {alone}: it needs scripts/harness/ beside"),
-        ("HEAD", {"N_EMBD": "33"}, "config: N_EMBD=33 needs"),
+        ("HEAD", {"N_EMBD": "33"}, "config: N_HEAD=2 needs N_EMBD=33 to be a multiple of 4"),
         ("HEAD", {"WORLD_SIZE": "2"}, "config: --against-file measures one process of each"),
     ],
 )

@@ -125,7 +125,7 @@ def test_another_initialisation_is_named(capsys, monkeypatch):
             {"RECURRENCE": "shared"},
             "config: RECURRENCE=shared: has fewer weights than a stack; set stacked or indexed",
         ),
-        ({"N_EMBD": "33"}, "config: N_EMBD=33 needs a multiple of 4"),
+        ({"N_EMBD": "33"}, "config: N_HEAD=2 needs N_EMBD=33 to be a multiple of 4"),
         ({"LEARNING_RATE": "1"}, "config: LEARNING_RATE is no setting"),
     ],
 )

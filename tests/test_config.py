@@ -356,10 +356,13 @@ def test_what_settings_need_names_settings_and_choices():
         ("RUN_ID=-x", "RUN_ID=-x needs 1 to 100 letters"),
         ("RUN_ID=x\n", r"RUN_ID=x\n needs 1 to 100 letters"),
         (f"RUN_ID={'x' * 101}", f"RUN_ID={'x' * 101} needs 1 to 100 letters"),
-        ("N_EMBD=100", "N_EMBD=100 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 96 or 108"),
-        ("N_EMBD=4", "N_EMBD=4 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
-        ("N_EMBD=18", "N_EMBD=18 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 12 or 24"),
-        ("N_EMBD=30", "N_EMBD=30 needs a multiple of 12, for N_HEAD=6 and POS=rotary: 24 or 36"),
+        (
+            "N_EMBD=100",
+            "N_HEAD=6 needs N_EMBD=100 to be a multiple of 12 with POS=rotary: 96 or 108",
+        ),
+        ("N_EMBD=4", "N_HEAD=6 needs N_EMBD=4 to be a multiple of 12 with POS=rotary: 12 or 24"),
+        ("N_EMBD=18", "N_HEAD=6 needs N_EMBD=18 to be a multiple of 12 with POS=rotary: 12 or 24"),
+        ("N_EMBD=30", "N_HEAD=6 needs N_EMBD=30 to be a multiple of 12 with POS=rotary: 24 or 36"),
         ("RESIDUAL=skip", "RESIDUAL=skip: choose one of plain, x0, unet"),
         ("LOGIT_SOFTCAP=-1", "LOGIT_SOFTCAP=-1.0: must lie between 0 and "),
         ("VALUE_EMBEDS=7", "VALUE_EMBEDS=7 needs at most half of N_LAYER, 6"),
@@ -382,9 +385,18 @@ def test_a_momentum_of_nothing_cannot_rise():
 def test_the_longest_run_id_and_an_odd_head_with_learned_positions_are_taken():
     assert Config.from_env({"RUN_ID": "x" * 100}).run_id == "x" * 100
     assert Config.from_env({"N_EMBD": "30", "POS": "learned"}).n_embd == 30
-    assert "a multiple of 6, for N_HEAD=6 and POS=learned: 30 or 36" in refused(
+    assert "to be a multiple of 6 with POS=learned: 30 or 36" in refused(
         {"N_EMBD": "32", "POS": "learned"}
     )
+
+
+def test_of_a_head_size_that_cannot_be_both_settings_are_named():
+    """Either may have been set, the other by a preset."""
+    for env in {"PRESET": "quickstart", "N_HEAD": "5"}, {"N_HEAD": "5", "N_EMBD": "192"}:
+        assert refused(env) == (
+            "N_HEAD=5 needs N_EMBD=192 to be a multiple of 10 with POS=rotary: 190 or 200, or "
+            "another N_HEAD"
+        )
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ MISTAKES = [
     (["abc", "--epochs", "nan"], "argument --epochs: invalid int value: 'nan'"),
     (["abc", "--lr", "nan"], "argument --lr: expected 0 or more, found nan"),
     (["abc", "--lr", "0"], "LR=0.0: must lie between"),
-    (["abc", "--hidden-size", "17"], "N_EMBD=17 needs a multiple of 8"),
+    (["abc", "--hidden-size", "17"], "N_EMBD=17 to be a multiple of 8"),
     (["abc", "--experts", "1"], "argument --experts: expected 2 or more, found 1"),
     (["abc", "--top-k", "4"], "TOP_K=4 needs at most NUM_EXPERTS=3"),
     (["abc", "--fast-mode", "--top-k", "1"], "argument --fast-mode: expected no --experts"),
