@@ -41,6 +41,16 @@ def test_the_first_version_of_cgroups_is_read(tmp_path):
         assert core_quota(tmp_path) == cores
 
 
+def test_without_torch_a_run_is_one_sentence():
+    """As under the system's Python: -S hides all packages."""
+    command = [sys.executable, "-S", ROOT / "train_gpt.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        f"config: {sys.executable} has no torch; source .venv/bin/activate, or pip install -r "
+        "requirements.txt\n"
+    )
+
+
 def test_what_the_user_sets_of_threads_stays(tmp_path):
     (tmp_path / "cpu.max").write_text("100000 100000")
     for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import signal
 import sys
@@ -16,8 +17,15 @@ ENDINGS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 def before_torch(env: MutableMapping[str, str]) -> None:
-    """Changes `env`, the environment of this process, where the user has set nothing."""
+    """Changes `env`, the environment of this process, where the user has set nothing.
+
+    Without torch it ends the process with a sentence and exit code 2.
+    """
     steady_streams()
+    if importlib.util.find_spec("torch") is None:
+        way = "source .venv/bin/activate, or pip install -r requirements.txt"
+        print(f"config: {sys.executable} has no torch; {way}", file=sys.stderr)
+        sys.exit(2)
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = say_interrupted
     if "TORCHELASTIC_RUN_ID" in env:
