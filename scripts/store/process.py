@@ -22,12 +22,12 @@ def before_torch(env: MutableMapping[str, str]) -> None:
     Without torch it ends the process with a sentence and exit code 2.
     """
     steady_streams()
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = say_interrupted
     if importlib.util.find_spec("torch") is None:
         way = "source .venv/bin/activate, or pip install -r requirements.txt"
         print(f"config: {sys.executable} has no torch; {way}", file=sys.stderr)
         sys.exit(2)
-    if sys.excepthook is sys.__excepthook__:
-        sys.excepthook = say_interrupted
     if "TORCHELASTIC_RUN_ID" in env:
         end_with_launcher()
     share_cores(env)
