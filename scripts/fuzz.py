@@ -5,8 +5,8 @@
 Of each kind so many cases: a setting at, beyond or far from its bounds is planned in a dry run; a
 shard that its index.json knows is changed somewhere; a table of results is changed and given a row.
 A case is a finding where it raises something else than ConfigError or DataError, takes over 5 s or
-1 GB of this process, says more than a line of 600 characters, trains on damaged data, or loses a
-row.
+1 GB of this process, says more than a line of 600 characters, trains on damaged data, loses a row,
+or leaves a file elsewhere than in LOG_DIR and beside the table.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
@@ -161,13 +161,15 @@ def findings(
     kind: str, case: Callable[[Path, random.Random], str], count: int, seed: int
 ) -> Iterator[str]:
     """What was found in so many cases of a kind, each with the seed that draws it again."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as here:
         folder = Path(name)
         write_shards(folder)
+        places = {*folder.iterdir()}
         for number in range(seed, seed + count):
             began, before = time.process_time(), peak_memory(CPU) or 0
             try:
-                problem = case(folder, random.Random(number))
+                with contextlib.chdir(here):
+                    problem = case(folder, random.Random(number))
             except Exception:
                 problem = traceback.format_exc()[-600:]
             seconds = time.process_time() - began
@@ -176,6 +178,10 @@ def findings(
             peak = peak_memory(CPU) or 0
             if not problem and peak > max(before, LARGEST):  # which only grows
                 problem = f"a peak of {peak:.1f} GiB"
+            expected = {*places, folder / "logs", *folder.glob("*.csv*")}
+            strays = [*Path(here).iterdir(), *({*folder.iterdir()} - expected)]
+            if not problem and strays:
+                problem = f"left {strays[0].name[:100]}"
             if problem:
                 yield f"{kind} --seed {number} --count 1: {problem}"
 

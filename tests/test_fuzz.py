@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,9 @@ def test_the_cases_can_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "check_batch", lambda cfg, ranks: 1 / 0)
     fuzz.write_shards(tmp_path)
     assert any(fuzz.settings_case(tmp_path, random.Random(n)) for n in range(20))
+    for leave in lambda folder: Path("stray").touch(), lambda folder: (folder / "stray").touch():
+        found = [*fuzz.findings("any", lambda folder, draw: leave(folder) or "", 1, seed=0)]
+        assert found == ["any --seed 0 --count 1: left stray"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc")
