@@ -28,7 +28,9 @@ def test_the_cases_can_fail(tmp_path, monkeypatch):
     fuzz.write_shards(tmp_path)
     assert any(fuzz.settings_case(tmp_path, random.Random(n)) for n in range(20))
     for leave in lambda folder: Path("stray").touch(), lambda folder: (folder / "stray").touch():
-        found = [*fuzz.findings("any", lambda folder, draw: leave(folder) or "", 1, seed=0)]
+        found = [
+            *fuzz.findings("any", lambda folder, _, leave=leave: leave(folder) or "", 1, seed=0)
+        ]
         assert found == ["any --seed 0 --count 1: left stray"]
 
 
