@@ -1091,7 +1091,9 @@ def test_the_steps_are_timed_by_the_bench_in_a_process_of_its_own(project, monke
     monkeypatch.setenv("N_EMBD", "35")  # which is refused where it arrives
     assert time_stage.step_time(load_stage("toy"), "gated", "cpu", 1) > 0
     write_stage(project | {"N_EMBD": 33}, {"plain": {}})
-    with pytest.raises(ConfigError, match="^toy, plain: its steps cannot be timed: config: N_EMBD"):
+    with pytest.raises(
+        ConfigError, match="^toy, plain: its steps cannot be timed: config: N_HEAD=2 "
+    ):
         time_stage.step_time(load_stage("toy"), "plain", "cpu", 1)
     assert not Path("logs").exists() and not Path("experiments/results.csv").exists()
 
