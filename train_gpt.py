@@ -53,11 +53,13 @@ from harness.settings import Settings, settings_table
 from store.contract import RUN_ID_PATTERN, RUN_ID_RULE, ConfigError, DataError
 from store.files import quoted, regular
 from store.source import source_hash
+from ops.averages import averaged
 from ops.cross_entropy import LinearCrossEntropy, loss_chunk, pad_head, rows_per_chunk, score_chunk
 from ops.cross_entropy import soft_cap
 from ops.experts import HEALTH, Gather, aux_loss, expert_health, leave_bias, leave_load
 from ops.experts import leave_state, pooled_health, sort_by_expert
 from ops.generation import generate
+from ops.loss_scale import LossScale
 from ops.orthogonalize import keep_rows, norm_rows, polar_express
 from ops.orthogonalize import zeropower_via_newtonschulz5
 from ops.products import GroupedMatmul, linear
@@ -140,16 +142,19 @@ class Rules(Settings):
             aux_decay_end_frac""",
         "AUX_LOSS_COEF_START=none": "aux_loss_coef",
         "AUX_LOSS_COEF_START!=none": "aux_warmup_frac aux_decay_end_frac",
-        "MIXER=attention": "attngate gatepos gateact qk_norm",
-        "ATTNGATE!=none": "gatepos gateact",
+        "MIXER=attention": "attngate gatepos gateact gate_optimizer qk_norm",
+        "ATTNGATE!=none": "gatepos gateact gate_optimizer",
+        "ATTNGATE!=const": "gate_optimizer",
         "OPTIMIZER=muon": """muon_lr muon_scale muon_momentum orthogonalize muon_norm
-            momentum_start momentum_warmup_iters momentum_cooldown_iters""",
+            muon_decay momentum_start momentum_warmup_iters momentum_cooldown_iters""",
         "MOMENTUM_START!=none": "momentum_warmup_iters momentum_cooldown_iters",
-        "WEIGHT_DECAY!=0.0": "decay_schedule cautious_decay",
+        "WEIGHT_DECAY!=0.0": "muon_decay decay_schedule cautious_decay",
         "LR_SCHEDULE=trapezoid": "warmdown_iters warmdown_frac",
         "WARMDOWN_FRAC=none": "warmdown_iters",
         "LR_SCHEDULE=cosine": "min_lr_frac",
         "TIE_EMBEDDINGS=0": "head_lr",
+        "SHUFFLE=0": "shard_tail",
+        "CARRY_STATE=0": "shard_tail",
     }
 
 
@@ -168,6 +173,7 @@ class Config(Rules):
     max_train_tokens: int = 0  # train on so many tokens, from the start of the shards; 0: on all
     input_val_bin: str = "data/fineweb10B/fineweb_val_*.bin"  # glob of the validation shards
     shuffle: bool = False  # visit the samples of each epoch in a seeded random order
+    shard_tail: str = "drop"  # samples at a shard's end that fill no batch: as modded-nanogpt; keep
     batch_size: int = 512  # sequences a step, over all ranks; gradient accumulation follows from it
     device_batch_size: int = 64  # sequences a forward pass, per rank
     sequence_length: int = 1024  # tokens
@@ -196,6 +202,7 @@ class Config(Rules):
     attngate: str = "none"  # attention gate (2505.06708): for each channel, each head, or constant
     gatepos: str = "sdpa"  # on the attention output, or on the values before it
     gateact: str = "sigmoid"  # ns_sigmoid: 0.5 + 0.5 sigmoid
+    gate_optimizer: str = "auto"  # of its matrix; auto: OPTIMIZER if elementwise, adamw if headwise
     num_experts: int = 8  # with FFN=moe: experts that a router chooses from
     top_k: int = 2  # experts that it chooses for a token
     expert: str = "relu2"  # the FFN that an expert is
@@ -229,6 +236,7 @@ class Config(Rules):
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     weight_decay: float = 0.0  # decoupled, on matrices and embeddings
+    muon_decay: bool = True  # whether Muon's matrices are decayed, or AdamW's and embeddings alone
     decay_schedule: str = "constant"  # follow_lr: times LR's fraction of its peak; to_zero: linear
     cautious_decay: bool = False  # only of weights that the update shrinks, too (2510.12402)
     ema_iters: int = 0  # steps that a moving average of the weights, validated too, spans; 0: none
@@ -304,6 +312,8 @@ def axes():
         "attngate": GATES,
         "gatepos": GATE_POSITIONS,
         "gateact": GATE_ACTS,
+        "gate_optimizer": ("auto", *OPTIMIZERS),
+        "shard_tail": ("drop", "keep"),
         "expert": EXPERTS,
         "balance": BALANCES,
         "recurrence": RECURRENCES,
@@ -353,11 +363,10 @@ def check_run(cfg):
     )
     may_rise = cfg.momentum_start is None or cfg.muon_momentum > 0
     cfg.require(may_rise, "momentum_start", "MUON_MOMENTUM above 0")
-    cfg.require(
-        cfg.router_optimizer in ("adamw", cfg.optimizer),
-        "router_optimizer",
-        f"OPTIMIZER={cfg.router_optimizer} as well",
-    )
+    for name in ("router_optimizer", "gate_optimizer"):
+        choice = getattr(cfg, name)
+        is_there = choice in ("auto", "adamw", cfg.optimizer)
+        cfg.require(is_there, name, f"OPTIMIZER={choice} as well")
 
 
 def check_model(cfg):
@@ -672,6 +681,8 @@ class ElementwiseGate(nn.Module):
         super().__init__()
         self.act = GATE_ACTS[cfg.gateact]
         self.score = Linear(cfg, cfg.n_embd, self.n_gates(cfg), bias=False)
+        if cfg.gate_optimizer != "auto":
+            self.score.optim = cfg.gate_optimizer
 
     def n_gates(self, cfg):
         return cfg.n_embd
@@ -1670,7 +1681,8 @@ class Muon(UpdateRule):
 
     @staticmethod
     def peak(cfg):
-        return Hyper(peak_rate(cfg, "muon_lr"), cfg.muon_momentum, cfg.weight_decay)
+        decay = cfg.weight_decay if cfg.muon_decay else 0.0
+        return Hyper(peak_rate(cfg, "muon_lr"), cfg.muon_momentum, decay)
 
     def new_state(self, param):
         state = super().new_state(param)
@@ -1792,22 +1804,6 @@ def build_optimizers(model, cfg, ranks):
     ]
 
 
-class LossScale:
-    """Factor on a float16 loss (1710.03740): halved on overflow, doubled after 2000 good steps."""
-
-    def __init__(self, dtype, device):
-        self.active = dtype == torch.float16
-        self.value = torch.tensor(2.0**16 if self.active else 1.0, device=device)
-        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
-
-    def update(self, skip):
-        if self.active:
-            torch._amp_update_scale_(self.value, self.good_steps, skip, 2.0, 0.5, 2000)
-
-    def tensors(self):
-        return {"value": self.value, "good_steps": self.good_steps}
-
-
 ########################################
 #                 Data                 #
 ########################################
@@ -1850,10 +1846,11 @@ class ShardLoader:
     """Samples of T + 1 tokens, each from i * T of a shard, in a glob's order, epoch after epoch.
 
     With `limit`, only samples within the first so many tokens. With `streams`, so many sequences of
-    samples, which a batch of as many rows has side by side. Raises DataError.
+    samples, which a batch of as many rows has side by side. With `unit`, as many samples of a shard
+    as are a multiple of it. Raises DataError.
     """
 
-    def __init__(self, pattern, cfg, shuffle=False, limit=0, streams=1):
+    def __init__(self, pattern, cfg, shuffle=False, limit=0, streams=1, unit=1):
         self.files = sorted(glob.glob(pattern))
         if not self.files:
             tokens = cfg.num_iterations * cfg.batch_size * cfg.sequence_length
@@ -1867,8 +1864,10 @@ class ShardLoader:
         self.seed = cfg.seed
         self.shuffle = shuffle
         self.limit = limit
+        self.unit = unit
         # The number of samples in this shard and all before it.
-        self.cumulative = np.cumsum([(len(shard) - 1) // self.length for shard in self.shards])
+        per_shard = np.array([(len(shard) - 1) // self.length for shard in self.shards])
+        self.cumulative = np.cumsum(per_shard // unit * unit)
         if limit:
             self.cumulative = np.minimum(self.cumulative, limit // self.length)
         self.streams = streams
@@ -1946,7 +1945,8 @@ class ShardLoader:
             shards = math.ceil(len(self.shards) * samples / max(1, self.samples))
             more = how_to_get(self.files[0], shards)
             limit = ", raise MAX_TRAIN_TOKENS" if self.limit else ""
-            ways += f", set MAX_EPOCHS=0{limit}, or get more; {more}"
+            tail = ", set SHARD_TAIL=keep" if self.unit > 1 else ""
+            ways += f", set MAX_EPOCHS=0{limit}{tail}, or get more; {more}"
         return (
             f"{name}={value} needs {samples:,} samples of {self.length} tokens; {self.files[0]} "
             f"and its like have {self.samples:,}; {ways}"
@@ -2087,7 +2087,8 @@ def preflight(cfg, ranks):
         )
     check_tokenizers(cfg.input_bin, cfg.input_val_bin)
     streams = cfg.batch_size if cfg.carry_state else 1
-    train = ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens, streams)
+    unit = 1 if cfg.shard_tail == "keep" or "shard_tail" in cfg.idle() else cfg.batch_size
+    train = ShardLoader(cfg.input_bin, cfg, cfg.shuffle, cfg.max_train_tokens, streams, unit)
     val = ShardLoader(cfg.input_val_bin, cfg, limit=cfg.val_tokens, streams=streams)
     samples = cfg.num_iterations * cfg.batch_size
     per_epoch = math.ceil(samples / cfg.max_epochs) if cfg.max_epochs else 1
@@ -2167,20 +2168,6 @@ class State:
             for name, tensor in of_visit.items():
                 tensors[f"carried.{visit}.{name}"] = (tensor.view(-1), "slice")
         return tensors
-
-
-@contextlib.contextmanager
-def averaged(state):
-    """Within it the model has the moving averages of its weights."""
-    params = [*state.model.parameters()]
-    weights = [p.data for p in params]
-    for p, average in zip(params, state.averages):
-        p.data = average
-    try:
-        yield state.model
-    finally:
-        for p, own in zip(params, weights):
-            p.data = own
 
 
 class StepStats(NamedTuple):
@@ -2347,7 +2334,7 @@ def validate(state, loader, cfg, run):
         return None
     columns = dict(zip(("val_loss", "val_accuracy"), loss_accuracy))
     if state.averages:
-        with averaged(state) as model:
+        with averaged(state.model, state.averages) as model:
             loss_accuracy = evaluate(model, loader, cfg, run, state.step)
         if run.status:
             return None
@@ -2540,7 +2527,7 @@ def train(cfg, run, train_loader, val_loader):
 def export_averages(state, cfg, run):
     """Writes the moving averages of a run that has come to its end as weights of their own."""
     if state.averages and run.ranks.rank == 0 and not run.status:
-        with averaged(state) as model:
+        with averaged(state.model, state.averages) as model:
             export_weights(model.state_dict(), cfg, run.records.files.folder / "averages")
 
 

@@ -227,7 +227,13 @@ def test_no_sample_is_missed_or_read_twice(settings, tmp_path, monkeypatch):
         return original(state, cfg, inputs, targets)
 
     monkeypatch.setattr(train_gpt, "train_step", recording)
-    settings |= {"VOCAB_SIZE": 128, "NUM_ITERATIONS": 23, "SAVE_EVERY": 3, "VAL_EVERY": 0}
+    settings |= {
+        "VOCAB_SIZE": 128,
+        "SHARD_TAIL": "keep",
+        "NUM_ITERATIONS": 23,
+        "SAVE_EVERY": 3,
+        "VAL_EVERY": 0,
+    }
     assert (
         launch(settings, 2)[0] == [1, -9] and launch(settings | {"RESUME": "auto"}, 3)[0] == [0] * 3
     )

@@ -74,7 +74,11 @@ COMPANIONS = {
 
 def beside(name, value):
     """The settings that this value of a setting needs beside it."""
-    return {"optimizer": value} if name == "router_optimizer" else COMPANIONS.get(name, {})
+    return (
+        {"optimizer": value}
+        if name.endswith("_optimizer") and value != "auto"
+        else COMPANIONS.get(name, {})
+    )
 
 
 def refused(env):
@@ -171,6 +175,8 @@ def test_the_promised_choices_are_there():
         "expert": "relu2 gelu swiglu",
         "balance": "aux quantile none",
         "router_optimizer": "adamw muon",
+        "gate_optimizer": "auto muon adamw",
+        "shard_tail": "drop keep",
         "recurrence": "stacked indexed shared",
         "per_visit": "none norm router scale",
         "device": "auto cpu cuda",
@@ -324,7 +330,8 @@ def test_what_settings_need_names_settings_and_choices():
         assert {setting.lower(), *names.split()} <= FIELDS.keys()
         choices = Config.choices().get(setting.lower())
         if choices is None:
-            off = {"TIE_EMBEDDINGS": "0", "WEIGHT_DECAY": "0.0"}.get(setting, "none")
+            off = dict.fromkeys(("TIE_EMBEDDINGS", "SHUFFLE", "CARRY_STATE"), "0")
+            off = (off | {"WEIGHT_DECAY": "0.0"}).get(setting, "none")
             assert value == off and Config.from_env({setting: off}).holds(f"{setting}={off}")
         else:
             assert value in choices

@@ -19,9 +19,10 @@ import torch
 from conftest import launch, tiny, write_shard
 
 from harness.provenance import dataset_index, fingerprint, how_to_get
+from harness.ranks import Ranks
 from store.contract import DataError
 from store.files import sha256sum
-from train_gpt import ShardLoader, load_shard, shard_tokens
+from train_gpt import Config, ShardLoader, load_shard, preflight, resolve, shard_tokens
 
 CPU = torch.device("cpu")
 SIZES = [
@@ -540,3 +541,71 @@ def test_a_shard_cut_short_while_it_is_read_is_told(tmp_path):
     os.truncate(path, 1024 + 100)
     with pytest.raises(DataError, match=r"a.bin: expected magic .* bytes for 50000"):
         loader.read(2000, 1)
+
+
+def record_batches(sizes, batch, length, ranks, count):
+    """Where each rank starts to read, (shard, position), in batches 0 .. count - 1: the rule of
+    modded-nanogpt's record of 2024-10-14, whose rank goes on to the next shard when the batch after
+    this one would not fit behind its own position."""
+    per_rank = batch // ranks * length
+    starts = []
+    for rank in range(ranks):
+        shard, position = 0, rank * per_rank
+        for _ in range(count):
+            starts.append((shard, position))
+            position += batch * length
+            if position + batch * length >= sizes[shard]:
+                shard, position = (shard + 1) % len(sizes), rank * per_rank
+    return np.array(starts).reshape(ranks, count, 2).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("sizes", [[81, 100, 64, 97], [65, 65], [1017, 33]])
+def test_a_shards_tail_is_dropped_as_in_the_record(tmp_path, sizes):
+    """On one rank batch for batch; a batch is 4 samples of 8 tokens."""
+    write_shards(tmp_path, sizes)
+    cfg = tiny(sequence_length=8, batch_size=4, vocab_size=1000)
+    loader = ShardLoader(f"{tmp_path}/s_*.bin", cfg, unit=4)
+    batches = min(2 * loader.samples // 4, 40)
+    wanted = record_batches(sizes, 4, 8, 1, batches)[:, 0]
+    shard, index = loader.place(0, 4 * batches)
+    assert (shard[::4] == wanted[:, 0]).all() and (8 * index[::4] == wanted[:, 1]).all()
+    assert (shard.reshape(-1, 4) == shard[::4, None]).all(), "no batch is of two shards"
+    kept = ShardLoader(f"{tmp_path}/s_*.bin", cfg)
+    assert kept.samples > loader.samples or sizes == [65, 65]
+
+
+def test_fineweb_in_the_records_order_but_for_two_ranks():
+    """190 batches of 524,288 tokens of a shard of 100 million. There the record's ranks 6 and 7 of
+    8 go on after 189, since their own position counts; here no rank reads another shard."""
+    sizes = [100_000_000] * 3
+    of_rank = record_batches(sizes, 512, 1024, 8, 191)
+    assert [int(np.argmax(of_rank[:, rank, 0] == 1)) for rank in range(8)] == [190] * 6 + [189] * 2
+    assert (sizes[0] - 1) // 1024 // 512 == 190
+
+
+@pytest.mark.parametrize(
+    "changes, samples",
+    [
+        ({}, 24),
+        ({"SHARD_TAIL": "keep"}, 30),
+        ({"SHUFFLE": 1}, 30),
+        ({"CARRY_STATE": 1, "MIXER": "mingru", "VAL_TOKENS": 192}, 24),
+    ],
+)
+def test_a_run_drops_the_tail_where_it_reads_in_order(settings, tmp_path, changes, samples):
+    """Two shards of 15 samples, batches of 12; streams of text go on across shards."""
+    for path in tmp_path.glob("toy_train_*.bin"):
+        path.unlink()
+    for i in range(2):
+        write_shard(tmp_path / f"toy_train_{i:06d}.bin", np.arange(15 * 16 + 1) % 64)
+    env = settings | {"MAX_EPOCHS": 0} | changes
+    cfg = resolve(Config.from_env({name: str(value) for name, value in env.items()}))
+    train, _ = preflight(cfg, Ranks())
+    assert train.samples == samples
+
+
+def test_shards_smaller_than_a_batch_name_the_setting(settings, tmp_path):
+    for path in tmp_path.glob("toy_train_*.bin"):
+        write_shard(path, np.arange(8 * 16 + 1) % 64)
+    codes, out = launch(settings | {"MAX_EPOCHS": 0})
+    assert codes == [3] and "have 0; " in out and "SHARD_TAIL=keep" in out, out

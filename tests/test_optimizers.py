@@ -9,6 +9,7 @@ import torch
 from conftest import VARIANTS, run_ranks, tiny
 
 from harness.ranks import Ranks
+from store.contract import ConfigError
 from ops.orthogonalize import POLAR_EXPRESS, norm_rows, polar_express
 import train_gpt
 from train_gpt import (
@@ -384,6 +385,26 @@ def test_a_part_says_by_name_which_of_its_parameters_adamw_trains(monkeypatch, r
         "adamw.blocks.0.mixer.decay.exp_avg_sq",
         "adamw.blocks.0.mixer.decay.step",
     }
+
+
+@pytest.mark.parametrize("gate, usual", [("elementwise", "matrices"), ("headwise", "vectors")])
+def test_a_gates_matrix_goes_to_the_optimizer_that_is_chosen(gate, usual):
+    wanted = {"auto": usual, "muon": "matrices", "adamw": "vectors"}
+    for name, group in wanted.items():
+        model = GPT(tiny(attngate=gate, gate_optimizer=name))
+        groups = split_params(model)
+        held = {id(p): name for name, params in groups.items() for p in params}
+        assert {held[id(b.mixer.gate_output.score.weight)] for b in model.blocks} == {group}
+        assert held[id(model.blocks[0].mixer.qkv.weight)] == "matrices"
+    with pytest.raises(ConfigError, match="GATE_OPTIMIZER=muon needs OPTIMIZER=muon as well"):
+        tiny(attngate=gate, optimizer="adamw", gate_optimizer="muon")
+
+
+def test_weight_decay_can_be_adamws_alone():
+    for muon_decay, wanted in ((True, [0.1, 0.1, 0.0]), (False, [0.0, 0.1, 0.0])):
+        cfg = tiny(weight_decay=0.1, muon_decay=muon_decay, norm="rms_gain")
+        peaks = [optimizer.peak for optimizer in build_optimizers(GPT(cfg), cfg, ONE)]
+        assert [peak.weight_decay for peak in peaks] == wanted
 
 
 def test_learning_rates_go_where_they_are_set():
@@ -785,7 +806,7 @@ def test_within_averaged_the_model_has_the_averages_and_after_it_its_weights(gro
     kept = [p.detach().clone() for p in state.model.parameters()]
     tokens = BATCH[:, :-1]
     raw = state.model(tokens)
-    with pytest.raises(KeyError), averaged(state) as model:
+    with pytest.raises(KeyError), averaged(state.model, state.averages) as model:
         for p, average in zip(model.parameters(), state.averages, strict=True):
             assert torch.equal(p, average)
         assert not torch.equal(model(tokens), raw)

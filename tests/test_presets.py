@@ -13,13 +13,13 @@ COUNTS = {  # preset: (parameters, those that a token uses)
     "recurrent_shared_moe_half": (137_050_112, 57_261_056),
     "recurrent_shared_moe_midsize": (206_320_640, 86_675_968),
     "recurrent_shared_moe_half_aux003": (137_050_112, 57_261_056),
-    "moe_muon_exp5": (79_497_216, 37_029_888),
+    "moe_muon_exp5": (79_502_208, 37_034_880),
     "dense_300m": (304_438_272, 304_438_272),
     "dense_300m_indexed": (304_438_272, 304_438_272),
     "recurrent_shared_moe_smoke": (677_376, 281_856),
     "recurrent_shared_moe_auxsched_smoke": (677_376, 281_856),
     "dense_300m_indexed_smoke": (842_624, 842_624),
-    "moe_muon_exp5_smoke": (1_132_608, 346_176),
+    "moe_muon_exp5_smoke": (1_133_184, 346_752),
     # without embedding and head, which have a row for each character of the text
     "rnn_char": (36_640, 24_352),
     "rnn_medium": (1_142_912, 995_456),
@@ -41,7 +41,7 @@ SIBLINGS = {  # preset: (its small sibling, what else is different)
 SIZES = """
     preset input_bin input_val_bin vocab_size n_layer n_head n_embd d_ff num_experts sequence_length
     batch_size device_batch_size num_iterations warmup_iters lr val_every val_tokens
-    max_train_tokens dtype balance_log_interval shuffle
+    max_train_tokens dtype balance_log_interval shuffle shard_tail
 """.split()
 
 

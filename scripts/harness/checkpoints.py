@@ -24,7 +24,7 @@ from store.files import regular, sha256sum, sync, write_whole
 
 MAX_FAILED_SAVES = 3  # in a row
 SAVE_STALL = 1.0  # seconds that the loop waits for a checkpoint; a slower one is written meanwhile
-VERSION = 3  # of what a checkpoint holds; one of another version is refused
+VERSION = 4  # of what a checkpoint holds; one of another version is refused
 
 # What a checkpoint holds of a run, by key: (tensor, kind). Every rank has the same "copy"; "own" is
 # held by one rank alone; each rank holds its "slice" of a flat tensor, one after another.
