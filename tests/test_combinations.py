@@ -145,7 +145,7 @@ BASES = [  # every setting that may have no effect has one in some of these and 
     {"warmdown_frac": 0.5, "weight_decay": 0.1, "attngate": "elementwise"},
     {"attngate": "const"},
 ]
-OTHER = {  # where 0.9 will not do
+OTHER = {  # where neither 0.9 nor the next choice will do
     "num_experts": 4,
     "gate_optimizer": "adamw",
     "top_k": 1,
@@ -162,7 +162,7 @@ def other_value(name, value):
     if isinstance(value, bool):
         return not value
     choices = [choice for choice in axes().get(name, ()) if choice != value]
-    return choices[0] if choices else OTHER.get(name, 0.9)
+    return OTHER.get(name, choices[0] if choices else 0.9)
 
 
 def trained(cfg):
