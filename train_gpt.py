@@ -202,7 +202,7 @@ class Config(Rules):
     attngate: str = "none"  # attention gate (2505.06708): for each channel, each head, or constant
     gatepos: str = "sdpa"  # on the attention output, or on the values before it
     gateact: str = "sigmoid"  # ns_sigmoid: 0.5 + 0.5 sigmoid
-    gate_optimizer: str = "auto"  # of its matrix; auto: OPTIMIZER if elementwise, adamw if headwise
+    gate_optimizer: str = "auto"  # of the matrix that computes the gate; auto: OPTIMIZER
     num_experts: int = 8  # with FFN=moe: experts that a router chooses from
     top_k: int = 2  # experts that it chooses for a token
     expert: str = "relu2"  # the FFN that an expert is
@@ -694,8 +694,6 @@ class ElementwiseGate(nn.Module):
 
 class HeadwiseGate(ElementwiseGate):
     """One gate for each head, computed from x."""
-
-    optim = "adamw"  # (heads, n_embd) is too flat to be orthogonalised
 
     def n_gates(self, cfg):
         return cfg.n_head
