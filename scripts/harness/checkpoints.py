@@ -36,15 +36,16 @@ def defect(folder: Path) -> str:
     try:
         lines = (folder / "SHA256SUMS").read_bytes().decode().splitlines(keepends=True)
         names = [line[66:-1] for line in lines]
-        owners = {os.stat(path).st_uid for path in (folder, *folder.iterdir())}
+        paths = (folder, *folder.iterdir())
+        owners = {os.stat(path).st_uid for path in paths}
         if hasattr(os, "geteuid") and not owners <= {os.geteuid(), 0}:
             return "it belongs to another user, and what is in it would run as you"
-        if any(path.is_symlink() for path in folder.iterdir()):
+        if any(path.is_symlink() for path in paths):
             return "it has links, which may lead to what is not of this run"
         for name, line in zip(names, lines):
             if line != sha256sum(folder / name):
                 return f"{name} is not what was written there"
-        if folder.is_symlink() or not {".metadata", "run.json"} <= set(names):
+        if not {".metadata", "run.json"} <= set(names):
             return "SHA256SUMS is not what was written there"
         return ""
     except (OSError, ValueError) as error:
@@ -53,10 +54,11 @@ def defect(folder: Path) -> str:
 
 def step_folders(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run, {step: path} from old to new; what else is there is not ours."""
-    checkpoints = {}
-    for path in folder.glob("step_*"):
-        if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir():
-            checkpoints[int(path.name.removeprefix("step_"))] = path
+    checkpoints = {
+        int(path.name.removeprefix("step_")): path
+        for path in folder.glob("step_*")
+        if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()
+    }
     return dict(sorted(checkpoints.items()))
 
 
@@ -105,22 +107,17 @@ def named_checkpoint(cfg: Settings) -> Path:
     return path
 
 
-def check_version(saved: dict) -> None:
-    """Raises ConfigError for a checkpoint that holds other things than those of today."""
+def changed_settings(saved: dict, cfg: Settings, plan: dict[str, Any]) -> list[str]:
+    """[] or a sentence on what differs from a checkpoint's run.json.
+
+    Raises ConfigError where that is another run, or of another version of the trainer.
+    """
     if saved.get("version") != VERSION:
         raise ConfigError(
             f"RESUME: the checkpoint at step {saved['step']} is of an earlier version of the "
             "trainer; go on with that version, or start anew, with INIT_FROM for the weights of a "
             "finished run"
         )
-
-
-def changed_settings(saved: dict, cfg: Settings, plan: dict[str, Any]) -> list[str]:
-    """[] or a sentence on what differs from a checkpoint's run.json.
-
-    Raises ConfigError where that is another run, or of another version of the trainer.
-    """
-    check_version(saved)
     past = type(cfg)(**{name: v for name, v in saved["config"].items() if name in vars(cfg)})
     old, new = vars(past) | saved, vars(cfg) | plan
     changed = {}

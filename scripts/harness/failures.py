@@ -101,7 +101,7 @@ def record_failure(records: Records, status: str, reason: str, trace: str) -> st
             write_whole(first, f"{status}: {reason}\nrank {records.rank}, {utc_now()}\n{trace}")
         if records.rank:
             time.sleep(1)  # rank 0 knows more
-            records.summary = json.loads(records.files.json.read_text("utf-8"))
+            records.summary = records.files.summary()
             # Rank 0 has not lived to say it.
             if records.summary["status"] == "running":
                 records.summary |= {"status": status, "error": reason}

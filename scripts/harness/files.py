@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,14 +32,12 @@ class RunFiles:
 
     def lines(self) -> list[str]:
         """Those of the curve, without one that is still being written."""
-        text = self.curve.read_text("utf-8", "replace") if self.curve.exists() else ""
-        return text[: text.rfind("\n") + 1].splitlines()
+        return whole_lines(self.curve)
 
     def last_step(self) -> int:
         """The step that the curve has reached; 0 where there is none."""
         first_cells = [line.partition(",")[0] for line in self.lines()]
-        steps = [int(cell) for cell in first_cells if cell.isdigit()]
-        return steps[-1] if steps else 0
+        return int(next(filter(str.isdigit, reversed(first_cells)), 0))
 
     def is_live(self) -> bool:
         """Whether a trainer holds the lock of the run.
@@ -51,3 +50,8 @@ class RunFiles:
                 return False
         except Timeout:
             return True
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, without one that is still being written; [] where there is no file."""
+    return re.findall("(.*)\n", path.read_text("utf-8", "replace")) if path.exists() else []

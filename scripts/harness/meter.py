@@ -152,8 +152,7 @@ class Meter:
         """The figures of the summary, brought up to this step."""
         tokens, seconds = self.tokens(step), self.train_time(step)
         speed = tokens / seconds if tokens else None
-        self.figures |= self.seconds
-        self.figures |= {
+        self.figures |= self.seconds | {
             "bad_steps": self.bad_steps,
             "tokens": tokens,
             "train_time": seconds,

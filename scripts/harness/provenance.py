@@ -126,11 +126,12 @@ def expected_in(index: Any) -> str:
         "token_bytes the bytes of each id": isinstance(sizes, list)
         and all(isinstance(size, int | None) for size in sizes),
         "shards a list of records, each with its sha256 as text": isinstance(shards, list)
-        and all(isinstance(shard, dict) for shard in shards)
-        and all(isinstance(shard.get("sha256"), str | None) for shard in shards),
+        and all(
+            isinstance(shard, dict) and isinstance(shard.get("sha256"), str | None)
+            for shard in shards
+        ),
     }
-    wrong = [f"in {what}" for what, sound in is_sound.items() if not sound]
-    return wrong[0] if wrong else ""
+    return next((f"in {what}" for what, sound in is_sound.items() if not sound), "")
 
 
 def check_tokenizers(train: str, val: str) -> None:
@@ -154,14 +155,13 @@ def bytes_per_token(pattern: str, tokens: np.ndarray) -> float | None:
 
 def check_hash(file: Path, found: str) -> None:
     """Raises DataError where index.json of the file's folder has another SHA-256 of it."""
-    pattern = str(file)
-    for shard in dataset_index(pattern).get("shards") or []:
+    for shard in dataset_index(str(file)).get("shards") or []:
         if shard.get("name") == file.name:
             expected = shard.get("sha256") or found
             if found != expected:
                 raise DataError(
                     f"{file}: damaged or changed: expected SHA-256 {expected[:12]}... of "
-                    f"index.json, found {found[:12]}...; remove it and {how_to_get(pattern)}"
+                    f"index.json, found {found[:12]}...; remove it and {how_to_get(str(file))}"
                 )
 
 

@@ -45,16 +45,15 @@ class Ranks(NamedTuple):
         for name in map(str.upper, self._fields):
             if name in env and not env[name].isdecimal():
                 raise ConfigError(f"{name}={env[name][:80]!r}: must be a whole number; {way}")
-        is_dry_run = env.get("DRY_RUN", "0") not in ("", "0")  # a plan for so many ranks
-        if self.world_size > 1 and "MASTER_ADDR" not in env and not is_dry_run:
-            raise ConfigError(f"WORLD_SIZE={self.world_size} without MASTER_ADDR; {way}")
         for name, count in ("rank", "world_size"), ("local_rank", "local_world_size"):
             own, limit = getattr(self, name), getattr(self, count)
             if not own < limit:
                 raise ConfigError(
                     f"{name.upper()}={own}: must be below {count.upper()}={limit}; {way}"
                 )
-        if self.world_size > 1 and not is_dry_run:
+        if self.world_size > 1 and env.get("DRY_RUN", "0") in ("", "0"):  # a dry run meets nobody
+            if "MASTER_ADDR" not in env:
+                raise ConfigError(f"WORLD_SIZE={self.world_size} without MASTER_ADDR; {way}")
             port = env.get("MASTER_PORT", "")
             if not (port.isdecimal() and 0 < int(port) < 2**16):
                 raise ConfigError(f"MASTER_PORT={port[:80]!r}: must be 1 to 65535; {way}")
@@ -71,9 +70,7 @@ class Ranks(NamedTuple):
 
     def device(self, cfg: Settings) -> torch.device:
         """The device of this rank."""
-        return (
-            torch.device("cuda", self.local_rank) if cfg.device == "cuda" else torch.device("cpu")
-        )
+        return torch.device(f"cuda:{self.local_rank}" if cfg.device == "cuda" else "cpu")
 
 
 def setup(cfg: Settings, ranks: Ranks, env: Mapping[str, str]) -> str:
@@ -95,7 +92,7 @@ def setup(cfg: Settings, ranks: Ranks, env: Mapping[str, str]) -> str:
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice
     if cfg.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
-    if cfg.device == "cpu":
+    else:
         keep_memory()
     where = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
     with joining(f"rank {ranks.rank} waits for the {ranks.world_size} ranks to meet at {where}"):

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from harness.checkpoints import changed_settings, find_checkpoint, set_aside, step_folders
-from harness.files import RunFiles
+from harness.files import RunFiles, whole_lines
 from harness.provenance import git_state, machine_text, utc_now
 from harness.ranks import Ranks
 from harness.settings import ROOT, Settings
@@ -53,7 +53,7 @@ class Records:
 
         `plan` is what is known of the run before it starts, for the summary. Raises ConfigError.
         """
-        self.summary |= plan
+        self.summary = plan | self.summary
         if self.rank:
             return None
         claim(self.files, self.lock)
@@ -66,7 +66,7 @@ class Records:
             step = saved["step"]
             warnings += changed_settings(saved, self.cfg, plan)
         known = self.files.log.exists()
-        self.refuse_second_start(known, checkpoint)
+        refuse_second_start(self.cfg, self.files, known, checkpoint)
         if known and not checkpoint:
             warnings.append("no valid checkpoint: starts at step 0")
         for number, later in step_folders(self.files.folder).items():
@@ -75,7 +75,7 @@ class Records:
         self.files.stop.unlink(missing_ok=True)
         if self.files.error.exists():
             self.files.error.replace(self.files.folder / "last_error.txt")
-        self.begin_summary(plan)
+        self.begin_summary()
         try:
             self.begin_files(step)
         except OSError as error:
@@ -83,32 +83,17 @@ class Records:
                 f"LOG_DIR={self.cfg.log_dir}: cannot be written ({error}); name another"
             ) from None
 
-        head = [f"run_id:{self.files.run_id}", f"changes: {plan['changes'] or 'none'}"]
-        head += [f"resumed:{checkpoint}"] if checkpoint else []
-        head += [f"warning: {warning}" for warning in warnings]
-        self.print("\n".join(head))
+        self.print(f"run_id:{self.files.run_id}\nchanges: {plan['changes'] or 'none'}")
+        if checkpoint:
+            self.print(f"resumed:{checkpoint}")
+        for warning in warnings:
+            self.print(f"warning: {warning}")
         steps = self.cfg.num_iterations
         self.bar = tqdm(total=steps, initial=max(0, step), unit="step", disable=None)
         start_trackers(self.cfg, self.files)
         return checkpoint
 
-    def refuse_second_start(self, known: bool, checkpoint: Path | None) -> None:
-        """Raises ConfigError where the run_id was used and this start does not go on with it."""
-        run_id, folder = self.files.run_id, self.files.folder
-        own = checkpoint and checkpoint.parent.resolve() == folder.resolve()
-        goes_on = self.cfg.resume == "auto" or own
-        if known and not goes_on:
-            raise ConfigError(
-                f"RUN_ID={run_id}: {self.files.log} exists; "
-                "RESUME=auto goes on with it, or choose another"
-            )
-        if goes_on and not checkpoint and (folder / "model.safetensors").exists():
-            raise ConfigError(
-                f"RUN_ID={run_id}: the run has ended and no valid checkpoint is left to go on "
-                f"from; choose another RUN_ID (INIT_FROM={folder} starts it with these weights)"
-            )
-
-    def begin_summary(self, plan: dict[str, Any]) -> None:
+    def begin_summary(self) -> None:
         """Puts into the summary what is known at the start, names first."""
         old = {}
         if self.files.log.exists():
@@ -130,7 +115,7 @@ class Records:
             "resumes": old.get("resumes", -1) + 1,
             "error": None,
         }
-        self.summary = identity | found_here | plan | self.summary
+        self.summary = identity | found_here | self.summary
         self.n_given = len(self.summary)  # what comes after these is measured
 
     def begin_files(self, step: int) -> None:
@@ -172,8 +157,8 @@ class Records:
         cells = [repr(values[name]) if name in values else "" for name in self.columns]
         self.append(self.files.curve, ",".join(cells) + "\n")
         if "train_loss" in values:
-            loss, speed = values["train_loss"], values["tokens_per_sec"]
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            text = f"loss {values['train_loss']:.4f}, {values['tokens_per_sec']:,.0f} tokens/s"
+            self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(values["step"] - self.bar.n)
 
     def save(self) -> None:
@@ -202,17 +187,17 @@ class Records:
             row = f"not written ({error}); mend it, then python scripts/rebuild_results.py"
             self.lost = row
         measured = ["status", *list(self.summary)[self.n_given :], "resumes", "error"]
-        lines = {
-            key: self.summary[key] for key in measured if self.summary.get(key) not in (None, "")
-        }
-        files = self.files
-        lines |= {"weights": files.folder / "model.safetensors"} if status == "ok" else {}
-        lines |= {"log": files.log, "curve": files.curve, "summary": files.json, "row": row}
-        for key, value in lines.items():
-            text = f"{value:.6g}" if isinstance(value, float) else value
-            unit = UNITS.get(key, "s" if key.endswith("_time") else "")
-            lines[key] = f"{text} {unit}".rstrip()
-        self.print("\n".join(["---", *(f"{key}: {value}" for key, value in lines.items())]))
+        told, files = {key: self.summary.get(key) for key in measured}, self.files
+        if status == "ok":
+            told["weights"] = files.folder / "model.safetensors"
+        told |= {"log": files.log, "curve": files.curve, "summary": files.json, "row": row}
+        lines = ["---"]
+        for key, value in told.items():
+            if value not in (None, ""):
+                text = f"{value:.6g}" if isinstance(value, float) else value
+                unit = UNITS.get(key, "s" if key.endswith("_time") else "")
+                lines.append(f"{key}: {text} {unit}".rstrip())
+        self.print("\n".join(lines))
 
 
 def start_trackers(cfg: Settings, files: RunFiles) -> None:
@@ -248,6 +233,25 @@ def claim(files: RunFiles, lock: FileLock) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def refuse_second_start(
+    cfg: Settings, files: RunFiles, known: bool, checkpoint: Path | None
+) -> None:
+    """Raises ConfigError where the run_id was used and this start does not go on with it."""
+    folder = files.folder
+    own = checkpoint and checkpoint.parent.resolve() == folder.resolve()
+    goes_on = cfg.resume == "auto" or own
+    if known and not goes_on:
+        raise ConfigError(
+            f"RUN_ID={files.run_id}: {files.log} exists; "
+            "RESUME=auto goes on with it, or choose another"
+        )
+    if goes_on and not checkpoint and (folder / "model.safetensors").exists():
+        raise ConfigError(
+            f"RUN_ID={files.run_id}: the run has ended and no valid checkpoint is left to go on "
+            f"from; choose another RUN_ID (INIT_FROM={folder} starts it with these weights)"
+        )
+
+
 def refuse_foreign_files(files: RunFiles, results_csv: str) -> None:
     """Raises ConfigError where files of this run would be, or are, something else."""
     table = Path(results_csv).resolve()
@@ -271,12 +275,11 @@ def truncate_to_step(path: Path, step: int) -> str:
 
     That `step` itself had a bad gradient is in its checkpoint; all else of it is not yet logged.
     """
-    lines = re.findall(".*\n", path.read_text("utf-8", "replace")) if path.exists() else []
     kept = []
-    for line in lines:
+    for line in whole_lines(path):
         # "step:5/9 …" and "[MOE] step:5/9 …" of a log, "5,…" of a curve
         number = re.match(r"(?:\[\w+\] )?(?:step:)?(\d+)[/,]", line)
         first_dropped = step + 1 if " bad_gradient " in line else step
         if not number or int(number[1]) < first_dropped:
-            kept.append(line)
+            kept.append(f"{line}\n")
     return "".join(kept)

@@ -79,8 +79,10 @@ class Run:
         self.cfg = cfg
         self.changes = changes
         self.records = Records(cfg, run_id, [*CURVE, *columns], self.source, self.ranks)
-        device = device_name(self.ranks.device(cfg))
-        plan = dict(plan) | {"device_name": device, "changes": changes}
+        plan = dict(plan) | {
+            "device_name": device_name(self.ranks.device(cfg)),
+            "changes": changes,
+        }
         self.checkpoint: Path | None = from_rank0(lambda: self.records.open(plan, warnings))
         self.records.live = True
         self.watch = Watch(self.records.files, self.ranks, cfg.hang_timeout)

@@ -47,9 +47,8 @@ class Settings:
     def holds(self, need: str) -> bool:
         """Whether FIELD=value is so, or FIELD!=value; of a list one value is enough."""
         name, _, wanted = need.partition("=")
-        value = getattr(self, name.rstrip("!").lower())
-        text = {None: "none"}.get(value, str(int(value) if isinstance(value, bool) else value))
-        return (wanted in text.split(",")) != name.endswith("!")
+        _, _, text = self.spelled(name.rstrip("!").lower()).partition("=")
+        return (wanted in text.lower().split(",")) != name.endswith("!")
 
     def idle(self) -> dict[str, str]:
         """The fields that have no effect, and what they would need for one."""
@@ -106,13 +105,15 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Self:
         """Settings from variables, over the preset, over the defaults. Raises ConfigError."""
-        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        fields = [*map(str.upper, cls.__dataclass_fields__)]
         check_names(env, fields, cls.SYNONYMS)
         check_secrets(env, fields)
         preset = read_preset(env.get("PRESET") or cls.preset, fields, cls.preset)
         texts = preset | {name: env[name] for name in fields if env.get(name)}
-        values = {fields[name].name: text for name, text in texts.items() if text}
-        return cls(**{name: cls.parse(name, text) for name, text in values.items()})
+        values = {
+            name.lower(): cls.parse(name.lower(), texts[name]) for name in texts if texts[name]
+        }
+        return cls(**values)
 
     @classmethod
     def parse(cls, name: str, text: str) -> Any:

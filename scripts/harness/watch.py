@@ -13,7 +13,7 @@ from store.files import LOCK_LIMIT
 from store.process import ENDINGS
 
 GO_ON, PREEMPTED, STOPPED = 0, 1, 2  # what a rank asks for; the largest wins
-STATUS = {GO_ON: "", PREEMPTED: "preempted", STOPPED: "stopped"}
+STATUS = ("", "preempted", "stopped")  # by that number
 
 
 class Watch:
