@@ -37,7 +37,9 @@ def test_a_run_leaves_log_curve_summary_and_row(settings):
     log = (settings["LOG_DIR"] / "toy.txt").read_text()
     assert train_gpt.SOURCE in log
     line = re.compile(
-        r"^step:(\d+)/30 (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", re.M
+        r"^step:(\d+)/30 (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms"
+        r"(?: tokens_per_sec:\d+)?$",
+        re.M,
     )
     seen = [(int(step), kind) for step, kind in line.findall(out)]
     assert seen == [(int(step), kind) for step, kind in line.findall(log)]
@@ -47,6 +49,9 @@ def test_a_run_leaves_log_curve_summary_and_row(settings):
     assert [int(step) for step, _, _ in steps] == list(range(31)) and steps[30][1] == str(
         30 * 12 * 16
     )
+    speeds = [f"{float(speed):.0f}" for (speed,) in cells(settings, "tokens_per_sec") if speed]
+    told_speeds = re.findall(r" val_loss:.* tokens_per_sec:(\d+)$", out, re.M)
+    assert told_speeds == speeds[9::10]
     told = summary(settings)
     assert told["status"] == "ok" and told["final_loss"] == float(steps[30][2]) < 0.8 * float(
         steps[0][2]

@@ -166,6 +166,8 @@ class Run:
             self.print(line)
         val_loss, norm = row.get("val_loss"), row.get("grad_norm")
         if val_loss is not None:
+            if "tokens_per_sec" in row:
+                times += f" tokens_per_sec:{row['tokens_per_sec']:.0f}"
             self.print(f"step:{step}/{steps} val_loss:{val_loss:.4f} {times}")
         self.records.point(row)
         self.meter.figures |= figures
