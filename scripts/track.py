@@ -64,8 +64,10 @@ class Point(NamedTuple):
 
 
 def settings_and_figures(summary: Mapping[str, object]) -> tuple[dict, dict]:
-    """Both as dicts, without blanks."""
-    known = {name: value for name, value in summary.items() if value is not None}
+    """Both as dicts, without blanks and without the history, which the curve has."""
+    known = {
+        name: value for name, value in summary.items() if value is not None and name != "history"
+    }
     figures = {name: known[name] for name in known if name in FIGURES or name.startswith("moe_")}
     return {name: known[name] for name in known if name not in figures}, figures
 

@@ -12,6 +12,7 @@ from conftest import launch, row, tiny
 
 import rebuild_results
 from harness.failures import record_refusal
+from harness.files import RunFiles
 from harness.ranks import Ranks
 from harness.records import Records
 from store.tables import update_results
@@ -211,7 +212,16 @@ def test_a_run_leaves_log_curve_summary_and_row(tmp_path, capsys):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", summary["started"])
     assert set(vars(tiny())) <= summary.keys()
     row = read(tmp_path / "results.csv")["r"]
-    assert row.keys() == summary.keys()
+    assert row.keys() == summary.keys() - {"history"}
+    assert summary["history"] == {
+        "step": [0, 1],
+        "train_loss": [None, 0.1 + 0.2],
+        "val_loss": [4.0, None],
+        "train_time": [None, None],
+        "tokens_per_sec": [None, 1 / 3],
+    }
+    lines = (tmp_path / "logs/r.json").read_text().splitlines()
+    assert len(lines) == len(summary) + 2, "a line for each name"
     assert (row["params_total"], row["bias"], row["embed_lr"], float(row["final_loss"])) == (
         "5",
         "0",
@@ -316,6 +326,22 @@ def test_times_have_their_unit_in_the_last_words(tmp_path, capsys):
     start(tmp_path).close("ok", warm_up_time=1.5, data_wait=0.5, step_avg=2.0, final_loss=3.0)
     out = capsys.readouterr().out
     assert "warm_up_time: 1.5 s\ndata_wait: 0.5 s\nstep_avg: 2 ms\nfinal_loss: 3\n" in out
+
+
+def test_the_history_is_the_whole_curve_or_its_rows_evenly_spaced(tmp_path):
+    run = RunFiles(tmp_path, "r")
+    assert run.history() == {}
+    rows = [f"{i},,,0.5,{'2.5' if i % 50 == 0 else ''},,,,1e-05,,nan" for i in range(1, 4001)]
+    text = "\n".join([",".join([*CURVE, "val_accuracy"]), *rows])
+    run.curve.write_text(f"{text}\n4001,torn")
+    told = run.history()
+    assert {"step": int, "train_loss": float, "val_loss": float} == {
+        name: type(told[name][-1]) for name in ("step", "train_loss", "val_loss")
+    }
+    assert told["step"] == sorted({*range(4000, 0, -5), *range(50, 4001, 50)})
+    assert told["val_accuracy"] == [None] * 800 and {*told["tokens_per_sec"]} == {1e-05}
+    run.curve.write_text("\n".join([*text.split("\n")[:900], "no,row", ""]))
+    assert set(run.history()) <= {*told} and run.last_step() == 899
 
 
 def test_a_diverged_run_leaves_strict_json_and_a_row_that_can_be_rebuilt(tmp_path):

@@ -7,6 +7,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+# Columns of the curve that the summary of a run that has ended keeps, and of how many rows.
+HISTORY = ("step", "train_time", "tokens_per_sec", "train_loss", "val_loss", "val_accuracy")
+MOST_POINTS = 1000
+VALIDATED = re.compile(r"([^,]*,){4}[^,]")  # a row of the curve that has its fifth cell, val_loss
+NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?")  # as Python and JSON write it
+
 
 class RunFiles:
     """What a run leaves in its LOG_DIR, whether it is there yet or not."""
@@ -33,6 +39,23 @@ class RunFiles:
     def lines(self) -> list[str]:
         """Those of the curve, without one that is still being written."""
         return whole_lines(self.curve)
+
+    def history(self) -> dict[str, list[float | None]]:
+        """The columns HISTORY of the curve, None where a cell is blank or not finite.
+
+        Of many rows MOST_POINTS, evenly spaced, and as many of those with a validation; the last
+        is among them.
+        """
+        lines = self.lines()
+        kept = {*lines[:1]}
+        for group in lines, [*filter(VALIDATED.match, lines)]:
+            kept |= {*group[:: -(len(group) // MOST_POINTS + 1)]}
+        columns = zip(*(line.split(",") for line in lines if line in kept))
+        return {
+            name: [json.loads(cell) if NUMBER.fullmatch(cell) else None for cell in cells]
+            for name, *cells in columns
+            if name in HISTORY
+        }
 
     def last_step(self) -> int:
         """The step that the curve has reached; 0 where there is none."""

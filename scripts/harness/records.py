@@ -161,14 +161,19 @@ class Records:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(values["step"] - self.bar.n)
 
-    def save(self) -> None:
-        """Writes summary and row; a number that is not finite is a blank, for JSON has none."""
+    def save(self, **series: Any) -> None:
+        """Writes summary and row; a number that is not finite is a blank, for JSON has none.
+
+        `series` are for the summary alone, which has a line for each name.
+        """
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in self.summary.items()
         }
+        summary = finite | series
+        body = ",\n".join(f" {json.dumps(name)}: {json.dumps(summary[name])}" for name in summary)
         try:
-            write_whole(self.files.json, json.dumps(finite, indent=1) + "\n")
+            write_whole(self.files.json, f"{{\n{body}\n}}\n")
         finally:  # the table may be on a disk with room
             update_results(self.cfg.results_csv, [finite])
 
@@ -180,7 +185,7 @@ class Records:
         self.bar.close()
         row = self.cfg.results_csv
         try:
-            self.save()
+            self.save(history=self.files.history())
         except OSError as error:
             row = self.lost = f"{row}, but {self.files.json} was not written: {error}"
         except ConfigError as error:

@@ -152,6 +152,7 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> Iterator[bytes]:
     unread, new = [], {}
     for row in rows:
         cells = {name: cell_of(value) for name, value in renamed(row).items()}
+        cells.pop("history", None)  # a curve, which the summary alone keeps
         key = cells["run_id"].encode()
         new[key] = new.get(key, {}) | cells
     left = dict(new)
