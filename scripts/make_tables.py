@@ -36,11 +36,13 @@ NAMES = {  # as published
     "lr": "learning_rate",
 }
 MEANS = ("bits_per_byte", "train_time", "tokens_per_sec", "moe_entropy", "moe_max_vio")
+ASKED = ("val_accuracy",)  # means, too, of a stage that has them among its columns
 TEST = ("difference", "low", "high", "pairs", "p", "p_holm")
 SIZES = ("params_total", "params_active")
 FORMATS = {
     "final_loss": ".4f",
     "pass_at_1": ".4f",
+    "val_accuracy": ".4f",
     "sd": ".4f",
     "difference": "+.4f",
     "p": ".3f",
@@ -71,7 +73,7 @@ def difference_of(stage: Stage, variant: str, runs: pd.DataFrame) -> dict[str, f
 
 def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) -> dict:
     """A variant's line: its axes, seeds, loss and measure, difference to its reference, speed,
-    sizes, and what did not finish."""
+    sizes, what did not finish, and what other columns its stage asks for."""
     own = runs[runs.variant == variant]
     all_of_it = rows[rows.variant == variant]
     described = (own if len(own) else all_of_it).tail(1)
@@ -86,13 +88,36 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
         line["against"] = None if stage.is_reference(variant) else stage.references[variant]
     line |= dict.fromkeys(TEST) | difference_of(stage, variant, runs)
     line |= {"tokens": own.tokens.mean()} if stage.seconds else {}
-    line |= {name: own[name].mean() for name in MEANS if name in own}
+    means = (*MEANS, *(name for name in ASKED if name in stage.columns))
+    line |= {name: own[name].mean() for name in means if name in own}
     if len(own):
         line |= {name: own[name].iloc[0] for name in SIZES}
 
     unfinished = all_of_it[(all_of_it.status != "ok") & ~all_of_it.seed.isin(own.seed)]
     counts = unfinished.drop_duplicates("seed", keep="last").status.value_counts()
-    return line | {"unfinished": ", ".join(f"{n} {status}" for status, n in counts.items())}
+    line |= {"unfinished": ", ".join(f"{n} {status}" for status, n in counts.items())}
+    for name in stage.columns:  # a setting in which the variants do not differ
+        if name not in line and len(described.get(setting_of(name), [])):
+            line[name] = described[setting_of(name)].iloc[0]
+    return line
+
+
+def setting_of(column: str) -> str:
+    """The setting, in lower case, that a column of tables shows."""
+    return {published: name for name, published in NAMES.items()}.get(column, column)
+
+
+def in_order(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
+    """The columns of a table that has these lines: first those that the stage names. Raises
+    ValueError for what is none."""
+    for name in stage.columns:
+        if name not in lines and name not in ASKED and setting_of(name) not in rows:
+            raise ValueError(
+                f"STAGE {stage.name}: columns: {name!r} is no column of its table; choose a "
+                f"setting, or one of {', '.join([*lines, *ASKED])}"
+            )
+    first = [name for name in stage.columns if name in lines]
+    return [*first, *(name for name in lines if name not in first)]
 
 
 def table(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
@@ -101,6 +126,7 @@ def table(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
     runs, rows = measured(comparable(rows, stage), stage), tried(rows, stage)
     lines = pd.DataFrame([line_of(stage, variant, rows, runs) for variant in stage.variants])
     lines["p_holm"] = gate_stats.holm(lines.p)
+    lines = lines[in_order(stage, lines, rows)]
     return lines.replace({"unfinished": {"": None}}).dropna(axis="columns", how="all")
 
 

@@ -18,6 +18,7 @@ A stage is a question put to variants and seeds. Its file, experiments/stages/<n
     grid.LR = [0.0036, 0.00468]     # each variant with each value; the label says which
     measure = "pass_at_1"           # column of rows that variants are compared in (final_loss)
     axes = ["ATTNGATE", "LR"]       # columns of its table; without: in what variants differ
+    columns = ["attn_gate", "seeds"]  # with which its table begins; all others stand behind
     gate.better = 0.05              # numbers of stage_gate.py that differ from its own
     program = "scripts/mine.py"     # for train_gpt.py; names in small letters are its options:
                                     # group_size = 4 is --group-size 4, fast = true is --fast
@@ -59,6 +60,7 @@ KEYS = {
     "variants": dict,
     "grid": dict,
     "axes": list,
+    "columns": list,
     "gate": dict,
     "next": list,
     "equal_time": dict,
@@ -104,6 +106,7 @@ class Stage:
     program: str = TRAINER
     seconds: float = 0.0  # of training that each variant's steps are to take; 0: as the file says
     measure: str = FINAL_LOSS  # the column of rows that variants are compared in
+    columns: tuple[str, ...] = ()  # that its table begins with, as it calls them
 
     @property
     def compares_losses(self) -> bool:
@@ -192,6 +195,10 @@ def check_tables(tables: dict, path: Path) -> None:
             f"{path}: measure = {measure!r} must be a column of rows, in small letters, digits and "
             "_, as pass_at_1 is"
         )
+    columns = tables.get("columns", [])
+    are_names = all(isinstance(name, str) for name in columns)
+    if not are_names or len(set(columns)) < len(columns):
+        raise ValueError(f"{path}: columns = {columns} must be different names")
     seeds, most = tables["seeds"], tables.get("max_seeds", 1)
     are_numbers = all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
     if not are_numbers or len(set(seeds)) < len(seeds):
@@ -380,6 +387,7 @@ def stage_of(name: str, tables: dict) -> Stage:
         program=program,
         seconds=seconds_of(tables, path),
         measure=tables.get("measure", FINAL_LOSS),
+        columns=tuple(tables.get("columns", ())),
     )
 
 

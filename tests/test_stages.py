@@ -170,6 +170,8 @@ def test_a_stage_says_in_what_its_variants_are_compared(folder):
         ("measure = ''", "measure = '' must be a column of rows, in small letters, digits and _"),
         ("measure = 'Pass@1'", "measure = 'Pass@1' must be a column of rows, in small letters"),
         ("measure = '1st'", "measure = '1st' must be a column of rows, in small letters"),
+        ("columns = ['lr', 'lr']", "columns = ['lr', 'lr'] must be different names"),
+        ("columns = [1]", "columns = [1] must be different names"),
         ("colour = 1", "colour is no key of a stage; choose from extends, question"),
         ("seeds = []", "has no seeds"),
         ("base.SEED = 3", "SEED is nothing a variant can set"),
@@ -572,6 +574,37 @@ def test_tables_are_what_the_rows_say(folder):
     assert "| none LR=0.1 | none | 0.1 | 3 | 3.1000 | 0.1000 | reference |" in text
     assert "Measured on cpu: toy, torch 2. Difference, interval and p by the paired t-test" in text
     assert len({line.count("|") for line in lines[:6]}) == 1
+
+
+def test_a_table_begins_with_the_columns_that_its_stage_names(folder, capsys):
+    """Settings that do not vary among them, and the accuracy, which no other table has."""
+    names = ["learning_rate", "n_layer", "final_loss", "train_time", "val_accuracy", "seeds"]
+    made = [one | {"n_layer": 2, "val_accuracy": one["seed"] / 8} for one in ROWS[:6]]
+    results(made)
+    Path("experiments/stages/toy.toml").write_text(f"columns = {names}\n{FILE}")
+    text = make_tables.write_tables("toy")
+    table = pd.read_csv("experiments/tables/toy.csv")
+    assert list(table.columns[:9]) == [*names, "variant", "attn_gate", "sd"]
+    assert text.startswith(f"| {' | '.join(names)} | variant | attn_gate | sd | difference | 95 % ")
+    assert "| 0.1 | 2 | 2.8000 | 1m 2.0s | 0.2500 | 3 | a gate LR=0.1 | headwise |" in text
+    Path("experiments/stages/toy.toml").write_text(f"columns = ['loss']\n{FILE}")
+    assert make_tables.main(["toy"]) == 2
+    assert "columns: 'loss' is no column of its table; choose a setting, or one of variant, " in (
+        capsys.readouterr().err
+    )
+
+
+def test_tables_of_the_sources_begin_as_published():
+    begin = {
+        "stage1": "attn_gate gate_act seeds final_loss train_time",
+        "stage2": "attn_gate learning_rate final_loss train_time",
+        "stage2_5": "attn_gate learning_rate num_iterations final_loss train_time",
+        "stage3": "attn_gate learning_rate seeds final_loss train_time",
+    }
+    for name, columns in begin.items():
+        for edition in (name, f"{name}_cpu"):
+            assert load_stage(edition).columns == tuple(columns.split())
+    assert "val_accuracy" in load_stage("batch_vs_seqlen_cpu").columns
 
 
 RATES = {"none LR=0.1": (0.25, 0.5, 0.375), "a gate LR=0.1": (0.5, 0.625, 0.75)}
