@@ -360,8 +360,48 @@ def test_a_slurm_job_goes_by_the_status_that_is_written(settings, slurm, tmp_pat
     assert (tmp_path / "scontrol").exists() == requeued
 
 
+SAYS_PLAN = """
+import os, sys
+if "DRY_RUN" not in os.environ:
+    sys.exit("data: fetch it")
+print("tokens_on_disk:" + os.environ["SHARDS"])
+print("world", os.environ["WORLD_SIZE"])
+"""
+
+
+def baseline(tree, env):
+    """(exit code, what it says) of run_baseline.sh in a tree where the trainer and the launcher
+    print what reaches them; `env` may ask for GPUs."""
+    (tree / "scripts").mkdir(exist_ok=True)
+    (tree / "scripts" / "run_8xh100.sh").write_text('echo "$NPROC_PER_NODE" "$RUN_ID" "$LR" "$@"\n')
+    (tree / "train_gpt.py").write_text(SAYS_PLAN)
+    smi = "".join(f"GPU {i}: toy\n" for i in range(env.pop("GPUS", 0)))
+    executable(tree / "nvidia-smi", f"echo -n '{smi}'")
+    script = shutil.copy(ROOT / "scripts" / "run_baseline.sh", tree / "scripts")
+    env = {"PATH": f"{tree}:{PATH}", "SHARDS": 5} | env
+    env = {name: str(value) for name, value in env.items()}
+    done = subprocess.run(["bash", script, "x y"], env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_baseline_takes_all_gpus_and_passes_settings_on(tmp_path):
+    settings = {"GPUS": 8, "RUN_ID": "mine", "LR": 0.004}
+    assert baseline(tmp_path, dict(settings)) == (0, "8 mine 0.004 x y\n")
+    for change, count in (({"CUDA_VISIBLE_DEVICES": "1,3"}, 2), ({"NPROC_PER_NODE": 4}, 4)):
+        assert baseline(tmp_path, settings | change) == (0, f"{count} mine 0.004 x y\n")
+    assert baseline(tmp_path, {"GPUS": 8, "SHARDS": 0}) == (1, "data: fetch it\n")
+    code, said = baseline(tmp_path, {"GPUS": 8, "DRY_RUN": 1})
+    assert code == 0 and said.startswith(
+        "tokens_on_disk:5\nworld 8\nNPROC_PER_NODE=8 RUN_ID=baseline-"
+    )
+    code, said = baseline(tmp_path, {})
+    assert code == 2 and said.startswith("run_baseline.sh: error: nvidia-smi lists no GPU, and")
+    for asked in {"PRESET": "quickstart"}, {"DEVICE": "cpu", "GPUS": 8}:
+        assert baseline(tmp_path, asked | {"RUN_ID": "slow"}) == (0, "1 slow  x y\n")
+
+
 def test_scripts_parse_and_options_of_sbatch_are_read():
-    for script in RUN_8XH100[1], SBATCH[1]:
+    for script in RUN_8XH100[1], SBATCH[1], ROOT / "scripts" / "run_baseline.sh":
         assert subprocess.run(["bash", "-n", script]).returncode == 0
     lines = SBATCH[1].read_text().splitlines()
     options = [line for line in lines if line.startswith("#SBATCH ")]
