@@ -27,26 +27,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from harness.ranks import Ranks
-from harness.settings import ROOT
+from harness.settings import preset_files
 from store.contract import ConfigError
 import train_gpt
 from estimate_memory import MARGIN, count, fits, memory
 from price_runs import GPUS, Gpu, choose_mfu, kind_of, run_cost
 from train_gpt import Config
 
-# Experiment 5 names only the size of its 1.5B model: this is its recipe at that size, experts of
-# 4 n_embd as there, heads of 64, and bfloat16, in which experts are fast.
-PRESETS = {
-    "moe_1.5b": {
-        "PRESET": "moe_muon_exp5",
-        "N_LAYER": "20",
-        "N_EMBD": "1024",
-        "N_HEAD": "16",
-        "D_FF": "4096",
-        "DTYPE": "bfloat16",
-    }
-}
-FILES = sorted(path.stem for path in (ROOT / "experiments" / "presets").glob("*.env"))
+PRESETS = preset_files()
 # of prepare_data.py --tokenizer bytes: for presets that leave the vocabulary to their data
 BYTES_VOCAB = 257
 FINEWEB_TOKENS = 10.3e9  # of its 103 training shards
@@ -169,7 +157,7 @@ def plan_budget(args: argparse.Namespace, gpu: Gpu, kind: str) -> Plan:
 def plan_preset(args: argparse.Namespace, gpu: Gpu, budget: float | None = None) -> Plan:
     """The Plan of --preset on this GPU over its own steps, or over those that a budget buys. Raises
     TooSmall."""
-    cfg = Config.from_env(PRESETS.get(args.preset, {"PRESET": args.preset}))
+    cfg = Config.from_env({"PRESET": args.preset})
     cfg = replace(cfg, vocab_size=args.vocab_size or cfg.vocab_size or BYTES_VOCAB)
     own_steps = cfg.num_iterations
     kind = kind_of(cfg.ffn)
@@ -283,9 +271,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=positive, help="dollars")
     parser.add_argument(
         "--preset",
-        choices=[*PRESETS, *FILES],
+        choices=PRESETS,
         metavar="NAME",
-        help=f"plan {', '.join(PRESETS)} or a preset of experiments/presets, not the ladder",
+        help="plan a preset of experiments/presets, not the ladder",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--gpu", choices=GPUS, default="h100", help="(default %(default)s)")

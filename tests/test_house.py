@@ -296,8 +296,8 @@ def test_readme_names_what_exists():
     ):
         assert isinstance(getattr(train_gpt, axis), dict), axis
     presets = {path.stem for path in (ROOT / "experiments" / "presets").glob("*.env")}
-    rows = re.findall(r"^\| ((?:`\w+`[ ,]*)+)\| ", README, re.M)
-    assert presets == set(re.findall(r"`([a-z]\w+)`", " ".join(rows)))
+    rows = re.findall(r"^\| ((?:`[\w.]+`[ ,]*)+)\| ", README, re.M)
+    assert presets == set(re.findall(r"`([a-z][\w.]+)`", " ".join(rows)))
     for path in re.findall(r"(?:python|bash) ((?:scripts/)?\w+\.(?:py|sh))", README):
         assert (ROOT / path).is_file(), path
     assert len(README.splitlines()) <= 250

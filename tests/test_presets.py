@@ -14,6 +14,7 @@ COUNTS = {  # preset: (parameters, those that a token uses)
     "recurrent_shared_moe_midsize": (206_320_640, 86_675_968),
     "recurrent_shared_moe_half_aux003": (137_050_112, 57_261_056),
     "moe_muon_exp5": (79_502_208, 37_034_880),
+    "moe_1.5b": (1_477_780_480, 471_147_520),
     "dense_300m": (304_438_272, 304_438_272),
     "dense_300m_indexed": (304_438_272, 304_438_272),
     "recurrent_shared_moe_smoke": (677_376, 281_856),
@@ -37,6 +38,7 @@ SIBLINGS = {  # preset: (its small sibling, what else is different)
     "dense_300m_indexed": ("dense_300m_indexed_smoke", {}),
     "dense_300m": ("dense_300m_indexed_smoke", {"recurrence"}),
     "moe_muon_exp5": ("moe_muon_exp5_smoke", {}),
+    "moe_1.5b": ("moe_muon_exp5_smoke", {}),
 }
 SIZES = """
     preset input_bin input_val_bin vocab_size n_layer n_head n_embd d_ff num_experts sequence_length
