@@ -550,7 +550,8 @@ def test_a_dry_run_prints_commands_that_are_the_runs(project, capsys):
     *lines, total = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
         "# plain: the reference",
-        "# gated: against plain: ATTNGATE none -> headwise, GATEPOS=sdpa, GATEACT=sigmoid",
+        "# gated: against plain: ATTNGATE none -> headwise, GATEPOS=sdpa, GATEACT=sigmoid, "
+        "GATE_OPTIMIZER=auto",
     ]
     lines = lines[2:]
     assert len(lines) == 4 and lines[0].startswith("# ") and lines[0].endswith("# has a result: ok")
