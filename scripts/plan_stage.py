@@ -1,7 +1,7 @@
 """Plans the runs of a stage: which there are, with what settings, and which have a result.
 
 Before anything runs it works out every setting and refuses a stage whose variants differ in less
-than it says, or are validated on different data.
+than it says, or are validated on different data. What a variant with CODE would do that code says.
 """
 
 import difflib
@@ -21,10 +21,12 @@ from harness.ranks import Ranks
 from harness.settings import ROOT
 from store.contract import ConfigError, DataError
 from store.source import source_hash
+import code_variants
 import train_gpt
+from code_variants import Code
 from harness.files import RunFiles
 from published import HAS_RESULT, newer, own_rows, published_rows
-from stages import TRAINER, Stage
+from stages import CODE, TRAINER, Stage
 from train_gpt import Config
 
 SETTINGS = [one.name.upper() for one in fields(Config)]
@@ -49,6 +51,8 @@ class Checked(NamedTuple):
     plan: dict[str, Any]
     data: str  # fingerprint; "" where it is not known yet
     val_data: str
+    said: dict[str, Any] | None = None  # {NAME: value} of what has an effect, by other code
+    cautions: tuple[str, ...] = ()  # of other code
 
 
 @dataclass
@@ -60,8 +64,11 @@ class PlannedRun:
     plan: dict
     identity: tuple[str, ...]  # what a row must agree in to be this run's result
     val_data: str = ""  # fingerprint; "" where it is not known yet
-    program: str = TRAINER
+    program: str = TRAINER  # by its whole path where it is other code than the working tree's
     options: dict[str, str] = field(default_factory=dict)  # of the program's command line
+    code: str = ""  # in words; "" where the stage names none
+    said: dict[str, Any] | None = None  # {NAME: value} of what has an effect, by other code
+    cautions: tuple[str, ...] = ()  # of other code
     process: subprocess.Popen | None = None
     slot: int = -1
     seconds: float = 0.0  # of training, by plan; 0 where the steps were not chosen by time
@@ -86,7 +93,10 @@ class PlannedRun:
 
     def resolved(self) -> dict[str, Any]:
         """{setting: value} of all that has an effect, auto worked out, and the options."""
-        values = {name.upper(): value for name, value in self.cfg.effective().items()}
+        values = self.said
+        if values is None:
+            values = {name.upper(): value for name, value in self.cfg.effective().items()}
+        values = ({CODE: self.code} if self.code else {}) | values
         values["INPUT_BIN"] = self.identity[-1] or self.cfg.input_bin  # by what is in the files
         return {**values, **self.options}
 
@@ -184,18 +194,13 @@ def checked(settings: tuple[tuple[str, str], ...], world_size: int, mode: str) -
     return Checked(cfg, train_gpt.make_plan(cfg, ranks), *identity.values())
 
 
-@functools.cache
-def asked_of(
-    program: str, settings: tuple[tuple[str, str], ...], options: tuple[tuple[str, str], ...]
-) -> Checked:
-    """Settings and options as another program resolves them: run with DRY_RUN=1 it prints lines
-    `name:value`, among them config_hash and source_sha. Raises ConfigError, DataError."""
-    refuse_unknown(dict(settings))
-    path = (ROOT / program).resolve()
-    if not path.is_file() or not path.is_relative_to(ROOT.resolve()):
-        raise ConfigError(f"program = {program!r}: is no file of the project, below {ROOT}")
+def answers_of(
+    program: Path, settings: Mapping[str, str], options: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """What a program says that it would do, and what it warns of: run with DRY_RUN=1 it prints
+    lines `name:value`, among them config_hash and source_sha. Raises ConfigError, DataError."""
     done = subprocess.run(
-        [sys.executable, path, *option_words(dict(options))],
+        [sys.executable, program, *option_words(options)],
         env=environment_here() | dict(settings) | {"DRY_RUN": "1"},
         capture_output=True,
         encoding="utf-8",
@@ -204,37 +209,142 @@ def asked_of(
     said = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
     missing = {name for name in ("config_hash", "source_sha") if not said.get(name)}
     if done.returncode or missing:
-        reason = (done.stderr.strip().splitlines() or [f"prints no {min(missing, default='')}"])[-1]
+        needed = f"prints no {min(missing, default='')}, which a stage needs"
+        reason = (done.stderr.strip().splitlines() or [needed])[-1]
         error = DataError if done.returncode == 3 else ConfigError
-        raise error(f"{program} with DRY_RUN=1: {reason}")
+        raise error(f"{program.name} with DRY_RUN=1: {reason}")
+    warned = re.findall("^warning: (.*)", done.stderr, re.M)
+    return said, warned
 
+
+def plan_of(said: Mapping[str, str], program: str) -> dict[str, Any]:
+    """What a program says, with its counts as numbers, 0 where it has none. Raises ConfigError."""
     plan: dict[str, Any] = {"flops_per_token": 0, "tokens_needed": 0, "tokens_on_disk": 0} | said
     for name in ("flops_per_token", "tokens_needed", "tokens_on_disk"):
         if not str(plan[name]).isdecimal():
             raise ConfigError(f"{program} with DRY_RUN=1: {name}:{plan[name]} is no whole number")
         plan[name] = int(plan[name])
+    return plan
+
+
+@functools.cache
+def asked_of(
+    root: Path,
+    program: str,
+    settings: tuple[tuple[str, str], ...],
+    options: tuple[tuple[str, str], ...],
+) -> Checked:
+    """Settings and options as another program below `root` resolves them. Raises ConfigError,
+    DataError."""
+    refuse_unknown(dict(settings))
+    path = (root / program).resolve()
+    if not path.is_file() or not path.is_relative_to(root.resolve()):
+        raise ConfigError(f"program = {program!r}: is no file of the project, below {root}")
+    said, _ = answers_of(path, dict(settings), dict(options))
     asked = Config.from_env(dict(settings))
     cfg = train_gpt.resolve(replace(asked, dry_run=True, vocab_size=asked.vocab_size or 257))
     steps = int(said.get("num_iterations", cfg.num_iterations))
     data = said.get("data_fingerprint", "none"), said.get("val_fingerprint", "none")
+    plan = plan_of(said, program)
     return Checked(replace(cfg, num_iterations=steps, dry_run=False), plan, *data)
+
+
+def config_of(said: Mapping[str, str]) -> Config:
+    """The settings that a train_gpt.py of other code prints, in the form of the one here. They are
+    not checked, for other code may have other choices; what it has not is at its default."""
+    values = {
+        name: None if said[name] == "None" else Config.parse(name, said[name])
+        for name in Config.__dataclass_fields__
+        if said.get(name)
+    }
+    cfg = object.__new__(Config)
+    vars(cfg).update(vars(Config()) | values | {"dry_run": False})
+    return cfg
+
+
+def effect_of(said: Mapping[str, str], cfg: Config) -> dict[str, Any]:
+    """{NAME: value} of the settings that a train_gpt.py of other code prints and that have an
+    effect, as far as is known here."""
+    names = [*said]
+    of_config = names[: names.index("world_size")] if "world_size" in said else []
+    without = {*Config.NOT_HASHED, *cfg.idle()}
+    values = {name: said[name] for name in of_config} | vars(cfg)
+    return {name.upper(): value for name, value in values.items() if name not in without}
+
+
+@functools.cache
+def asked_of_code(
+    root: Path, settings: tuple[tuple[str, str], ...], world_size: int, mode: str
+) -> Checked:
+    """Settings as the train_gpt.py below `root` will resolve and check them, which is other code
+    than the one here; data as `checked` has them. Raises ConfigError, DataError."""
+    given, program = dict(settings), root / TRAINER
+    try:
+        said, warned = answers_of(program, given, {})
+    except DataError:  # VOCAB_SIZE=0 asks the data, which may not be there
+        said, warned = answers_of(program, given | {"VOCAB_SIZE": "257"}, {})
+        if mode != "dry":
+            make_embedded_data(config_of(said).input_bin)
+            said, warned = answers_of(program, given, {})
+    unknown = [name for name in given if name.lower() not in said]
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is no setting of that code")
+
+    cfg, ranks, identity = config_of(said), Ranks(world_size=world_size), ["", ""]
+    try:
+        loaders = train_gpt.preflight(config_of(dict(said) | {"device": "cpu"}), ranks)
+        identity = train_gpt.data_identity(cfg, *loaders).values()
+    except DataError:
+        if mode != "dry":
+            raise
+    train_gpt.check_batch(cfg, ranks)
+    plan = plan_of(said, TRAINER)
+    return Checked(cfg, plan, *identity, effect_of(said, cfg), tuple(warned))
+
+
+def known_of(
+    stage: Stage,
+    code: Code | None,
+    settings: Mapping[str, str],
+    options: Mapping[str, str],
+    world_size: int,
+    mode: str,
+) -> Checked:
+    """Settings and options as what runs them resolves them. Raises ConfigError, DataError."""
+    given = tuple(settings.items())
+    if code is None and stage.program == TRAINER:
+        return checked(given, world_size, mode)
+    if code is None:
+        return asked_of(ROOT, stage.program, given, tuple(options.items()))
+
+    root = code_variants.root_of(code)
+    try:
+        if stage.program == TRAINER:
+            known = asked_of_code(root, given, world_size, mode)
+        else:
+            known = asked_of(root, stage.program, given, tuple(options.items()))
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"CODE={code}: {error}") from None
+    code_variants.keep_source(code, stage.program, known.plan["source_sha"])
+    return known
 
 
 def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) -> PlannedRun:
     """The run of a variant with a seed. Raises ConfigError, DataError."""
     given = ({"DEVICE": "cuda"} if mode == "slurm" else {}) | stage.variants[variant]
-    settings = {name: value for name, value in given.items() if name.isupper()}
-    options = {name: value for name, value in given.items() if name not in settings}
+    settings = {name: value for name, value in given.items() if name.isupper() and name != CODE}
+    options = {name: value for name, value in given.items() if name.islower()}
     try:
-        if stage.program == TRAINER:
-            known = checked(tuple(settings.items()), world_size, mode)
-        else:
-            known = asked_of(stage.program, tuple(settings.items()), tuple(options.items()))
+        code = code_variants.found(stage.code_of(variant)) if stage.code_of(variant) else None
+        known = known_of(stage, code, settings, options, world_size, mode)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{stage.name}, {variant}: {error}") from None
 
     plan = known.plan | {"world_size": world_size}
-    if stage.program == TRAINER:  # as it is now, which the runs will read
+    program = stage.program
+    if code:
+        program = str(code_variants.root_of(code) / program)
+    elif program == TRAINER:  # as it is now, which the runs will read
         plan["source_sha"] = source_hash((ROOT / TRAINER).read_text("utf-8"))
     data = "" if known.data == "none" else known.data
     identity = (stage.name, variant, str(seed), plan["config_hash"], plan["source_sha"], data)
@@ -243,29 +353,41 @@ def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) 
         label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{stage.name}-{variant}").strip("-.")[:80]
         digest = hashlib.sha256("".join(identity[3:]).encode()).hexdigest()[:6]
         settings |= {"RUN_ID": f"{label}-s{seed}-{digest}", "RESUME": "auto"}
-    run = PlannedRun(settings, known.cfg, plan, identity, known.val_data, stage.program, options)
-    return replace(run, seconds=stage.seconds)
+    run = PlannedRun(settings, known.cfg, plan, identity, known.val_data, program, options)
+    return replace(
+        run,
+        seconds=stage.seconds,
+        code=str(code or ".") if stage.names_code else "",
+        said=known.said,
+        cautions=known.cautions,
+    )
+
+
+def in_order(stage: Stage, seeds: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
+    """(variant, seed) as they are run: the references' first, then seed by seed, so that what is
+    there can be compared. Where code varies each seed is run with all of it before the next, so
+    that whoever stops early, to edit it, has whole pairs."""
+    places = [
+        (place, variant, seed)
+        for variant in stage.in_order()
+        if variant in seeds
+        for place, seed in enumerate(seeds[variant])
+    ]
+
+    def turn(run: tuple[int, str, int]) -> int:
+        place, variant, _ = run
+        is_first = stage.is_reference(variant) and not stage.names_code
+        return -1 if is_first else place
+
+    return [(variant, seed) for _, variant, seed in sorted(places, key=turn)]
 
 
 def plan_runs(
     stage: Stage, seeds: Mapping[str, Sequence[int]], world_size: int, mode: str
 ) -> list[PlannedRun]:
-    """All runs of a stage: the references' first, then seed by seed, so that what is there can be
-    compared. Raises ConfigError, also where variants do not differ as the stage says; DataError."""
-    places = [
-        (place, variant, seed)
-        for variant in seeds
-        for place, seed in enumerate(seeds[variant])
-        if not stage.is_reference(variant)
-    ]
-    places.sort(key=lambda run: run[0])
-    order = [
-        (variant, seed)
-        for variant in stage.in_order()
-        if stage.is_reference(variant)
-        for seed in seeds[variant]
-    ]
-    order += [(variant, seed) for _, variant, seed in places]
+    """All runs of a stage, in order. Raises ConfigError, also where variants do not differ as the
+    stage says; DataError."""
+    order = in_order(stage, seeds)
     runs = [make_run(stage, variant, seed, world_size, mode) for variant, seed in order]
     check_differences(stage, {run.settings["VARIANT"]: run for run in runs})
     return runs
@@ -288,7 +410,8 @@ def check_differences(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> No
                 raise ConfigError(f"{both} are said to differ in {name}, which {reason}")
             for run in runs:
                 check_followers(stage, name, run)
-        if ours == theirs or runs[0].identity[3:] == runs[1].identity[3:]:
+        are_the_same = ours == theirs or runs[0].identity[3:] == runs[1].identity[3:]
+        if are_the_same and runs[0].code == runs[1].code:  # by name: code is compared with itself
             raise ConfigError(
                 f"{both} have the same settings once everything is resolved; take one out or "
                 "change it"
@@ -317,7 +440,7 @@ def said_to_differ(stage: Stage, one: str, other: str, are_compared: bool) -> li
         for label in (one, other)
     )
     untrained = {name.upper() for name in Config.NOT_HASHED}  # PRESET is one: it may say little
-    untrained -= {"INPUT_BIN"}
+    untrained = (untrained - {"INPUT_BIN"}) | {CODE}  # which cautions_of_code tells
     return [
         name
         for name in {**ours, **theirs}
@@ -329,9 +452,14 @@ def said_to_differ(stage: Stage, one: str, other: str, are_compared: bool) -> li
 
 def check_followers(stage: Stage, name: str, run: PlannedRun) -> None:
     """Raises ConfigError where a preset holds a setting that would follow one that varies."""
-    variant = run.settings["VARIANT"]
-    for follower in run.cfg.resolved():
-        value = getattr(run.cfg, follower)
+    variant, cfg = run.settings["VARIANT"], run.cfg
+    if run.said is not None:  # other code says what it resolves, not what it was asked
+        try:
+            cfg = Config.from_env(run.settings)
+        except ConfigError:
+            return
+    for follower in cfg.resolved():
+        value = getattr(cfg, follower)
         held_by_stage = stage.variants[variant].get(follower.upper())
         if Config.AUTO[follower] == name.lower() and value and not held_by_stage:
             raise ConfigError(
@@ -365,16 +493,35 @@ def description(stage: Stage, runs: Sequence[PlannedRun]) -> list[str]:
         changes = ", ".join(change_text(name, ours, theirs) for name in differing)
         text = f"against {beside}: {changes}"
         if stage.is_reference(variant):
-            text = f"another reference; from {beside}: {changes}" if changes else "the reference"
+            code = f", CODE {run.code}" if run.code else ""
+            text = f"the reference{code}"
+            if changes:
+                text = f"another reference; from {beside}: {changes}"
         lines.append(f"{variant}: {text}")
-    return lines + [f"warning: {sentence}" for sentence in cautions_of(runs)]
+    sentences = cautions_of(runs) + cautions_of_code(stage, of_variants)
+    return lines + [f"warning: {sentence}" for sentence in sentences]
+
+
+def cautions_of_code(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> list[str]:
+    """A sentence on each variant that names other code than its reference, and has the same."""
+    sentences = []
+    for variant, run in of_variants.items():
+        beside = stage.references[variant]
+        is_other = stage.code_of(variant) != stage.code_of(beside)
+        if is_other and run.plan["source_sha"] == of_variants[beside].plan["source_sha"]:
+            whose = repr(beside) if stage.code_of(beside) else f"{beside!r}, the working tree"
+            sentences.append(
+                f"{variant!r}: its code is the same as that of {whose}, but for comments, layout "
+                "or files that change no loss; it is run, and never promoted"
+            )
+    return sentences
 
 
 def cautions_of(runs: Sequence[PlannedRun]) -> list[str]:
     """What the runs of a stage are allowed and hardly meant to do, each sentence once."""
     sentences = []
     for run in runs:
-        sentences += train_gpt.cautions(run.cfg)
+        sentences += train_gpt.cautions(run.cfg) if run.said is None else run.cautions
         if run.cfg.val_every > run.cfg.num_iterations:
             sentences.append(f"VAL_EVERY={run.cfg.val_every} leaves only the last validation")
         cfg, on_disk = run.cfg, run.plan["tokens_on_disk"]

@@ -20,6 +20,8 @@ A stage is a question put to variants and seeds. Its file, experiments/stages/<n
     axes = ["ATTNGATE", "LR"]       # columns of its table; without: in what variants differ
     columns = ["attn_gate", "seeds"]  # with which its table begins; all others stand behind
     gate.better = 0.05              # numbers of stage_gate.py that differ from its own
+    variants.old = {CODE = "main"}  # runs what git has there: a ref, or a patch, "idea.patch", to
+                                    # the working tree, which is what runs without it
     program = "scripts/mine.py"     # for train_gpt.py; names in small letters are its options:
                                     # group_size = 4 is --group-size 4, fast = true is --fast
     next = [{name = "gates_5k", NUM_ITERATIONS = 5000}]   # stages after it, of what it promotes
@@ -71,6 +73,8 @@ MERGED = ("base", "gate")
 # not a stage's to set
 RESERVED = {"SEED", "RUN_ID", "STAGE", "VARIANT", "RESUME", "DRY_RUN", "LOG_DIR", "RESULTS_CSV"}
 TRAINER = "train_gpt.py"
+CODE = "CODE"  # which code runs a variant, see code_variants.py; no setting of the trainer
+THE_TREE = ("", ".", "tree")  # names of the working tree, the code that is here
 MOST_SEEDS = 50
 FINAL_LOSS = "final_loss"
 
@@ -116,6 +120,16 @@ class Stage:
     def what_is_measured(self) -> Measure:
         """Words, unit and direction of its measure, as far as they are known."""
         return MEASURES.get(self.measure, Measure(self.measure, "", None))
+
+    def code_of(self, label: str) -> str:
+        """The code that a variant names; "" for the working tree."""
+        name = self.variants[label].get(CODE, "")
+        return "" if name in THE_TREE else name
+
+    @property
+    def names_code(self) -> bool:
+        """Whether any variant runs other code than the working tree's."""
+        return any(map(self.code_of, self.variants))
 
     def is_reference(self, label: str) -> bool:
         return self.references[label] == label

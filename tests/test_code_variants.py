@@ -1,0 +1,219 @@
+"""scripts/code_variants.py: refs and patches as variants of a stage: plans and refusals."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import code_variants
+import launch_runs
+import plan_stage
+import run_stage
+import split_results
+from harness.settings import ROOT
+from stages import load_stage, toml_text
+from store.source import source_hash
+
+# It trains nothing: its loss follows from LR and the seed. It leaves a row and a curve as a run.
+STUB = '''
+import os, subprocess, sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "scripts"))
+from store.source import source_hash
+from store.tables import update_results
+
+LR = 0.1
+env = os.environ
+names = """PRESET BATCH_SIZE DEVICE_BATCH_SIZE SEQUENCE_LENGTH VAL_TOKENS NUM_ITERATIONS VAL_EVERY
+    INPUT_BIN INPUT_VAL_BIN VOCAB_SIZE MAX_EPOCHS DEVICE SEED STAGE VARIANT RUN_ID"""
+row = {name.lower(): env.get(name, "") for name in names.split()}
+row |= {"world_size": 1, "config_hash": "c", "source_sha": source_hash(Path(__file__).read_text())}
+if "DRY_RUN" in env:  # a setting that is called dry_run elsewhere
+    print("\\n".join(f"{name}:{value}" for name, value in row.items()))
+    sys.exit("config: BATCH_SIZE=13: no" if row["batch_size"] == "13" else 0)
+
+losses = [2 + LR + int(env["SEED"]) / 64 + left for left in (1, 0.5, 0)]
+points = [f"{10 * i},{10 * i},2,{loss},{i}" for i, loss in enumerate(losses)]
+curve = "\\n".join(["step,tokens,train_loss,val_loss,train_time", *points, ""])
+Path("logs", env["RUN_ID"] + ".csv").write_text(curve)
+commit = subprocess.check_output(["git", "-C", HERE, "rev-parse", "HEAD"], text=True).strip()
+row |= {"status": "ok", "started": 2026, "final_loss": losses[-1], "git": commit}
+row |= {"data_fingerprint": "d", "val_fingerprint": "d", "device_name": "H100", "num_experts": 1}
+row |= {"params_total": 9, "flops_per_token": 9, "tokens": 20, "bad_steps": 0}
+update_results("experiments/results.csv", [row])
+'''
+BASE = {name: TINY[name.lower()] for name in "BATCH_SIZE DEVICE_BATCH_SIZE DEVICE".split()}
+BASE |= {"SEQUENCE_LENGTH": 16, "VAL_TOKENS": 64, "NUM_ITERATIONS": 20, "VAL_EVERY": 10}
+BASE |= {"VOCAB_SIZE": 64, "MAX_EPOCHS": 0}
+
+
+def git(*words):
+    who = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+    done = subprocess.run(["git", *who, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def patch(name, old, new, file="train_gpt.py"):
+    """Writes a patch that replaces a text, and leaves the file as it was."""
+    before = Path(file).read_text()
+    assert old in before
+    Path(file).write_text(before.replace(old, new))
+    Path(name).write_text(git("diff") + "\n")
+    Path(file).write_text(before)
+
+
+def commit(branch, old, new):
+    """A branch whose one commit replaces a text in the trainer; the working tree stays on main."""
+    git("checkout", "-q", "-B", branch)
+    Path("train_gpt.py").write_text(Path("train_gpt.py").read_text().replace(old, new))
+    git("commit", "-qam", "A change")
+    made = git("rev-parse", "HEAD")
+    git("checkout", "-q", "main")
+    return made
+
+
+def forget():
+    """Has the next start look at git again, as a process of its own does."""
+    for known in ("found", "root_of", "source_in_git"):
+        getattr(code_variants, known).cache_clear()
+    plan_stage.asked_of_code.cache_clear()
+    plan_stage.checked.cache_clear()
+
+
+@pytest.fixture
+def repo(shards, tmp_path, monkeypatch):
+    """A checkout of a trainer that trains nothing, as working directory."""
+    folder = tmp_path / "repo"
+    for package in ("ops", "store"):
+        shutil.copytree(ROOT / "scripts" / package, folder / "scripts" / package)
+    monkeypatch.chdir(folder)
+    Path("train_gpt.py").write_text(STUB)
+    shutil.copy(ROOT / ".gitignore", ".gitignore")
+    git("init", "-q", "-b", "main")
+    git("add", ".")
+    git("commit", "-qm", "The trainer")
+
+    for module in (code_variants, plan_stage, launch_runs):
+        monkeypatch.setattr(module, "ROOT", folder)
+    identity = {"data_fingerprint": "d", "val_fingerprint": "d"}
+    monkeypatch.setattr(plan_stage.train_gpt, "data_identity", lambda *_: identity)
+    monkeypatch.setattr(plan_stage.Config, "hash", lambda *_: "c")
+    here = lambda: source_hash(Path("train_gpt.py").read_text())  # noqa: E731
+    monkeypatch.setattr(split_results, "source_here", here)
+    monkeypatch.setattr(run_stage.plot_ablation, "write_figures", lambda _: None)  # it takes long
+    monkeypatch.setattr(launch_runs, "POLL", 0.02)
+    monkeypatch.setattr(
+        launch_runs, "command", lambda _, words: [sys.executable, str(folder / words[0])]
+    )
+    Path("experiments/stages").mkdir(parents=True)
+    forget()
+    yield BASE | {name.upper(): value for name, value in shards.items()}
+    forget()
+
+
+def write_stage(base, variants, **more):
+    tables = {"question": "?", "reference": [*variants][0], "seeds": [1, 2, 3], "max_seeds": 3}
+    tables |= {"base": base, "variants": variants} | more
+    Path("experiments/stages/toy.toml").write_text(toml_text(tables))
+
+
+def test_pairs_of_a_seed_are_run_together(repo):
+    write_stage(repo, {"here": {}, "b": {"CODE": "main"}}, reference="b")
+    stage = load_stage("toy")
+    order = plan_stage.in_order(stage, {"here": [5, 6], "b": [5, 6]})
+    assert order == [("b", 5), ("here", 5), ("b", 6), ("here", 6)]
+
+
+def test_a_patch_is_for_the_working_tree_with_what_is_not_committed(repo):
+    Path("train_gpt.py").write_text(STUB.replace("LR = 0.1", "LR = 0.3"))
+    Path("scripts/ops/mine.py").write_text("ONE = 1\n")  # not yet known to git
+    before = git("status", "--short"), git("write-tree")
+    Path("idea.patch").write_text(
+        "--- a/scripts/ops/mine.py\n+++ b/scripts/ops/mine.py\n@@ -1 +1 @@\n-ONE = 1\n+ONE = 2\n"
+    )
+    root = code_variants.root_of(code_variants.found("idea.patch"))
+    assert (root / "scripts/ops/mine.py").read_text() == "ONE = 2\n"
+    assert "LR = 0.3" in (root / "train_gpt.py").read_text()
+    Path("idea.patch").unlink()
+    assert (git("status", "--short"), git("write-tree")) == before, "tree and index stay"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "rm logs/.code/*/train_gpt.py",
+        "sed -i s/0.1/0.7/ logs/.code/*/train_gpt.py",
+        "echo X = 1 > $(ls -d logs/.code/*/scripts/ops)/more.py",
+        "rm logs/.code/*.json",  # as kill -9 leaves it
+        "rm logs/.code/*/.git",
+        "echo '[]' > $(ls logs/.code/*.json)",
+        "rm -r logs",
+        "rm -r logs; git worktree lock $(git worktree list | tail -1 | cut -d' ' -f1)",
+        "git -C logs/.code/*/ checkout -q --orphan other",
+    ],
+)
+def test_a_worktree_that_is_not_whole_is_made_anew(repo, damage):
+    head = code_variants.found("HEAD")
+    root = code_variants.root_of(head)
+    git("worktree", "prune")
+    subprocess.run(damage, shell=True, check=True)
+    code_variants.root_of.cache_clear()
+    assert not code_variants.is_whole(head)
+    half = Path("logs/.code/0123")  # of another commit
+    half.mkdir(parents=True)
+    assert code_variants.root_of(head) == root and not half.exists()
+    assert (root / "train_gpt.py").read_text() == STUB and code_variants.is_whole(head)
+    assert [path.name for path in (root / "scripts/ops").glob("mo*.py")] == []
+
+
+@pytest.mark.parametrize(
+    "code, more, sentence",
+    [
+        ("nowhere", {}, "CODE=nowhere: git here has no such branch, tag or commit; git branch -a"),
+        ("--all", {}, "CODE=--all: git here has no such branch"),
+        ("gone.patch", {}, "CODE=gone.patch: no such file; git diff > idea.patch makes one"),
+        ("other.patch", {}, "does not apply to the working tree: error: patch failed: train_gpt."),
+        ("empty.patch", {}, "empty.patch: does not apply to the working tree: error: No valid pat"),
+        ("done.patch", {}, "done.patch: is in the working tree already, which is what the other"),
+        ("old", {}, "CODE=old: its train_gpt.py does not know DRY_RUN, or is not there, so"),
+        ("main", {"EMA_ITERS": 3}, "EMA_ITERS is no setting of that code"),
+        ("main", {"BATCH_SIZE": 13}, "train_gpt.py with DRY_RUN=1: config: BATCH_SIZE=13: no"),
+        ("silent", {}, "train_gpt.py with DRY_RUN=1: prints no source_sha, which a stage needs"),
+    ],
+)
+def test_code_that_cannot_be_run_is_one_sentence_and_starts_nothing(
+    repo, capsys, code, more, sentence
+):
+    commit("old", "dry_run", "a dry run")
+    commit("silent", '"source_sha"', '"sha"')
+    patch("other.patch", "LR = 0.1", "LR = 0.2")
+    patch("done.patch", "row |= {", "row  |= {")
+    git("apply", "done.patch")
+    Path("train_gpt.py").write_text(Path("train_gpt.py").read_text().replace("LR = 0.1", "LR = 1"))
+    Path("empty.patch").touch()
+    write_stage(repo, {"here": {}, "new": {"CODE": code} | more})
+    assert run_stage.main(["toy"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith(f"run_stage.py: error: toy, new: CODE={code}") and len(error) == 1
+    assert sentence in error[-1]
+    assert not Path("experiments/results.csv").exists()
+    made = [path for path in Path("logs/.code").glob("*") if path.is_dir()]
+    assert len(made) <= 1 and (not code.endswith(".patch") or not made)
+
+
+def test_code_needs_a_checkout_of_git(repo, capsys, monkeypatch):
+    shutil.rmtree(".git")
+    write_stage(repo, {"here": {}, "new": {"CODE": "main"}})
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path.cwd().parent))
+    assert run_stage.main(["toy"]) == 2
+    assert "CODE=main: needs a git checkout, which " in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "/nowhere")
+    forget()
+    assert run_stage.main(["toy"]) == 2
+    assert "CODE=main: needs a git checkout, which " in capsys.readouterr().err
