@@ -6,8 +6,9 @@
 
 Reads what is published of a stage, experiments/results_<stage>.csv, and the runs here, of
 experiments/results.csv; writes experiments/tables/<stage>.csv and .md. Compared are finished runs
-of one trainer source, on one dataset and validation set, one a seed, in the column
-that the stage names as its measure (final_loss); what did not finish is counted in a column. Runs
+of one trainer source, or of one for each code that variants name, on one dataset and validation
+set, one a seed, in the column that the stage names as its measure (final_loss); what did not finish
+is counted in a column. Runs
 with the same seed share data order and initialisation, so difference, interval (95 %) and p
 (two-sided) are those of the paired t-test over the seeds that a variant and its reference share;
 where they share fewer than two, of Welch's. p_holm is p corrected for the number of comparisons in
@@ -26,7 +27,8 @@ import pandas as pd
 import gate_stats
 from store.files import write_whole
 from published import RESULTS, results_path
-from split_results import comparable, measured, rows_of, tried, validation_of, write_table
+from split_results import comparable, has_same_code, measured, rows_of, tried, validation_of
+from split_results import write_table
 from stages import FINAL_LOSS, Stage, load_stage, read, stage_names, stage_of
 
 NAMES = {  # as published
@@ -71,6 +73,12 @@ def difference_of(stage: Stage, variant: str, runs: pd.DataFrame) -> dict[str, f
     return dict(zip(TEST, values))
 
 
+def git_text(run: pd.Series) -> str:
+    """The commit of a run, and whether its code was changed since."""
+    is_changed = str(run.get("dirty")).lower() in ("1", "1.0", "true")
+    return f"{run.git[:10]}{' + changes' if is_changed else ''}"
+
+
 def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) -> dict:
     """A variant's line: its axes, seeds, loss and measure, difference to its reference, speed,
     sizes, what did not finish, and what other columns its stage asks for."""
@@ -82,6 +90,8 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
     line |= {
         NAMES.get(axis, axis): value for axis in stage.axes for value in described.get(axis, [])
     }
+    if "code" in line:
+        line |= {"code": line["code"] or ".", "git": git_text(described.iloc[0])}
     line |= {"seeds": len(own), FINAL_LOSS: own[FINAL_LOSS].mean()}
     line |= {stage.measure: own[stage.measure].mean(), "sd": own[stage.measure].std()}
     if len({*stage.references.values()}) > 1:
@@ -161,11 +171,13 @@ def left_out(stage: Stage, rows: pd.DataFrame) -> list[str]:
     """How many finished runs are not compared, and why, in sentences."""
     finished = rows[rows.status == "ok"]
     as_the_file_says = tried(finished, stage)
-    seeds_there = len(as_the_file_says.drop_duplicates(["variant", "seed"]))
+    tried_now = as_the_file_says
+    if not stage.names_code:  # where code is what varies, what an earlier one did is told
+        tried_now = tried_now.drop_duplicates(["variant", "seed"])
     runs = comparable(rows, stage)
     counts = {
         "with other settings than the stage has now": len(finished) - len(as_the_file_says),
-        "of another trainer or other data": seeds_there - len(runs),
+        "of another trainer or other data": len(tried_now) - len(runs),
         f"without {stage.measure}": len(runs) - len(measured(runs, stage)),
     }
     return [f"Left out: {count} finished runs {what}." for what, count in counts.items() if count]
@@ -179,7 +191,10 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     if measure_text(stage):
         said.append(measure_text(stage))
     if "difference" in lines and "p" not in lines:
-        said.append("Differences are of single pairs of runs with the same seed: no finding.")
+        what = "Differences are of single pairs of runs with the same seed: no finding."
+        if lines.get("pairs", lines.difference * np.nan).max() > 1:
+            what = "Differences are the same with every seed, so there is no p."
+        said.append(what)
     if "p" in lines:
         compared = lines.dropna(subset="p")
         is_paired = compared.get("pairs", compared.p * np.nan).notna()
@@ -196,6 +211,12 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
             f"p takes the number of seeds as fixed beforehand; this stage planned "
             f"{len(stage.seeds)}, and has up to {lines.seeds.max()}."
         )
+    for variant in stage.variants:
+        if has_same_code(stage, variant, runs):
+            said.append(
+                f"The code of {variant!r} is the same as that of {stage.references[variant]!r}, "
+                "but for comments, layout or files that change no loss."
+            )
     if runs.sequence_length.nunique() > 1:
         said.append(
             "Sequence lengths differ: with a longer one there is more to predict from, so the "

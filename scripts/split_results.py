@@ -26,10 +26,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+import code_variants
 from harness.settings import preset_files, read_preset
 from published import RESULTS, curves_path, not_there, not_whole, results_path, whole_rows
 from published import published_rows, readable, settled, stage_table, stages_here
-from stages import TRAINER, Stage
+from stages import CODE, TRAINER, Stage
 from store.files import locked, write_whole
 from store.source import source_hash
 from store.tables import table_text
@@ -180,10 +181,12 @@ def is_as_the_stage_says(row: Mapping, stage: Stage) -> bool:
     """Whether a run had all settings that the stage's file, or its preset, gives its variant.
 
     Of another program its options count as well, by their columns; they may change what a preset
-    says, which is not compared then.
+    says, which is not compared then, nor is that of other code.
     """
     own = {name: text for name, text in stage.variants[row["variant"]].items() if text}
-    asked, skipped, is_trainer = asked_of(row), untrained(), stage.program == TRAINER
+    own.pop(CODE, None)
+    asked, skipped = asked_of(row), untrained()
+    is_trainer = stage.program == TRAINER and not stage.code_of(row["variant"])
     said = preset_of(own) | own
     if not is_trainer:
         said = {n: text for n, text in own.items() if n.islower() or n.lower() not in own}
@@ -200,9 +203,11 @@ def is_as_the_stage_says(row: Mapping, stage: Stage) -> bool:
 
 
 def tried(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
-    """The rows of a stage as its file is now, whatever became of them. One that was refused, or
-    died before it began, has no source and no settings."""
+    """The rows of a stage as its file is now, whatever became of them, with the code of their
+    variants, "" for the working tree. One that was refused, or died before it began, has no source
+    and no settings."""
     rows = rows[rows.variant.isin(stage.variants)]
+    rows = rows.assign(code=rows.variant.map(stage.code_of).astype(str))
     fits = [
         row["source_sha"] == "" or is_as_the_stage_says(row, stage)
         for row in rows.to_dict("records")
@@ -210,21 +215,45 @@ def tried(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
     return rows.loc[fits]
 
 
-def current(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
-    """The rows of a stage as its file is now that go with its newest finished run, of the trainer
-    that is here if there is one: same trainer and, unless data are what varies, same data."""
-    rows = tried(rows[rows.source_sha != ""], stage).sort_values("started", kind="stable")
+def sources_that_count(rows: pd.DataFrame, stage: Stage) -> dict[str, str]:
+    """{code: source_sha} of the code that is here if any of the rows, in the order of their start,
+    is a finished run of it, else of each code the one of its newest."""
     finished = rows[rows.status == "ok"]
-    of_trainer_here = finished[finished.source_sha == source_here()]
-    newest = (of_trainer_here if len(of_trainer_here) else finished).tail(1)
-    same = ["source_sha"]
-    if len({settings.get("INPUT_BIN") for settings in stage.variants.values()}) == 1:
-        same.append("data_fingerprint")
-    for name in same if len(newest) else ():
-        rows = rows[rows[name] == newest[name].item()]
+    newest = {
+        **rows.groupby("code").source_sha.last(),
+        **finished.groupby("code").source_sha.last(),
+    }
+    trainer = source_here() if stage.program == TRAINER else ""
+    known = {
+        code: code_variants.source_of(code, stage.program) if code else trainer for code in newest
+    }
+    here = {code: source_sha for code, source_sha in known.items() if source_sha}
+    is_here = finished.source_sha == finished.code.map(here)
+    return newest | here if is_here.any() else newest
+
+
+def current(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
+    """The rows of a stage as its file is now that go with its newest finished run, of the code that
+    is here if there is one: each of the source that its variant's code is, and, unless data are
+    what varies, all of the same data."""
+    rows = tried(rows[rows.source_sha != ""], stage).sort_values("started", kind="stable")
+    finished = rows.status == "ok"
+    of_its_code = rows.source_sha == rows.code.map(sources_that_count(rows, stage))
+    newest = rows[finished & of_its_code].tail(1)
+    if len(newest):
+        rows = rows[of_its_code]
+        if len({settings.get("INPUT_BIN") for settings in stage.variants.values()}) == 1:
+            rows = rows[rows.data_fingerprint == newest.data_fingerprint.item()]
     for name in ("config_hash", "data_fingerprint"):  # of each variant those it had last
         rows = rows[rows[name] == rows.groupby("variant")[name].transform("last")]
     return rows
+
+
+def has_same_code(stage: Stage, variant: str, runs: pd.DataFrame) -> bool:
+    """Whether a variant names other code than its reference, but has the same by its runs."""
+    reference = stage.references[variant]
+    ours, theirs = ({*runs[runs.variant == label].source_sha} for label in (variant, reference))
+    return stage.code_of(variant) != stage.code_of(reference) and bool(ours & theirs)
 
 
 def validation_of(runs: pd.DataFrame) -> set[tuple[str, float]]:

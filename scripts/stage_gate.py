@@ -25,7 +25,8 @@ import pandas as pd
 from gate_facts import FAILED, Curves, Facts, curves_of, first_of, gain_of_two, gather
 from gate_facts import step_table, stop_verdict, validations
 from gate_stats import FEWEST, HOLD, PROMOTE, SEED, levels_at, rule_states
-from split_results import comparable, planned_seconds, rows_of, validation_of, write_table
+from split_results import comparable, has_same_code, planned_seconds, rows_of, validation_of
+from split_results import write_table
 from stages import Stage, load_stage
 
 RULES = {  # what the [gate] of a stage may say, with its default
@@ -246,6 +247,12 @@ def obstacle(stage: Stage, fact: Facts, reference: Facts) -> tuple[str, str]:
         return f"{fact.stopped} of its runs were stopped", ""
     if not seeds:
         return "no finished run", "" if fact.last else fact.variant
+    if has_same_code(stage, fact.variant, pd.concat([fact.runs, reference.runs])):
+        return (
+            f"its code is the same as that of {label}, but for comments, layout or files that "
+            "change no loss: there is nothing to promote",
+            "",
+        )
     if not others and reference.last:
         return f"no run of {label} has finished and no seed is left to compare with", ""
     if not fact.same_validation:

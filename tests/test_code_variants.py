@@ -1,15 +1,19 @@
-"""scripts/code_variants.py: refs and patches as variants of a stage: plans and refusals."""
+"""scripts/code_variants.py: refs and patches as variants of a stage, from the plan to the
+verdict."""
 
+import csv
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import TINY
 
 import code_variants
 import launch_runs
+import make_tables
 import plan_stage
 import run_stage
 import split_results
@@ -123,11 +127,103 @@ def write_stage(base, variants, **more):
     Path("experiments/stages/toy.toml").write_text(toml_text(tables))
 
 
+def work():
+    """Runs what has no result, as a process of its own does; returns how many that were."""
+    forget()
+    stage = load_stage("toy")
+    runs = plan_stage.plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), 1, "run")
+    known = plan_stage.results("toy")
+    waiting = [run for run in runs if plan_stage.status_of(run, known) != "ok"]
+    assert launch_runs.Pool(2, None, False).work(runs) == []
+    return len(waiting)
+
+
+def rows():
+    with open("experiments/results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def differences():
+    return pd.read_csv("experiments/tables/toy.csv").set_index("variant").difference
+
+
+def verdicts():
+    table = pd.read_csv("experiments/tables/toy_gate.csv").query("kind == 'variant'")
+    return table.set_index("variant")[["verdict", "reason"]]
+
+
+def test_old_and_new_code_in_one_table_from_plan_to_verdict(repo, capsys):
+    """A wrong learning rate is caught with three seeds, its cure is promoted, and what changes
+    comments only never is."""
+    wrong = commit("wrong", "LR = 0.1", "LR = 0.9")
+    patch("words.patch", "LR = 0.1", "LR = 0.1  # a word")
+    patch("cure.patch", "LR = 0.1", "LR = 0.02")
+    codes = {
+        "old": "main",
+        "new": "wrong",
+        "words": "words.patch",
+        "here": ".",
+        "cure": "cure.patch",
+    }
+    write_stage(repo, {label: {"CODE": name} for label, name in codes.items()})
+    assert run_stage.main(["toy", "--jobs", "3"]) == 0
+    out = capsys.readouterr().out
+    main = git("rev-parse", "main")
+    assert f"old: the reference, CODE main ({main[:10]})\n" in out
+    assert f"new: against old: CODE main ({main[:10]}) -> wrong ({wrong[:10]})\n" in out
+    assert "warning: 'words': its code is the same as that of 'old', but for comments" in out
+    assert "warning: 'here': " in out and "warning: 'cure'" not in out
+
+    found = {label: {r["source_sha"] for r in rows() if r["variant"] == label} for label in codes}
+    source = Path("train_gpt.py").read_text()
+    assert found["old"] == found["words"] == found["here"] == {source_hash(source)}
+    assert found["new"] == {source_hash(source.replace("LR = 0.1", "LR = 0.9"))}
+    assert len(rows()) == 15 and len(git("worktree", "list").splitlines()) == 5
+
+    assert differences().round(6).to_dict() == pytest.approx(
+        {"old": float("nan"), "new": 0.8, "words": 0, "here": 0, "cure": -0.08}, nan_ok=True
+    )
+    steps = pd.read_csv("experiments/tables/toy_steps.csv")
+    assert (steps[steps.variant.isin(["words", "here"])].difference == 0).all()
+    told = verdicts()
+    assert told.verdict[["new", "words", "here", "cure"]].tolist() == ["hold"] * 3 + ["promote"]
+    assert "its loss is higher, and no rule holds" in told.reason["new"]
+    assert told.reason["words"].startswith("its code is the same as that of 'old', but for comm")
+    text = Path("experiments/tables/toy.md").read_text()
+    assert f"| new | wrong | {wrong[:10]} | 3 |" in text and f"| here | . | {main[:10]} | 3" in text
+    assert "The code of 'words' is the same as that of 'old', but for comments" in text
+
+    made = sorted(Path("logs/.code").glob("*/train_gpt.py"))
+    times = [path.stat().st_mtime_ns for path in made]
+    assert work() == 0, "a second start has nothing to do"
+    assert [path.stat().st_mtime_ns for path in made] == times
+    assert git("status", "--short", "-uno") == ""
+
+
 def test_pairs_of_a_seed_are_run_together(repo):
     write_stage(repo, {"here": {}, "b": {"CODE": "main"}}, reference="b")
     stage = load_stage("toy")
     order = plan_stage.in_order(stage, {"here": [5, 6], "b": [5, 6]})
     assert order == [("b", 5), ("here", 5), ("b", 6), ("here", 6)]
+
+
+def test_a_branch_that_moved_is_run_anew_and_its_old_runs_are_left_out(repo):
+    commit("idea", "LR = 0.1", "LR = 0.2")
+    write_stage(repo, {"old": {}, "new": {"CODE": "idea"}}, seeds=[1])
+
+    def losses():
+        forget()
+        text = make_tables.write_tables("toy")
+        table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
+        return table.final_loss.round(3).to_dict(), "Left out: 1 finished runs of another" in text
+
+    assert work() == 2 and losses() == ({"old": 2.116, "new": 2.216}, False)
+    later = commit("idea", "LR = 0.1", "LR = 0.4")
+    assert losses() == ({"old": 2.116, "new": pytest.approx(float("nan"), nan_ok=True)}, True)
+    assert work() == 1 and losses() == ({"old": 2.116, "new": 2.416}, True)
+    assert [row["git"] for row in rows()].count(later) == 1
+    git("branch", "-qD", "idea")
+    assert losses() == ({"old": 2.116, "new": 2.416}, True), "without the branch the newest count"
 
 
 def test_a_patch_is_for_the_working_tree_with_what_is_not_committed(repo):

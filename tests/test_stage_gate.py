@@ -578,6 +578,22 @@ def test_failures_are_told_and_last():
     assert verdicts(rows, curves).verdict["a"] == "hold"
 
 
+def test_what_has_the_code_of_its_reference_is_never_promoted():
+    """Whatever its numbers, which are then of something else."""
+    rows, curves = study(none=around(3, 3), a=around(2.5, 3))
+
+    def verdict(code, source_sha):
+        made = replace(stage(("none", "a")), variants={"none": {}, "a": {"CODE": code}})
+        ours = rows.assign(source_sha=rows.source_sha.where(rows.variant != "a", source_sha))
+        return judge(made, ours, curves).set_index("variant").loc["a"]
+
+    assert verdict("idea.patch", "another").verdict == "promote"
+    assert verdict(".", "s").verdict == "promote", "it names no other code"
+    same = verdict("idea.patch", "s")
+    assert (same.verdict, same.seed_for) == ("hold", "")
+    assert same.reason.startswith("its code is the same as that of 'none', but for comments")
+
+
 def test_the_stage_may_say_otherwise():
     made = study(none=around(3.0, 8), a=around(2.96, 8))
     assert verdicts(*made).verdict["a"] == "hold"
