@@ -1,12 +1,21 @@
-"""Derives stages from a stage: with settings of the command line, or with what it promotes."""
+"""Derives stages: from a stage with settings of the command line, or with what it promotes; from
+versions of the code, which are compared."""
 
+import argparse
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import PurePath
 
 from store.contract import ConfigError
 from plan_stage import pairs, refuse_unknown
+from code_variants import PATCHES
 from stages import (
+    CODE,
     FOLDER,
+    MOST_SEEDS,
     RESERVED,
+    THE_TREE,
     TRAINER,
     Stage,
     check_free,
@@ -19,6 +28,97 @@ from stages import (
 from train_gpt import Config
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of run_stage.py that make a stage."""
+    add = parser.add_argument
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting for every run; once for each",
+    )
+    add(
+        "--code",
+        action="append",
+        default=[],
+        metavar="CODE",
+        help="a branch, tag, commit or patch, or . for the working tree: compare it with the first "
+        "of these, or, given once, the working tree with it",
+    )
+    add(
+        "--as",
+        dest="name",
+        default="",
+        metavar="STAGE",
+        help="the stage that --set or --code makes",
+    )
+
+
+def seed_list(option: str, text: str) -> tuple[int, ...]:
+    """The numbers of 101,102. Raises ConfigError."""
+    words = text.split(",")
+    seeds = tuple(int(word) for word in words if word.isdecimal())
+    if len({*seeds}) < len(words):
+        raise ConfigError(f"{option} {text}: must be different whole numbers, as in 101,102")
+    return seeds
+
+
+def code_tables(codes: Sequence[str], words: Sequence[str], name: str) -> tuple[str, dict]:
+    """(name, tables) of the stage that compares versions of the code, the first being the
+    reference; the words are settings of all runs, and SEEDS, how many or which. Raises
+    ConfigError."""
+    codes = [*codes, "."] if len(codes) == 1 else codes
+    labels = ["tree" if code in THE_TREE else code for code in codes]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"--code {label}: is there twice; name what it is compared with")
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(
+                f"{word}: with --code all words are settings, as PRESET=quickstart is; a stage "
+                'names code in its file, CODE = "main"'
+            )
+    base = dict(word.split("=", 1) for word in words)
+    seeds = base.pop("SEEDS", "3")
+    if seeds.isdecimal() and not 1 <= int(seeds) <= MOST_SEEDS:
+        raise ConfigError(f"SEEDS={seeds}: must be how many, 1 to {MOST_SEEDS}, or which, as 5,6")
+    are_counted = seeds.isdecimal()
+    numbers = range(1, int(seeds) + 1) if are_counted else seed_list("SEEDS", seeds)
+
+    stems = [PurePath(label).stem if label.endswith(PATCHES) else label for label in labels]
+    derived = re.sub(r"[^A-Za-z0-9_.]+", "-", "_vs_".join(stems)).strip("-.")[:60]
+    reference, *others = labels
+    tables = {
+        "question": f"Does the code of {', '.join(others)} train better than that of {reference}?",
+        "reference": reference,
+        "seeds": [*numbers],
+        "base": base,
+        "variants": {
+            label: {CODE: "." if label == "tree" else code} for label, code in zip(labels, codes)
+        },
+    }
+    check_name(name or derived, "--as")
+    return name or derived, tables
+
+
+def of_codes(codes: Sequence[str], words: Sequence[str], name: str, write: bool = False) -> Stage:
+    """The stage that compares versions of the code; where asked to, it writes the file. Raises
+    ConfigError."""
+    name, tables = code_tables(codes, words, name)
+    stage = stage_of(name, {"gate": {}} | tables)
+    try:
+        check_free(name, tables)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{error}; --as NAME makes another, and python scripts/run_stage.py {name} goes on "
+            "with that one, with more seeds by --seeds"
+        ) from None
+    if write:
+        write_stage(name, tables)
+    return stage
+
+
 def overridden(stage: Stage, changes: list[str], name: str, write: bool = True) -> Stage:
     """The stage with NAME=VALUE for every run; where that changes what is trained, as a stage
     `name`, which has a file of its own, so that no table mixes the two. Raises ConfigError."""
@@ -29,9 +129,12 @@ def overridden(stage: Stage, changes: list[str], name: str, write: bool = True) 
             f"--set {min(reserved)}: is not for a stage to set; --seeds takes seeds, run_stage.py "
             "gives the rest, and keeps runs in logs/ and rows in experiments/results.csv"
         )
-    refuse_unknown(given)
+    refuse_unknown({setting: text for setting, text in given.items() if setting != CODE})
     for label, settings in stage.variants.items() if given else ():
+        if stage.code_of(label) or given.get(CODE):  # that code knows, when all is planned
+            continue
         own = {setting: text for setting, text in settings.items() if setting.isupper()}
+        own.pop(CODE, None)
         try:
             Config.from_env(own | given)
         except ConfigError as error:

@@ -9,6 +9,7 @@ then its tables.
     python scripts/run_stage.py smoke --seeds 101,102,103  # once more, beside the seeds it has
     python scripts/run_stage.py stage1_cpu --seconds 60  # at equal time: each its steps of 60 s
     python scripts/run_stage.py stage1 --nproc 8 --slurm partition=gpu time=120
+    python scripts/run_stage.py --code main --code my-branch PRESET=quickstart SEEDS=3
 
 A run has a result when results.csv, or results_<stage>.csv, holds one of the same settings, seed,
 trainer source and data.
@@ -19,6 +20,9 @@ that are still live are waited for, those that were cut short go on from their l
 --seconds times the steps of all variants in turns, alone on the machine, and writes once the stage
 <stage>_<S>s, in which each variant has as many steps as take S seconds of training; its runs count
 steps, and no clock decides anything in them.
+--code compares versions of the code, old first: branches, tags, commits, patches, and . for the
+working tree, which is the other one where there is one --code alone. Each runs from a worktree of
+its own below logs/.code/; the stage is named after them, or by --as.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
@@ -32,12 +36,13 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+import derive_stage
 import make_tables
 import plot_ablation
 import split_results
 import stage_gate
 import time_stage
-from derive_stage import build_next, overridden
+from derive_stage import build_next, of_codes, overridden, seed_list
 from estimate_runs import dry_run
 from launch_runs import Pool, devices
 from plan_stage import SETTINGS, PlannedRun, description, plan_runs, results
@@ -150,21 +155,26 @@ def work_through(stage: Stage, args: argparse.Namespace) -> int:
     return 0
 
 
-def write_overridden(stage: Stage, args: argparse.Namespace) -> None:
-    """Writes the file of the stage that --set makes, once it is sure that it can be run. Raises
-    ConfigError, DataError."""
+def asked_for(args: argparse.Namespace, write: bool = False) -> Stage:
+    """The stage of the command line; where it makes one, its file is written if that is asked for.
+    Raises ConfigError."""
+    if args.code:
+        if args.set:
+            raise ConfigError(f"--set {args.set[0]}: with --code settings are words without --set")
+        return of_codes(args.code, args.words, args.name, write)
+    if len(args.words) != 1:
+        raise ConfigError(
+            "name one stage, which python scripts/stages.py lists, or compare code: --code main"
+        )
+    return overridden(load_stage(args.words[0]), args.set, args.name, write)
+
+
+def write_new(stage: Stage, args: argparse.Namespace) -> None:
+    """Writes the file of the stage that the command line makes, once it is sure that it can be run.
+    Raises ConfigError, DataError."""
     mode = "run" if args.slurm is None else "slurm"
     plan_runs(stage, dict.fromkeys(stage.variants, stage.seeds), args.nproc, mode)
-    overridden(load_stage(args.stage), args.set, args.name)
-
-
-def seed_list(text: str) -> tuple[int, ...]:
-    """The numbers of --seeds 101,102. Raises ConfigError."""
-    words = text.split(",")
-    seeds = tuple(int(word) for word in words if word.isdecimal())
-    if len({*seeds}) < len(words):
-        raise ConfigError(f"--seeds {text}: must be different whole numbers, as in 101,102")
-    return seeds
+    asked_for(args, write=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -175,7 +185,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("stage", help="a file of experiments/stages; python scripts/stages.py lists them")
+    add(
+        "words",
+        nargs="*",
+        metavar="stage",
+        help="a file of experiments/stages, which python scripts/stages.py lists; with --code "
+        "settings of all runs, NAME=VALUE, and SEEDS=3",
+    )
     add("--jobs", type=int, default=1, help="runs at the same time")
     add(
         "--nproc",
@@ -183,14 +199,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=1,
         help="processes, and GPUs where there are any, of each run",
     )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting for every run; once for each",
-    )
-    add("--as", dest="name", default="", metavar="STAGE", help="the stage that --set makes of it")
+    derive_stage.add_options(parser)
     add(
         "--seeds",
         default="",
@@ -221,7 +230,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="only make tables, figure and verdicts of what is there",
     )
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,8 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if min(args.jobs, args.nproc) < 1:
             raise ConfigError(f"--jobs {args.jobs} --nproc {args.nproc}: both must be at least 1")
-        stage = overridden(load_stage(args.stage), args.set, args.name, write=False)
-        fresh_seeds = seed_list(args.seeds) if args.seeds else ()
+        stage = asked_for(args)
+        fresh_seeds = seed_list("--seeds", args.seeds) if args.seeds else ()
         stage_gate.rules_of(stage)
         if args.gate and stage_gate.not_judged(stage):
             raise ConfigError(f"--gate: {stage_gate.not_judged(stage)}; leave --gate out")
@@ -244,8 +253,8 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
 
-        if args.name and not args.dry_run and not args.no_run:
-            write_overridden(stage, args)
+        if (args.name or args.code) and not args.dry_run and not args.no_run:
+            write_new(stage, args)
         if args.seconds:
             stage = time_stage.at_equal_time(stage, args)
             if stage is None:

@@ -72,6 +72,11 @@ def check_arguments(stage: Stage, args: argparse.Namespace) -> None:
             f"--seconds: {stage.name} runs {stage.program}, whose steps cannot be timed, only "
             f"those of {TRAINER}"
         )
+    if stage.names_code:
+        raise ConfigError(
+            f"--seconds: {stage.name} has variants with CODE, and only the steps of the code here "
+            "can be timed; python scripts/bench.py --against-file compares step times of code"
+        )
     if args.slurm is not None:
         raise ConfigError(
             "--seconds measures on this machine, and --slurm runs on others: start it on one of "

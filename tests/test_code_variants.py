@@ -19,7 +19,8 @@ import run_stage
 import split_results
 from harness.settings import ROOT
 from stages import load_stage, toml_text
-from store.source import source_hash
+from store.source import HARNESS, source_hash, text_hash
+import train_gpt
 
 # It trains nothing: its loss follows from LR and the seed. It leaves a row and a curve as a run.
 STUB = '''
@@ -28,7 +29,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "scripts"))
-from store.source import source_hash
+from store.source import HARNESS, source_hash, text_hash
+import train_gpt
 from store.tables import update_results
 
 LR = 0.1
@@ -91,20 +93,33 @@ def forget():
 
 
 @pytest.fixture
-def repo(shards, tmp_path, monkeypatch):
-    """A checkout of a trainer that trains nothing, as working directory."""
-    folder = tmp_path / "repo"
-    for package in ("ops", "store"):
-        shutil.copytree(ROOT / "scripts" / package, folder / "scripts" / package)
-    monkeypatch.chdir(folder)
-    Path("train_gpt.py").write_text(STUB)
-    shutil.copy(ROOT / ".gitignore", ".gitignore")
-    git("init", "-q", "-b", "main")
-    git("add", ".")
-    git("commit", "-qm", "The trainer")
+def checkout(tmp_path, monkeypatch):
+    """Makes a checkout of a trainer, which is this project then, and the working directory."""
 
-    for module in (code_variants, plan_stage, launch_runs):
-        monkeypatch.setattr(module, "ROOT", folder)
+    def make(trainer):
+        folder = tmp_path / "repo"
+        for package in ("harness", "ops", "store"):
+            shutil.copytree(ROOT / "scripts" / package, folder / "scripts" / package)
+        shutil.copy(ROOT / ".gitignore", folder)
+        (folder / "train_gpt.py").write_text(trainer)
+        monkeypatch.chdir(folder)
+        git("init", "-q", "-b", "main")
+        git("add", ".")
+        git("commit", "-qm", "The trainer")
+        for module in (code_variants, plan_stage, launch_runs):
+            monkeypatch.setattr(module, "ROOT", folder)
+        Path("experiments/stages").mkdir(parents=True)
+        return folder
+
+    forget()
+    yield make
+    forget()
+
+
+@pytest.fixture
+def repo(checkout, shards, monkeypatch):
+    """The settings of a small run, in a checkout of a trainer that trains nothing."""
+    folder = checkout(STUB)
     identity = {"data_fingerprint": "d", "val_fingerprint": "d"}
     monkeypatch.setattr(plan_stage.train_gpt, "data_identity", lambda *_: identity)
     monkeypatch.setattr(plan_stage.Config, "hash", lambda *_: "c")
@@ -115,10 +130,7 @@ def repo(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(
         launch_runs, "command", lambda _, words: [sys.executable, str(folder / words[0])]
     )
-    Path("experiments/stages").mkdir(parents=True)
-    forget()
-    yield BASE | {name.upper(): value for name, value in shards.items()}
-    forget()
+    return BASE | {name.upper(): value for name, value in shards.items()}
 
 
 def write_stage(base, variants, **more):
@@ -193,11 +205,27 @@ def test_old_and_new_code_in_one_table_from_plan_to_verdict(repo, capsys):
     assert f"| new | wrong | {wrong[:10]} | 3 |" in text and f"| here | . | {main[:10]} | 3" in text
     assert "The code of 'words' is the same as that of 'old', but for comments" in text
 
-    made = sorted(Path("logs/.code").glob("*/train_gpt.py"))
-    times = [path.stat().st_mtime_ns for path in made]
-    assert work() == 0, "a second start has nothing to do"
-    assert [path.stat().st_mtime_ns for path in made] == times
     assert git("status", "--short", "-uno") == ""
+
+
+def test_a_run_is_of_its_own_trainer_and_harness(checkout, shards, monkeypatch):
+    """Of the real trainer, whatever PYTHONPATH says; without torchrun, which takes seconds."""
+    checkout(train_gpt.SOURCE)
+    monkeypatch.setattr(launch_runs, "command", lambda _, words: [sys.executable, *words])
+    tiny = {name.upper(): value for name, value in (TINY | shards).items()}
+    patch("wrong.patch", "lr: float = 0.0036", "lr: float = 0.36")
+    patch("more.patch", '"output.txt"', '"out.txt"', "scripts/harness/files.py")
+    Path("wrong.patch").write_text(Path("wrong.patch").read_text() + Path("more.patch").read_text())
+    write_stage(tiny | {"MAX_EPOCHS": 0}, {"new": {"CODE": "wrong.patch"}}, seeds=[1])
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'scripts'}")
+    assert work() == 1
+    (row,) = rows()
+    source = train_gpt.SOURCE.replace("lr: float = 0.0036", "lr: float = 0.36")
+    assert (row["lr"], row["source_sha"]) == ("0.36", source_hash(source))
+    assert (row["git"], row["dirty"]) == (git("rev-parse", "HEAD"), "1")
+    assert row["harness_sha"] not in ("", text_hash(HARNESS))
+    log = Path(f"logs/{row['run_id']}.txt").read_text()
+    assert source in log and '"out.txt"' in log and '"output.txt"' not in log
 
 
 def test_pairs_of_a_seed_are_run_together(repo):
@@ -217,7 +245,7 @@ def test_a_branch_that_moved_is_run_anew_and_its_old_runs_are_left_out(repo):
         table = pd.read_csv("experiments/tables/toy.csv").set_index("variant")
         return table.final_loss.round(3).to_dict(), "Left out: 1 finished runs of another" in text
 
-    assert work() == 2 and losses() == ({"old": 2.116, "new": 2.216}, False)
+    assert work() == 2 and work() == 0 and losses() == ({"old": 2.116, "new": 2.216}, False)
     later = commit("idea", "LR = 0.1", "LR = 0.4")
     assert losses() == ({"old": 2.116, "new": pytest.approx(float("nan"), nan_ok=True)}, True)
     assert work() == 1 and losses() == ({"old": 2.116, "new": 2.416}, True)
@@ -313,3 +341,74 @@ def test_code_needs_a_checkout_of_git(repo, capsys, monkeypatch):
     forget()
     assert run_stage.main(["toy"]) == 2
     assert "CODE=main: needs a git checkout, which " in capsys.readouterr().err
+
+
+# On the fly
+
+
+@pytest.fixture
+def planned(repo, monkeypatch):
+    """The words of a small run, and the runs that starts plan and do not make."""
+    plans = []
+    monkeypatch.setattr(launch_runs.Pool, "work", lambda self, runs: plans.append(runs) or [])
+    monkeypatch.setattr(run_stage, "finish", lambda *_: None)
+    return [f"{name}={value}" for name, value in repo.items()], plans
+
+
+def test_versions_of_the_code_are_compared_on_the_fly(planned, capsys):
+    """In a stage whose file is written once it is sure that it can run."""
+    words, plans = planned
+    commit("my/idea", "LR = 0.1", "LR = 0.2")
+    patch("b.patch", "LR = 0.1", "LR = 0.4")
+    codes = ["--code", "main", "--code", "my/idea", "--code", "b.patch"]
+    assert run_stage.main([*codes, *words, "SEEDS=2", "--dry-run"]) == 0
+    path = Path("experiments/stages/main_vs_my-idea_vs_b.toml")
+    assert not path.exists(), "who only looks writes nothing"
+    assert run_stage.main([*codes, words[0], "--jobs", "2", *words[1:], "SEEDS=2"]) == 0
+    stage, text = load_stage(path.stem), path.read_text()
+    assert stage.seeds == (1, 2) and {*stage.references.values()} == {"main"}
+    assert [*stage.variants] == ["main", "my/idea", "b.patch"] and stage.axes == ("code",)
+    order = [(run.settings["VARIANT"], run.settings["SEED"]) for run in plans[0]]
+    assert order == [(label, seed) for seed in "12" for label in stage.variants]
+    assert len({run.identity[4] for run in plans[0]}) == 3
+    assert run_stage.main([*codes, *words, "SEEDS=2"]) == 0 and path.read_text() == text
+    assert run_stage.main([path.stem]) == 0
+    ids = [[run.run_id for run in runs] for runs in plans]
+    assert len(ids) == 3 and ids[0] == ids[1] == ids[2]
+
+    capsys.readouterr()
+    assert run_stage.main([*codes, *words, "SEEDS=5,7"]) == 2 and path.read_text() == text
+    assert "is there and says something else; --as NAME makes another" in capsys.readouterr().err
+    assert run_stage.main([*codes, *words, "SEEDS=5,7", "--as", "more"]) == 0
+    assert load_stage("more").seeds == (5, 7)
+    assert run_stage.main(["--code", "my/idea", *words]) == 0
+    alone = load_stage("my-idea_vs_tree")
+    assert [*map(alone.code_of, alone.variants)] == ["my/idea", ""] and alone.seeds == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--code", "main", "--code", "nowhere"], "nowhere: CODE=nowhere: git here has no such"),
+        (["--code", "main", "--code", "main"], "--code main: is there twice; name what it is"),
+        (["--code", "."], "--code tree: is there twice"),
+        (["--code", "main", "quickstart"], "quickstart: with --code all words are settings"),
+        (["--code", "main", "SEEDS=0"], "SEEDS=0: must be how many, 1 to 50, or which, as 5,6"),
+        (["--code", "main", "SEEDS=1,1"], "SEEDS 1,1: must be different whole numbers"),
+        (["--code", "main", "SEED=1"], "SEED is nothing a variant can set"),
+        (["--code", "main", "LRR=1"], "LRR is no setting"),
+        (["--code", "main", "--set", "LR=1"], "--set LR=1: with --code settings are words"),
+        (["--code", "main", "--seconds", "9"], "has variants with CODE, and only the steps of"),
+        (["--code", "main", "--as", "../x"], "--as '../x': must be letters, digits, _"),
+        ([], "name one stage, which python scripts/stages.py lists, or compare code: --code main"),
+        (["a", "b"], "name one stage, which"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_one_sentence_and_writes_nothing(
+    planned, capsys, words, sentence
+):
+    assert run_stage.main([*words, *(planned[0] if words[:1] == ["--code"] else [])]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("run_stage.py: error: ") and sentence in error
+    assert error.count("\n") == 1 and not planned[1] and not [*Path("experiments/stages").iterdir()]
