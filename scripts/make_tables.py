@@ -91,7 +91,7 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
         NAMES.get(axis, axis): value for axis in stage.axes for value in described.get(axis, [])
     }
     if "code" in line:
-        line |= {"code": line["code"] or ".", "git": git_text(described.iloc[0])}
+        line |= {"git": git_text(described.iloc[0])}
     line |= {"seeds": len(own), FINAL_LOSS: own[FINAL_LOSS].mean()}
     line |= {stage.measure: own[stage.measure].mean(), "sd": own[stage.measure].std()}
     if len({*stage.references.values()}) > 1:

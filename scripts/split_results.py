@@ -204,10 +204,10 @@ def is_as_the_stage_says(row: Mapping, stage: Stage) -> bool:
 
 def tried(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
     """The rows of a stage as its file is now, whatever became of them, with the code of their
-    variants, "" for the working tree. One that was refused, or died before it began, has no source
+    variants, "." for the working tree. One that was refused, or died before it began, has no source
     and no settings."""
     rows = rows[rows.variant.isin(stage.variants)]
-    rows = rows.assign(code=rows.variant.map(stage.code_of).astype(str))
+    rows = rows.assign(code=[stage.code_of(label) or "." for label in rows.variant])
     fits = [
         row["source_sha"] == "" or is_as_the_stage_says(row, stage)
         for row in rows.to_dict("records")
@@ -225,7 +225,8 @@ def sources_that_count(rows: pd.DataFrame, stage: Stage) -> dict[str, str]:
     }
     trainer = source_here() if stage.program == TRAINER else ""
     known = {
-        code: code_variants.source_of(code, stage.program) if code else trainer for code in newest
+        code: trainer if code == "." else code_variants.source_of(code, stage.program)
+        for code in newest
     }
     here = {code: source_sha for code, source_sha in known.items() if source_sha}
     is_here = finished.source_sha == finished.code.map(here)
