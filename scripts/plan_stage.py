@@ -302,7 +302,7 @@ def asked_of_code(
     return Checked(cfg, plan, *identity, effect_of(said, cfg), tuple(warned))
 
 
-def known_of(
+def resolved_by_its_code(
     stage: Stage,
     code: Code | None,
     settings: Mapping[str, str],
@@ -336,7 +336,7 @@ def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) 
     options = {name: value for name, value in given.items() if name.islower()}
     try:
         code = code_variants.found(stage.code_of(variant)) if stage.code_of(variant) else None
-        known = known_of(stage, code, settings, options, world_size, mode)
+        known = resolved_by_its_code(stage, code, settings, options, world_size, mode)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{stage.name}, {variant}: {error}") from None
 
