@@ -338,7 +338,10 @@ def test_every_stage_of_the_project_can_be_trained(name):
         )
         check_batch(cfg, Ranks())
         tokens.add(make_plan(cfg, Ranks())["tokens_needed"])
-        loud = [warning for warning in cautions(cfg) if "WARMDOWN" not in warning]
+        told = cautions(cfg)
+        if cfg.optimizer == "adamw":  # a variant, under a preset that is Muon's
+            told = [warning for warning in told if "without OPTIMIZER=muon" not in warning]
+        loud = [warning for warning in told if "WARMDOWN" not in warning]
         assert not loud, loud
     assert len(tokens) == 1 or stage.seconds
     assert len({str(settings) for settings in stage.variants.values()}) > 1
