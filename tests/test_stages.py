@@ -322,7 +322,8 @@ def test_variants_of_every_stage_differ_as_it_says_and_are_validated_alike(name)
         assert all(int(run.plan["val_prompts"]) >= 500 for run in runs)
     elif name.endswith("_cpu"):
         least = {"mixers_lr_cpu": 2**16, "mixers_cpu": 2**17, "mixers_cpu_60s": 2**17}
-        tokens = least.get(name, 2**18)  # states are slow to validate
+        least |= {"gate_optimizer_cpu": 2**17, "optimizer_lr_cpu": 2**17}
+        tokens = least.get(name, 2**18)  # states are slow to validate, and some runs are short
         assert all(run.validation()[1] >= tokens and run.cfg.shuffle for run in runs)
 
 
