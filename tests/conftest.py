@@ -23,6 +23,7 @@ from harness.checkpoints import step_folders
 from harness.provenance import output_of
 from harness.ranks import Ranks
 from harness.settings import ROOT
+from store.source import HARNESS, OPS, text_hash
 import train_gpt
 from train_gpt import GATE_ACTS, GATE_POSITIONS, GATES, Config, axes
 
@@ -209,6 +210,8 @@ def launch(env, world=1, main=train):
 
 def start(env, output, main=train):
     """The id of a forked process that calls main with this environment, printing into a file."""
+    for source in (train_gpt.SOURCE + OPS, HARNESS):
+        text_hash(source)  # which is kept: once here, not again in every fork
     if child := os.fork():
         return child
     code = 70
