@@ -110,10 +110,11 @@ def gate(cfg, p, name, y, x):
 
 
 def attention(cfg, p, name, x, drop):
-    """x (B, T, C) -> (B, T, C): each token looks at those until itself, head by head."""
+    """x (B, T, C) -> (B, T, C), head by head."""
     B, T, C = x.shape
     D = C // cfg.n_head
     kept = drop(torch.ones(B, cfg.n_head, T, T, dtype=torch.float64))
+    comes_later = torch.ones(T, T).triu(1) > 0
     outputs = []
     for b in range(B):
         q, k, v = linear(p, f"{name}.qkv", x[b]).chunk(3, dim=-1)
@@ -126,11 +127,8 @@ def attention(cfg, p, name, x, drop):
                 q_h, k_h = rms(q_h), rms(k_h)
             if cfg.pos == "rotary":
                 q_h, k_h = rotate(q_h), rotate(k_h)
-            rows = []
-            for t in range(T):
-                weights = torch.softmax(k_h[: t + 1] @ q_h[t] / math.sqrt(D), dim=0)
-                rows.append((weights * kept[b, h, t, : t + 1]) @ v_h[: t + 1])
-            heads.append(torch.stack(rows))
+            scores = (q_h @ k_h.T / math.sqrt(D)).masked_fill(comes_later, -math.inf)
+            heads.append((torch.softmax(scores, dim=-1) * kept[b, h]) @ v_h)
         y = torch.cat(heads, dim=-1)
         if cfg.attngate != "none" and cfg.gatepos == "sdpa":
             y = gate(cfg, p, f"{name}.gate_output", y, x[b])
@@ -177,7 +175,8 @@ def activate(kind, h):
 
 
 def mlp(p, name, kind, x):
-    return linear(p, f"{name}.proj", activate(kind, linear(p, f"{name}.fc", x)))
+    """x (..., C) -> (..., C) by the weights whose names begin so."""
+    return linear(p, f"{name}proj", activate(kind, linear(p, f"{name}fc", x)))
 
 
 class Routing(NamedTuple):
@@ -189,33 +188,29 @@ class Routing(NamedTuple):
 
 
 def experts(cfg, p, name, x, state):
-    """x (B, T, C) -> (B, T, C) and a Routing: each token by itself. state (E,) was left before."""
+    """x (B, T, C) -> (B, T, C) and a Routing; state (E,) is what the step before has left.
+
+    Every expert reads every token, and weighs nothing where it was not chosen.
+    """
     E, k = cfg.num_experts, cfg.top_k
-    own = [{} for _ in range(E)]  # the weights of each expert
-    for key, weight in p.items():
-        if key.startswith(f"{name}.experts."):
-            for e in range(E):
-                own[e][key.removeprefix(f"{name}.experts.")] = weight[e]
-    rows, outputs, chances = x.flatten(0, 1), [], []
-    counts = torch.zeros(E, dtype=torch.float64)
-    for row in rows:
-        chance = torch.softmax(linear(p, f"{name}.router", row), dim=0)
+    rows = x.flatten(0, 1)
+    chances = torch.softmax(linear(p, f"{name}.router", rows), dim=-1)
+    is_chosen = torch.zeros_like(chances)
+    for n, chance in enumerate(chances):
         liked = chance + state if cfg.balance == "quantile" else chance
-        chosen = liked.argsort(descending=True)[:k]
-        total = sum(chance[e] for e in chosen) if k > 1 else 1.0
-        y = torch.zeros_like(row)
-        for e in chosen:
-            hidden = activate(cfg.expert, row @ own[e]["fc.weight"].flatten(0, -2).T)
-            y = y + chance[e] / total * (hidden @ own[e]["proj.weight"].T)
-            counts[e] += 1
-        if cfg.shared_expert:
-            y = y + mlp(p, f"{name}.always.0", cfg.expert, row)
-        outputs.append(y)
-        chances.append(chance)
-    chances, load = torch.stack(chances), counts / counts.sum()
+        is_chosen[n, liked.argsort(descending=True)[:k]] = 1
+    weights = chances * is_chosen
+    if k > 1:
+        weights = weights / weights.sum(-1, keepdim=True)
+    y = 0
+    for e in range(E):
+        own = {f"{part}.weight": p[f"{name}.experts.{part}.weight"][e] for part in ("fc", "proj")}
+        y = y + weights[:, e : e + 1] * mlp(own, "", cfg.expert, rows)
+    if cfg.shared_expert:
+        y = y + mlp(p, f"{name}.always.0.", cfg.expert, rows)
+    load = is_chosen.mean(0) / k
     left = even_bias(chances.detach(), state, k) if cfg.balance == "quantile" else load
-    routing = Routing(load, chances.mean(0), left)
-    return torch.stack(outputs).view_as(x), routing
+    return y.view_as(x), Routing(load, chances.mean(0), left)
 
 
 def even_bias(chances, state, k):
@@ -271,7 +266,7 @@ def hidden(cfg, p, tokens, drop, router_states):
         if kind == "moe":
             y, routings[layer] = experts(cfg, own, "ffn", read, router_states[block])
         else:
-            y = mlp(own, "ffn", kind, read)
+            y = mlp(own, "ffn.", kind, read)
         x = x + scales[1] * drop(y)
     return norm(cfg, p, "norm", x), routings
 

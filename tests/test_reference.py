@@ -84,8 +84,15 @@ RUNS = {  # (changes, ranks)
         },
         1,
     ),
-    "gate of each head": (
-        {"attngate": "headwise", "gatepos": "value", "gateact": "ns_sigmoid", "qk_norm": False},
+    "gate of each head, recurrent": (
+        {
+            "n_layer": 3,
+            "mixer": "attention,gru,mingru",
+            "attngate": "headwise",
+            "gatepos": "value",
+            "gateact": "ns_sigmoid",
+            "qk_norm": False,
+        },
         1,
     ),
     "experts": (
@@ -114,7 +121,6 @@ RUNS = {  # (changes, ranks)
         },
         1,
     ),
-    "recurrent": ({"mixer": "gru,mingru"}, 1),
     "shared depth": (
         {
             "recurrence": "shared",
@@ -131,7 +137,7 @@ RUNS = {  # (changes, ranks)
             "ffn": "moe",
             "num_experts": 4,
             "d_ff": 12,
-            "batch_size": 8,
+            "device_batch_size": 1,
             "aux_loss_coef": 2.0,
             "balance_log_interval": 1,
             "dropout": 0.2,
@@ -147,7 +153,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     pattern = rng.integers(0, VOCAB, 61)
-    for i, size in enumerate((150, 95, 77)):
+    for i, size in enumerate((152, 95, 77)):
         write_shard(folder / f"toy_train_{i + 1:06d}.bin", np.resize(np.roll(pattern, i), size))
     unlike = rng.integers(0, VOCAB, 60)
     write_shard(folder / "toy_val_000000.bin", pattern[:22])
