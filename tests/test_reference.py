@@ -48,10 +48,25 @@ BASE = dict(
     compile="0",
 )
 RUNS = {  # (changes, ranks)
+    "two ranks": (
+        {
+            "mixer": "gru,attention",
+            "ffn": "moe",
+            "num_experts": 4,
+            "d_ff": 12,
+            "device_batch_size": 1,
+            "aux_loss_coef": 2.0,
+            "balance_log_interval": 1,
+            "dropout": 0.2,
+        },
+        2,
+    ),
     "dense": ({}, 1),
     "dense with AdamW": (
         {
             "optimizer": "adamw",
+            "init": "gpt2",
+            "seed": 3,
             "norm": "layer",
             "bias": True,
             "pos": "learned",
@@ -131,19 +146,6 @@ RUNS = {  # (changes, ranks)
         },
         1,
     ),
-    "two ranks": (
-        {
-            "mixer": "gru,attention",
-            "ffn": "moe",
-            "num_experts": 4,
-            "d_ff": 12,
-            "device_batch_size": 1,
-            "aux_loss_coef": 2.0,
-            "balance_log_interval": 1,
-            "dropout": 0.2,
-        },
-        2,
-    ),
 }
 
 
@@ -167,14 +169,17 @@ def data(tmp_path_factory):
 
 
 def start_weights(cfg):
-    """{name: tensor}: no zeros and no equal ones, so that all of them matter from the start.
+    """{name: tensor}: those of INIT=gpt2 by SEED, or such that all of them matter from the start.
 
     Routers begin with every expert in use: of one without tokens AdamW would make a whole step
     along what rounding leaves of a gradient of zero.
     """
-    generator = torch.Generator().manual_seed(1)
-    weights = {}
+    torch.manual_seed(cfg.seed)
+    weights, generator = {}, torch.Generator().manual_seed(1)
     for name, parameter in train_gpt.GPT(cfg).named_parameters():
+        if cfg.init == "gpt2":
+            weights[name] = parameter.detach()
+            continue
         noise = torch.randn(parameter.shape, generator=generator)
         is_matrix = parameter.ndim > 1
         weights[name] = noise * parameter.size(-1) ** -0.5 if is_matrix else 1 + 0.3 * noise
@@ -239,7 +244,7 @@ def test_a_run_equals_the_reference(name, data, tmp_path):
     safetensors.torch.save_file(start, tmp_path / "start.safetensors")
     settings = {key.upper(): value for key, value in (BASE | changes | data).items()}
     settings = {key: int(v) if isinstance(v, bool) else v for key, v in settings.items()} | {
-        "INIT_FROM": tmp_path / "start.safetensors",
+        "INIT_FROM": "" if cfg.init == "gpt2" else tmp_path / "start.safetensors",
         "LOG_DIR": tmp_path / "logs",
         "RESULTS_CSV": tmp_path / "results.csv",
         "RUN_ID": "toy",
