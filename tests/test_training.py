@@ -1,7 +1,5 @@
 """The program as users run it: what a run prints and leaves, and how it refuses and ends."""
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -77,13 +75,18 @@ def test_a_run_leaves_log_curve_summary_and_row(settings):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_ranks_give_the_curve_of_one(settings, world):
+    """Clipped, with a large balance loss."""
+    settings |= {"FFN": "moe", "NUM_EXPERTS": 4, "D_FF": 32, "BALANCE_LOG_INTERVAL": 1}
+    settings |= {"AUX_LOSS_COEF": 1, "GRAD_CLIP": 0.5}
     assert launch(settings | {"RUN_ID": "one"})[0] == [0]
     codes, out = launch(settings | {"RUN_ID": "many"}, world)
     assert codes == [0] * world, out
-    columns = "train_loss", "val_loss", "grad_norm", "lr"
+    columns = "train_loss", "val_loss", "grad_norm", "lr", "aux_0", "aux_1", "load_max_1"
     one, many = (cells(settings | {"RUN_ID": name}, *columns) for name in ("one", "many"))
     for a, b in zip(one, many, strict=True):
         assert all(x == y or abs(float(x) - float(y)) < 1e-4 for x, y in zip(a, b))
+    norms = [float(norm) for _, _, norm, *_ in one if norm]
+    assert len(norms) == 8 and max(norms) > 0.5
     assert [row["run_id"] for row in rows(settings)] == ["one", "many"]
     assert rows(settings)[1]["world_size"] == str(world)
     assert out.count("step:8/8 val_loss") == 1
@@ -104,60 +107,6 @@ def test_same_seed_same_curve(settings):
     assert not np.array_equal(runs["a"], runs["seed"]) and not np.array_equal(
         runs["a"], runs["shuffled"]
     )
-
-
-SHAPES = [  # of products: (rows, inner) by (inner, columns), and one of stacks of matrices
-    ((32, 32), (32, 96)),
-    ((96, 32), (32, 32)),
-    ((32, 128), (128, 32)),
-    ((7, 500), (500, 13)),
-    ((300, 200), (200, 400)),
-    ((4, 16, 16), (4, 16, 24)),
-]
-
-
-def canary():
-    """What of this machine decides a last bit, told by operators of torch and none of our code."""
-    generator = torch.Generator().manual_seed(0)
-    results = []
-    for left, right in SHAPES:
-        a, b = (torch.randn(shape, generator=generator) for shape in (left, right))
-        results += [a @ b, (a @ b).softmax(-1), (a @ b).sum()]
-    digest = hashlib.sha256()
-    for result in results:
-        digest.update(result.contiguous().numpy().tobytes())
-    capability = torch.backends.cpu.get_cpu_capability()  # oneDNN multiplies where that is AVX512
-    return f"torch {torch.__version__}, {capability}, {digest.hexdigest()[:16]}"
-
-
-def test_golden_losses(settings):
-    """100 deterministic steps: the same bits again, others for another seed, and the losses of
-    golden_losses.json: to a millionth on every machine, to the last bit where the canary says that
-    it computes as one that had them. A change that is meant to change them: UPDATE_GOLDEN=1."""
-    settings |= {
-        "NUM_ITERATIONS": 100,
-        "DETERMINISTIC": 1,
-        "SHUFFLE": 1,
-        "DROPOUT": 0.1,
-        "VAL_EVERY": 0,
-    }
-    seen = {}
-    for name, seed in ("a", 0), ("b", 0), ("c", 1):
-        assert launch(settings | {"RUN_ID": name, "SEED": seed})[0] == [0]
-        seen[name] = [float(loss).hex() for loss in losses(settings | {"RUN_ID": name})]
-    assert len(seen["a"]) == 100 and seen["a"] == seen["b"] and not set(seen["a"]) & set(seen["c"])
-    file = ROOT / "tests/golden_losses.json"
-    golden = json.loads(file.read_text())
-    if os.environ.get("UPDATE_GOLDEN"):
-        kept = golden["canaries"] if golden["losses"] == seen["a"] else []  # of the same bits
-        golden = {"canaries": sorted({*kept, canary()}), "losses": seen["a"]}
-        file.write_text(json.dumps(golden, indent=1) + "\n")
-    ours, theirs = (
-        [float.fromhex(loss) for loss in each] for each in (seen["a"], golden["losses"])
-    )
-    assert ours == pytest.approx(theirs, rel=1e-6, abs=0)
-    if canary() in golden["canaries"]:
-        assert seen["a"] == golden["losses"]
 
 
 def test_accumulation_does_not_change_the_curve(settings):
