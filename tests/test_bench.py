@@ -170,17 +170,40 @@ def test_bad_arguments_are_refused(capsys, argv):
     assert "--only takes some of checkpoint,loader,peak,start,step" in capsys.readouterr().err
 
 
-def test_two_models_are_timed_in_turn(capsys):
-    """One of twice the layers takes longer; the parts add up to the step."""
-    twice = ["--against", "N_LAYER=1", "D_FF=64"]
-    assert bench.main(["--steps", "5", *twice], SETTINGS | {"N_LAYER": "6", "D_FF": "512"}) == 0
+def test_two_models_are_timed_in_turn(capsys, monkeypatch):
+    """By a clock on which the first part of a step takes N_LAYER seconds, and the second 8."""
+    seconds, made = [0.0], []
+    forward_backward, update = train_gpt.accumulate_gradients, train_gpt.update
+
+    def slow_forward_backward(state, cfg, *batch):
+        made.append(cfg.n_layer)
+        seconds[0] += cfg.n_layer
+        return forward_backward(state, cfg, *batch)
+
+    def slow_update(*args):
+        result = update(*args)
+        seconds[0] += 8
+        return result
+
+    monkeypatch.setattr(bench_worker, "now", lambda device: seconds[0])
+    monkeypatch.setattr(train_gpt, "accumulate_gradients", slow_forward_backward)
+    monkeypatch.setattr(train_gpt, "update", slow_update)
+    options = ["--steps", "2", "--warmup", "1", "--against", "N_LAYER=1"]
+    assert bench.main(options, SETTINGS | {"N_LAYER": "6"}) == 0
     table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
-    kinds = "ours", "other", "ratio"
-    parts = [
-        f"{part}_{kind}" for part in ("step", "forward_backward", "optimizer") for kind in kinds
-    ]
-    assert list(table) == parts
-    assert float(table["forward_backward_ratio"][1]) > 1
+    found = {name: [float(cell.replace(",", "")) for cell in table[name][1:4]] for name in table}
+    assert found == {
+        "step_ours": [14000] * 3,
+        "step_other": [9000] * 3,
+        "step_ratio": [pytest.approx(14 / 9, rel=1e-3)] * 3,
+        "forward_backward_ours": [6000] * 3,
+        "forward_backward_other": [1000] * 3,
+        "forward_backward_ratio": [6] * 3,
+        "optimizer_ours": [8000] * 3,
+        "optimizer_other": [8000] * 3,
+        "optimizer_ratio": [1] * 3,
+    }
+    assert made in ([1, 6, 6, 1, 1, 6], [6, 1, 1, 6, 6, 1]), "in turn, neither always first"
     with pytest.raises(SystemExit):
         bench.main(["--against", "N_LAYER"], SETTINGS)
     assert "--against takes settings like" in capsys.readouterr().err
