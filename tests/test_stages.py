@@ -13,6 +13,7 @@ import pytest
 from conftest import committed
 from scipy import stats as scipy_stats
 
+import derive_stage
 import gate_facts
 import make_tables
 import plan_stage
@@ -22,7 +23,8 @@ import stages
 from harness.ranks import Ranks
 from harness.settings import ROOT
 from stages import load_stage
-from train_gpt import Config, cautions, check_batch, make_plan
+from store.contract import ConfigError
+from train_gpt import Config, cautions, check_batch, make_plan, peak_rate
 
 FILE = """
 question = "Is it so?"
@@ -330,8 +332,9 @@ def test_variants_of_every_stage_differ_as_it_says_and_are_validated_alike(name)
 @pytest.mark.parametrize("name", stages.stage_names())
 def test_every_stage_of_the_project_can_be_trained(name):
     """Settings, batch and schedule are sound; every variant of a stage sees the same tokens, but at
-    equal time."""
-    stage, tokens = load_stage(name), set()
+    equal time, is validated on as many, and has the learning rates of the others, unless these are
+    what the stage compares: then Muon's follows."""
+    stage, tokens, validated, rates = load_stage(name), set(), set(), []
     for settings in stage.variants.values():
         of_trainer = {name: text for name, text in settings.items() if name.isupper()}
         cfg = Config.from_env(
@@ -339,13 +342,40 @@ def test_every_stage_of_the_project_can_be_trained(name):
         )
         check_batch(cfg, Ranks())
         tokens.add(make_plan(cfg, Ranks())["tokens_needed"])
+        validated.add(cfg.val_tokens // cfg.sequence_length * cfg.sequence_length)
+        rates.append((cfg.lr, peak_rate(cfg, "muon_lr") / cfg.lr))
         told = cautions(cfg)
         if cfg.optimizer == "adamw":  # a variant, under a preset that is Muon's
             told = [warning for warning in told if "without OPTIMIZER=muon" not in warning]
         loud = [warning for warning in told if "WARMDOWN" not in warning]
         assert not loud, loud
     assert len(tokens) == 1 or stage.seconds
+    assert len(validated) == 1, validated
+    for setting, values in zip(("LR", "MUON_LR"), zip(*rates)):
+        said = {settings.get(setting) for settings in stage.variants.values()}
+        assert len(said) > 1 or max(values) == pytest.approx(min(values)), (setting, rates)
     assert len({str(settings) for settings in stage.variants.values()}) > 1
+
+
+@pytest.mark.parametrize("name", stages.stage_names())
+def test_a_setting_of_the_command_line_reaches_every_variant(name):
+    """And changes nothing else of it, whatever a preset, or what the stage extends, says of it."""
+    stage = load_stage(name)
+    for setting, text in ("BETA2", "0.77"), ("WARMUP_ITERS", "17"), ("D_FF", "24"):
+        own = {settings.get(setting) for settings in stage.variants.values()}
+        if stage.seconds or len(own) > 1:
+            with pytest.raises(ConfigError, match=f"^--set {setting}"):
+                derive_stage.overridden(stage, [f"{setting}={text}"], "made", write=False)
+            continue
+        made = derive_stage.overridden(stage, [f"{setting}={text}"], "made", write=False)
+        assert made.variants.keys() == stage.variants.keys()
+        for label, settings in stage.variants.items():
+            before, after = (
+                Config.from_env({name: word for name, word in one.items() if name.isupper()})
+                for one in (settings, made.variants[label])
+            )
+            expected = {**vars(before), setting.lower(): type(after.beta2)(float(text))}
+            assert vars(after) == expected, label
 
 
 def test_the_stages_of_the_sources_are_there_each_with_a_cpu_edition():
