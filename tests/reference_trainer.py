@@ -32,12 +32,13 @@ class Durations(NamedTuple):
 ########################################
 
 
-def samples_of(pattern, T):
-    """All samples, T + 1 tokens each, of the shards of a glob."""
+def samples_of(pattern, T, unit=1):
+    """The samples, T + 1 tokens each, of the shards of a glob: of each a multiple of the unit."""
     samples = []
     for file in sorted(glob.glob(pattern)):
         tokens = np.fromfile(file, "<u2")[512:].astype(np.int64)  # behind 256 int32
-        samples += [tokens[i : i + T + 1] for i in range(0, len(tokens) - T, T)]
+        of_shard = [tokens[i : i + T + 1] for i in range(0, len(tokens) - T, T)]
+        samples += of_shard[: len(of_shard) // unit * unit]
     return torch.tensor(np.array(samples))
 
 
@@ -362,14 +363,19 @@ def aux_coef(cfg, step):
 
 
 def group_of(cfg, name, tensor):
-    """Who updates a parameter: matrices inside the blocks are Muon's, unless they are flat."""
+    """Matrices inside the blocks are OPTIMIZER's, but for those that are AdamW's, undecayed."""
     if name in ("embed", "head"):
         return name
-    of_adamw = [name.endswith(".bias")]
-    of_adamw.append(".gate_" in name and cfg.attngate != "elementwise")
-    of_adamw.append(name.endswith("router.weight") and cfg.router_optimizer == "adamw")
-    is_matrix = name.startswith("blocks.") and tensor.ndim >= 2
-    return "matrices" if is_matrix and not any(of_adamw) else "vectors"
+    if not name.startswith("blocks.") or tensor.ndim < 2 or name.endswith(".bias"):
+        return "vectors"
+    asked = ""
+    if name.endswith("router.weight"):
+        asked = cfg.router_optimizer
+    elif ".gate_" in name and cfg.gate_optimizer != "auto":
+        asked = cfg.gate_optimizer
+    elif ".gate_" in name and cfg.attngate != "elementwise":
+        asked = "adamw"
+    return "vectors" if asked == "adamw" else "matrices"
 
 
 def orthogonal(G):
@@ -415,7 +421,7 @@ class Weights:
             group, old = group_of(cfg, name, t), t.detach()
             if group == "matrices" and cfg.optimizer == "muon":
                 peak = 0.1 * cfg.lr if cfg.muon_lr is None else cfg.muon_lr
-                args = fraction * peak, decay, muon_momentum(cfg, step)
+                args = fraction * peak, decay * cfg.muon_decay, muon_momentum(cfg, step)
                 new[name] = self.muon_all(name, old, grads[name], args)
                 continue
             rate = fraction * (cfg.lr if own.get(group) is None else own[group])
@@ -598,13 +604,14 @@ def train(cfg, start, world, durations, token_bytes):
     token_bytes[i] are the bytes of token i.
     """
     T = cfg.sequence_length
-    samples, val_samples = samples_of(cfg.input_bin, T), samples_of(cfg.input_val_bin, T)
-    val_samples = val_samples[: cfg.val_tokens // T]
+    keeps_tails = cfg.shard_tail == "keep" or cfg.shuffle
+    samples = samples_of(cfg.input_bin, T, 1 if keeps_tails else cfg.batch_size)
+    val_samples = samples_of(cfg.input_val_bin, T)[: cfg.val_tokens // T]
     mean_bytes = np.mean([token_bytes[t] for sample in val_samples for t in sample[1:]])
     weights = Weights(cfg, start)
     book = Book(cfg, world, durations, mean_bytes, plan(cfg, start, world))
-    even = torch.zeros(cfg.num_experts, dtype=torch.float64)
-    states, seen, routings = dict.fromkeys(visits(cfg), even), {}, {}
+    nothing = torch.zeros(cfg.num_experts, dtype=torch.float64)
+    states, seen, routings = dict.fromkeys(visits(cfg), nothing), {}, {}
     for step in range(cfg.num_iterations + 1):
         is_last = step == cfg.num_iterations
         if is_last or (cfg.save_every and step and step % cfg.save_every == 0):

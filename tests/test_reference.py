@@ -14,7 +14,7 @@ import pytest
 import reference_trainer
 import safetensors.torch
 import torch
-from conftest import Job, points, row, summary, write_shard
+from conftest import Job, dies_at, launch, points, row, summary, write_shard
 
 from harness import checkpoints, meter
 import train_gpt
@@ -58,6 +58,7 @@ RUNS = {  # (changes, ranks)
             "aux_loss_coef": 2.0,
             "balance_log_interval": 1,
             "dropout": 0.2,
+            "shard_tail": "keep",
         },
         2,
     ),
@@ -87,6 +88,8 @@ RUNS = {  # (changes, ranks)
     "gate of each channel": (
         {
             "attngate": "elementwise",
+            "gate_optimizer": "adamw",
+            "muon_decay": False,
             "ffn": "swiglu",
             "norm": "rms_gain",
             "muon_lr": 0.02,
@@ -125,6 +128,7 @@ RUNS = {  # (changes, ranks)
     ),
     "experts by quantiles": (
         {
+            "attngate": "elementwise",
             "ffn": "relu2,moe",
             "expert": "swiglu",
             "num_experts": 3,
@@ -235,20 +239,42 @@ def close(number):
     return pytest.approx(number, rel=TOLERANCE, abs=TOLERANCE)
 
 
+def settings_of(cfg, start, folder):
+    """The environment of a run of cfg from these weights, which leaves everything in a folder."""
+    safetensors.torch.save_file(start, folder / "start.safetensors")
+    values = {name.upper(): value for name, value in cfg.changes().items()}
+    return {name: int(v) if isinstance(v, bool) else v for name, v in values.items()} | {
+        "INIT_FROM": "" if cfg.init == "gpt2" else folder / "start.safetensors",
+        "LOG_DIR": folder / "logs",
+        "RESULTS_CSV": folder / "results.csv",
+        "RUN_ID": "toy",
+    }
+
+
+def compare(settings, curve, figures, weights):
+    """What a run has left with what the reference says."""
+    found = [{k: float(v) for k, v in point.items() if v} for point in points(settings)]
+    assert len(found) == len(curve)
+    for point, expected in zip(found, curve):
+        assert point == {column: close(number) for column, number in expected.items()}
+    expected = {name: close(number) for name, number in figures.items()}
+    told = row(settings)
+    assert {name: float(told[name]) for name in figures} == expected
+    told = summary(settings)
+    assert {name: told[name] for name in figures} == expected
+    assert log_points(settings) == [*expected_log(curve)]
+    final = safetensors.torch.load_file(settings["LOG_DIR"] / "toy/model.safetensors")
+    for name, expected in weights.p.items():
+        assert torch.allclose(final[name].double(), expected, rtol=TOLERANCE, atol=TOLERANCE), name
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_equals_the_reference(name, data, tmp_path):
     """Curve, row, summary, log and weights of 12 steps."""
     changes, world = RUNS[name]
     cfg = train_gpt.Config(**BASE | changes | data)
     start = start_weights(cfg)
-    safetensors.torch.save_file(start, tmp_path / "start.safetensors")
-    settings = {key.upper(): value for key, value in (BASE | changes | data).items()}
-    settings = {key: int(v) if isinstance(v, bool) else v for key, v in settings.items()} | {
-        "INIT_FROM": "" if cfg.init == "gpt2" else tmp_path / "start.safetensors",
-        "LOG_DIR": tmp_path / "logs",
-        "RESULTS_CSV": tmp_path / "results.csv",
-        "RUN_ID": "toy",
-    }
+    settings = settings_of(cfg, start, tmp_path)
     job = Job(settings, world, run_by_the_clock)  # beside it, the reference
     curve, figures, weights = reference_trainer.train(cfg, start, world, DURATIONS, TOKEN_BYTES)
     codes, out = job.wait()
@@ -256,25 +282,29 @@ def test_a_run_equals_the_reference(name, data, tmp_path):
     norms = [point["grad_norm"] for point in curve if "grad_norm" in point]
     assert name not in ("dense", "two ranks") or min(norms) < cfg.grad_clip < max(norms)
     assert name != "two ranks" or figures["best_loss"] < figures["final_loss"]
-
-    found = [{k: float(v) for k, v in point.items() if v} for point in points(settings)]
-    assert len(found) == len(curve)
-    for point, expected in zip(found, curve):
-        assert point == {column: close(number) for column, number in expected.items()}
-    told = row(settings)
-    assert {key: float(told[key]) for key in figures} == {k: close(v) for k, v in figures.items()}
-    told = summary(settings)
-    assert {key: told[key] for key in figures} == {k: close(v) for k, v in figures.items()}
-    assert log_points(out) == [*expected_log(curve)]
-    final = safetensors.torch.load_file(tmp_path / "logs/toy/model.safetensors")
-    for key, expected in weights.p.items():
-        assert torch.allclose(final[key].double(), expected, rtol=TOLERANCE, atol=TOLERANCE), key
+    compare(settings, curve, figures, weights)
 
 
-def log_points(out):
+def test_a_run_that_is_killed_and_goes_on_equals_the_reference(data, tmp_path, monkeypatch):
+    """From step 5, and is killed at 7; what the save at 5 took is in no checkpoint."""
+    cfg = train_gpt.Config(**BASE | RUNS["experts"][0] | data)
+    start = start_weights(cfg)
+    settings = settings_of(cfg, start, tmp_path)
+    with monkeypatch.context() as patch:
+        dies_at(patch, 7)
+        assert launch(settings, 1, run_by_the_clock)[0] == [-9]
+    job = Job(settings | {"RESUME": "auto"}, 1, run_by_the_clock)
+    curve, figures, weights = reference_trainer.train(cfg, start, 1, DURATIONS, TOKEN_BYTES)
+    codes, out = job.wait()
+    assert codes == [0] and "resumed:" in out, out
+    compare(settings, curve, figures | {"save_time": 2 * DURATIONS.save}, weights)
+
+
+def log_points(settings):
     """(step, kind of loss, loss, train time in ms, milliseconds a step) of each line of a log."""
+    log = (settings["LOG_DIR"] / "toy.txt").read_text()
     line = r"^step:(\d+)/12 (train|val)_loss:(\S+) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms$"
-    found = re.findall(line, out, re.M)
+    found = re.findall(line, log, re.M)
     return [(int(step), kind, *map(float, numbers)) for step, kind, *numbers in found]
 
 
