@@ -371,10 +371,8 @@ def group_of(cfg, name, tensor):
     asked = ""
     if name.endswith("router.weight"):
         asked = cfg.router_optimizer
-    elif ".gate_" in name and cfg.gate_optimizer != "auto":
-        asked = cfg.gate_optimizer
-    elif ".gate_" in name and cfg.attngate != "elementwise":
-        asked = "adamw"
+    elif ".gate_" in name:
+        asked = "adamw" if cfg.attngate == "const" else cfg.gate_optimizer
     return "vectors" if asked == "adamw" else "matrices"
 
 
