@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import mutants
 from conftest import TINY
 
 import harness
@@ -148,6 +149,16 @@ def imports_of(path):
         elif isinstance(node, ast.ImportFrom):
             modules.add((node.module or "").split(".")[0])
     return modules
+
+
+def test_wrong_lines_for_the_tests_have_their_place():
+    """Each of tests/mutants.py is in its file once, and the tests that have to notice are there."""
+    assert not mutants.misplaced()
+    names = [mutant.name for mutant in mutants.MUTANTS]
+    assert len(names) == len(set(names)) >= 60
+    for words in {mutant.tests for mutant in mutants.MUTANTS}:
+        file, _, test = words.partition("::")
+        assert f"def {test}" in (ROOT / file).read_text(), words
 
 
 def test_imports_point_one_way():
