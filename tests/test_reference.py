@@ -1,7 +1,8 @@
 """Whole runs against tests/reference_trainer.py, which is another program: every number.
 
 The runs are in float32, the reference in float64: after 12 steps rounding makes them differ by up
-to 6e-6. tests/mutants.py has wrong lines that have to make them differ by more than TOLERANCE.
+to 2e-6, with AVX2 and without. tests/mutants.py has wrong lines that have to make them differ by
+more than TOLERANCE.
 """
 
 import contextlib
