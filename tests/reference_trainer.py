@@ -510,8 +510,10 @@ def plan(cfg, start, world):
     for layer in range(cfg.n_layer):
         for name, t in visit_weights(cfg, start, layer).items():
             is_product = name.endswith(("weight", "recurrent")) and t.ndim >= 2
-            share = cfg.top_k / cfg.num_experts if ".experts." in name else 1
-            flops += 6 * t.numel() * share if is_product else 0
+            active = t.numel()
+            if ".experts." in name:
+                active = active * cfg.top_k // cfg.num_experts
+            flops += 6 * active if is_product else 0
         if kind_of(cfg.mixer, layer) == "attention":
             flops += 12 * cfg.n_embd * cfg.sequence_length
     return {
