@@ -631,6 +631,20 @@ MUTANTS = [
         "tests/test_training.py::test_several_ranks_give_the_curve_of_one",
     ),
     Mutant(
+        "ranks make three steps, each clipped by the norm of its own part",
+        TRAINER,
+        "    loss, squares, routing, not_finite = reduce_stats(",
+        "    loss, _, routing, not_finite = reduce_stats(",
+        "tests/test_optimizers.py::test_ranks_agree",
+    ),
+    Mutant(
+        "ranks make three steps, each balanced by a load of its own",
+        TRAINER,
+        "sums[2 + world :].view_as(routing)",
+        "world * routing",
+        "tests/test_optimizers.py::test_ranks_agree",
+    ),
+    Mutant(
         "ranks balance by the load of their own",
         TRAINER,
         "sums[2 + world :].view_as(routing)",
