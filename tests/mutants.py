@@ -829,8 +829,8 @@ MUTANTS = [
     Mutant(
         "the runs of a stage in the order of its file",
         f"{SCRIPTS}/plan_stage.py",
-        "    places.sort(key=lambda run: run[0])\n",
-        "",
+        "for _, variant, seed in sorted(places, key=turn)]",
+        "for _, variant, seed in places]",
         "tests/test_run_stage.py::test_the_reference_runs_first_then_seed_by_seed",
     ),
     Mutant(

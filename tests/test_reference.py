@@ -304,18 +304,28 @@ def test_a_run_that_is_killed_and_goes_on_equals_the_reference(data, tmp_path, m
     compare(settings, curve, figures | {"save_time": 2 * DURATIONS.save}, weights)
 
 
+LINE = re.compile(  # of the log
+    r"^step:(\d+)/12 (train|val)_loss:(\S+) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms"
+    r"(?: tokens_per_sec:(\d+))?$",
+    re.M,
+)
+
+
 def log_points(settings):
-    """(step, kind of loss, loss, train time in ms, milliseconds a step) of each line of a log."""
-    log = (settings["LOG_DIR"] / "toy.txt").read_text()
-    line = r"^step:(\d+)/12 (train|val)_loss:(\S+) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms$"
-    found = re.findall(line, log, re.M)
-    return [(int(step), kind, *map(float, numbers)) for step, kind, *numbers in found]
+    """(step, kind of loss, loss, train time and a step's in ms, tokens/s or None) of each line."""
+    found = LINE.findall((settings["LOG_DIR"] / "toy.txt").read_text())
+    return [
+        (int(step), kind, *map(float, numbers), float(speed) if speed else None)
+        for step, kind, *numbers, speed in found
+    ]
 
 
 def expected_log(curve):
     for point in curve:
-        milliseconds, step = 1000 * point["train_time"], point["step"]
+        milliseconds, step, speed = 1000 * point["train_time"], point["step"], None
         times = milliseconds, pytest.approx(milliseconds / max(1, step), abs=0.006)
         for kind in ("train", "val"):
+            if kind == "val" and step:
+                speed = pytest.approx(point["tokens_per_sec"], abs=0.51)
             if f"{kind}_loss" in point:
-                yield step, kind, pytest.approx(point[f"{kind}_loss"], abs=2e-4), *times
+                yield step, kind, pytest.approx(point[f"{kind}_loss"], abs=2e-4), *times, speed
