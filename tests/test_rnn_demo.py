@@ -122,11 +122,11 @@ def test_interrupted_it_says_how_to_go_on_and_goes_on(capsys, monkeypatch):
     assert f"--epochs {last}: expected more than the {last} that" in capsys.readouterr().err
 
 
-def test_options_are_settings():
+def test_options_are_settings(monkeypatch):
     """Also those that stand for several; the environment's stay."""
     argv = "--hidden-size 24 --layers 2 --heads 3 --experts 5 --top-k 2 --lr 0.01 --weight-decay 0"
     argv += " --batch-size 3 --seq-length 10 --seed 7 --epochs 6 --save-every 2 --run-id mine"
-    os.environ["NORM"] = "layer"  # which the fixture takes away again
+    monkeypatch.setenv("NORM", "layer")
     made, cfg = plan(PANGRAM, *argv.split())
     found = (cfg.n_embd, cfg.n_layer, cfg.n_head, cfg.num_experts, cfg.shared_expert, cfg.top_k)
     assert found == (24, 2, 3, 4, True, 2)
