@@ -85,6 +85,7 @@ def dry_run(
     runs: list[PlannedRun], args: argparse.Namespace, rows: Mapping[str, dict[str, str]]
 ) -> None:
     """Prints what would be run, a command a line, and what it would take."""
+    starter = f"torchrun --standalone --nproc_per_node={args.nproc}" if args.nproc > 1 else "python"
     total_seconds = 0.0
     total_dollars = 0.0
     to_do = 0
@@ -92,7 +93,7 @@ def dry_run(
         status = status_of(run, rows) if run.identity[-1] else ""
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in run.settings.items())
         words = shlex.join(run.words)
-        command = f"{settings} torchrun --standalone --nproc_per_node={args.nproc} {words}"
+        command = f"{settings} {starter} {words}"
         if status in HAS_RESULT:
             print(f"# {command}  # has a result: {status}")
             continue

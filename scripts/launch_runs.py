@@ -25,10 +25,16 @@ POLL = 0.5  # seconds
 
 
 def command(world_size: int, words: Sequence[str]) -> list[str]:
-    """What starts a program and its options, `words`, whose settings are the environment."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    """What starts a program and its options, `words`, whose settings are the environment.
+
+    One rank needs no torchrun, which would take seconds to start and hide the exit code.
+    """
+    launcher = [sys.executable, "-u"]  # what a run has said is in its file at once
+    if world_size > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={world_size}"]
     program, *options = words
-    return [*launcher, f"--nproc_per_node={world_size}", str(ROOT / program), *options]
+    return [*launcher, str(ROOT / program), *options]
 
 
 def devices() -> list[str]:
@@ -126,7 +132,7 @@ class Pool:
         own = [run for run in going if run.process]
         for run in own:
             with contextlib.suppress(ProcessLookupError):  # it may have ended
-                os.killpg(run.process.pid, signal.SIGTERM)  # torchrun and the ranks
+                os.killpg(run.process.pid, signal.SIGTERM)  # torchrun, if any, and the ranks
         tqdm.write(f"interrupted: {len(own)} runs save and end")
         return own
 

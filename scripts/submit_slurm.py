@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # submitit is only needed where something is submitted
 
 
 def ignore_usr2() -> None:
-    """Slurm tells the whole step by USR2, of which torchrun would die."""
+    """Slurm tells the whole step by USR2, of which who does not expect it dies."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
