@@ -1,11 +1,12 @@
 """Finds the code that a variant of a stage names in git, and puts it into a folder of its own.
 
     CODE = "main"        # a branch, tag or commit: as it is there
-    CODE = "idea.patch"  # the working tree, with what is not committed, and this patch on it
+    CODE = "idea.patch"  # the code of the working tree, committed or not, and this patch on it
     CODE = "."           # the working tree, as without CODE; so is "tree"
 
 The folders are worktrees of git below logs/.code/, a few MB each, one for a commit or patch. They
-are made once, made anew where a file in them was changed, and may all be removed at any time.
+are made once, made anew where a file in them was changed, and may all be removed while no stage
+runs.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ FOLDER = Path("logs/.code")
 TRAINER = "train_gpt.py"
 PATCHES = (".patch", ".diff")
 PATHS = (TRAINER, "scripts", "experiments/presets")  # of a tree, what a run depends on
+COMPILED = ":(exclude,glob)**/__pycache__/**"  # by runs
 # Of a git around this process, as one that runs a hook.
 FOREIGN = "GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_PREFIX GIT_COMMON_DIR GIT_OBJECT_DIRECTORY"
 
@@ -86,7 +88,7 @@ def tree_of(folder: Path) -> str:
         if gone:
             git("rm", "-rq", "--cached", "--ignore-unmatch", "--", *gone, at=folder, index=index)
         if there:
-            git("add", "--all", "--", *there, at=folder, index=index)
+            git("add", "--all", "--", *there, COMPILED, at=folder, index=index)
         return git("write-tree", at=folder, index=index)
 
 
@@ -133,7 +135,7 @@ def root_of(code: Code) -> Path:
         with locked(FOLDER / "made.lock"):
             if not is_whole(code):
                 make(code)
-        root = code.folder / git("rev-parse", "--show-prefix", at=ROOT)
+        root = project_in(code.folder)
         trainer = root / TRAINER
         if not trainer.is_file() or "dry_run" not in trainer.read_text("utf-8"):
             raise ConfigError(
@@ -143,6 +145,16 @@ def root_of(code: Code) -> Path:
     except ConfigError as error:
         raise ConfigError(f"CODE={code.name}: {error}") from None
     return root
+
+
+def prefix() -> str:
+    """The project's place in its repository, as `part/`; "" where it is the repository."""
+    return git("rev-parse", "--show-prefix", at=ROOT)
+
+
+def project_in(worktree: Path) -> Path:
+    """The folder of the project in a worktree."""
+    return worktree / prefix()
 
 
 def known_of(code: Code) -> dict:
@@ -156,9 +168,11 @@ def known_of(code: Code) -> dict:
 def is_whole(code: Code) -> bool:
     """Whether the worktree is there as it was made."""
     about = known_of(code)
+    if not about:
+        return False
     with contextlib.suppress(ConfigError):
-        is_its_commit = about and git("rev-parse", "HEAD", at=code.folder) == code.commit
-        return bool(is_its_commit) and tree_of(code.folder) == about.get("tree")
+        if git("rev-parse", "HEAD", at=code.folder) == code.commit:
+            return tree_of(project_in(code.folder)) == about.get("tree")
     return False
 
 
@@ -177,19 +191,25 @@ def make(code: Code) -> None:
     except ConfigError:
         remove(code.folder)
         raise
-    about = {"commit": code.commit, "tree": tree_of(code.folder), "sources": {}}
+    tree = tree_of(project_in(code.folder))
+    about = {"commit": code.commit, "tree": tree, "sources": {}}
     write_whole(code.about, json.dumps(about, indent=1) + "\n")
 
 
 def apply(code: Code) -> None:
-    """Gives a new worktree the code of the working tree, and the patch. Raises ConfigError."""
+    """Gives a new worktree the code of the working tree, and what the patch says of it: other
+    files, as notes, may be in the patch, and are as committed here. Raises ConfigError."""
     git("restore", f"--source={code.tree}", "--worktree", "--", ".", at=code.folder)
+    only = [f"--include={prefix()}{path}{'' if path == TRAINER else '/*'}" for path in PATHS]
     try:
-        git("apply", "--whitespace=nowarn", code.patch, at=code.folder)
+        git("apply", "--whitespace=nowarn", *only, code.patch, at=code.folder)
     except ConfigError as error:
-        reason = f"does not apply to the working tree: {error}"
+        reason = (
+            f"does not apply to the working tree: {error}; git diff --no-color --binary makes "
+            "patches that do"
+        )
         with contextlib.suppress(ConfigError):
-            git("apply", "--check", "--reverse", code.patch, at=code.folder)
+            git("apply", "--check", "--reverse", *only, code.patch, at=code.folder)
             reason = (
                 "is in the working tree already, which is what the other variants run; give "
                 'those CODE = "HEAD", or take the change out: git apply --reverse'

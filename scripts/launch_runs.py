@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
+from harness.files import summary_text
 from harness.provenance import utc_now
 from harness.settings import ROOT
 from store.files import write_whole
@@ -174,7 +175,7 @@ class Pool:
             return status
 
         summary = self.last_summary(run)
-        write_whole(run.files.json, json.dumps(summary, indent=1) + "\n")
+        write_whole(run.files.json, summary_text(summary))
         # the trainer may have failed to do this
         update_results(Config.results_csv, [summary])
         if summary["status"] not in self.has_result and not self.asked_to_end:

@@ -251,8 +251,9 @@ def asked_of(
 
 def config_of(said: Mapping[str, str]) -> Config:
     """The settings that a train_gpt.py of other code prints, in the form of the one here. They are
-    not checked, for other code may have other choices; what it has not is at its default."""
-    values = {
+    not checked, for other code may have other choices; what it has not is at its default, but that
+    it drops nothing."""
+    values = {"shard_tail": "keep"} | {
         name: None if said[name] == "None" else Config.parse(name, said[name])
         for name in Config.__dataclass_fields__
         if said.get(name)
@@ -268,8 +269,8 @@ def effect_of(said: Mapping[str, str], cfg: Config) -> dict[str, Any]:
     names = [*said]
     of_config = names[: names.index("world_size")] if "world_size" in said else []
     without = {*Config.NOT_HASHED, *cfg.idle()}
-    values = {name: said[name] for name in of_config} | vars(cfg)
-    return {name.upper(): value for name, value in values.items() if name not in without}
+    values = dict(said) | vars(cfg)
+    return {name.upper(): values[name] for name in of_config if name not in without}
 
 
 @functools.cache
@@ -351,7 +352,8 @@ def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) 
     settings |= {"SEED": str(seed), "STAGE": stage.name, "VARIANT": variant}
     if known.data:  # without, it is not yet known what it will be called
         label = re.sub(r"[^A-Za-z0-9.]+", "-", f"{stage.name}-{variant}").strip("-.")[:80]
-        digest = hashlib.sha256("".join(identity[3:]).encode()).hexdigest()[:6]
+        told_apart = [variant] if stage.names_code else []  # by name: code may be the same
+        digest = hashlib.sha256("".join([*told_apart, *identity[3:]]).encode()).hexdigest()[:6]
         settings |= {"RUN_ID": f"{label}-s{seed}-{digest}", "RESUME": "auto"}
     run = PlannedRun(settings, known.cfg, plan, identity, known.val_data, program, options)
     return replace(
@@ -503,12 +505,13 @@ def description(stage: Stage, runs: Sequence[PlannedRun]) -> list[str]:
 
 
 def cautions_of_code(stage: Stage, of_variants: Mapping[str, PlannedRun]) -> list[str]:
-    """A sentence on each variant that names other code than its reference, and has the same."""
+    """A sentence on each variant that names other code than its reference, and has the same, with
+    the same settings and data."""
     sentences = []
     for variant, run in of_variants.items():
         beside = stage.references[variant]
         is_other = stage.code_of(variant) != stage.code_of(beside)
-        if is_other and run.plan["source_sha"] == of_variants[beside].plan["source_sha"]:
+        if is_other and run.identity[3:] == of_variants[beside].identity[3:]:
             whose = repr(beside) if stage.code_of(beside) else f"{beside!r}, the working tree"
             sentences.append(
                 f"{variant!r}: its code is the same as that of {whose}, but for comments, layout "

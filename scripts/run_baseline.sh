@@ -1,19 +1,16 @@
 #!/usr/bin/env bash
 # The baseline, which is what the settings are by default, on every GPU of this machine: bash scripts/run_baseline.sh
 # Settings are environment variables, as always: ATTNGATE=elementwise LR=0.00468 SEED=2 bash scripts/run_baseline.sh
-# Of the launcher: NPROC_PER_NODE (the GPUs that nvidia-smi lists, or CUDA_VISIBLE_DEVICES names; 1 on a CPU), and all
+# Of the launcher: NPROC_PER_NODE (the GPUs that torch finds; 1 on a CPU), and all
 # of run_8xh100.sh, which runs it. DRY_RUN=1 prints plan and command; without data it says what fetches them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 
-gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU' || true)
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
-fi
-if ((gpus == 0)) && [ -z "${PRESET:-}" ] && [ "${DEVICE:-auto}" != cpu ]; then
-    echo "run_baseline.sh: error: nvidia-smi lists no GPU, and a CPU takes months for 2.7 billion tokens through" \
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus == 0)) && [ "${PRESET:-}" = "" ] && [ "${DEVICE:-auto}" != cpu ] && [ "${DRY_RUN:-0}" = 0 ]; then
+    echo "run_baseline.sh: error: torch finds no GPU, and a CPU takes months for 2.7 billion tokens through" \
         "124 million parameters; PRESET=quickstart bash scripts/run_baseline.sh takes a minute, DEVICE=cpu begins" >&2
     exit 2
 fi

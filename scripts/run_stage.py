@@ -235,7 +235,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs, submits or prints a stage; exit code 0, 1 where runs failed or are left, 2 with a
-    sentence on bad input."""
+    sentence on bad input, 130 after Ctrl-C between runs."""
     args = parse(argv)
     try:
         if min(args.jobs, args.nproc) < 1:
@@ -279,6 +279,10 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:  # ConfigError and DataError are ValueErrors
         print(f"run_stage.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # of runs Pool takes it over
+        told = "run_stage.py: interrupted while no run was going on; the same command goes on"
+        print(told, file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

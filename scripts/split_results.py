@@ -251,9 +251,11 @@ def current(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
 
 
 def has_same_code(stage: Stage, variant: str, runs: pd.DataFrame) -> bool:
-    """Whether a variant names other code than its reference, but has the same by its runs."""
+    """Whether a variant names other code than its reference, but has the same by its runs, with the
+    same settings and data."""
     reference = stage.references[variant]
-    ours, theirs = ({*runs[runs.variant == label].source_sha} for label in (variant, reference))
+    told_by = runs[["source_sha", "config_hash", "data_fingerprint"]].agg("|".join, axis=1)
+    ours, theirs = ({*told_by[runs.variant == label]} for label in (variant, reference))
     return stage.code_of(variant) != stage.code_of(reference) and bool(ours & theirs)
 
 

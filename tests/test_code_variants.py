@@ -185,6 +185,7 @@ def test_old_and_new_code_in_one_table_from_plan_to_verdict(repo, capsys):
     assert f"new: against old: CODE main ({main[:10]}) -> wrong ({wrong[:10]})\n" in out
     assert "warning: 'words': its code is the same as that of 'old', but for comments" in out
     assert "warning: 'here': " in out and "warning: 'cure'" not in out
+    assert code_variants.source_in_git(main) == source_hash(Path("train_gpt.py").read_text())
 
     found = {label: {r["source_sha"] for r in rows() if r["variant"] == label} for label in codes}
     source = Path("train_gpt.py").read_text()
@@ -228,6 +229,33 @@ def test_a_run_is_of_its_own_trainer_and_harness(checkout, shards, monkeypatch):
     assert source in log and '"out.txt"' in log and '"output.txt"' not in log
 
 
+def test_the_same_code_with_other_settings_is_another_thing(repo, monkeypatch, capsys):
+    """And no word is said of the same code; where the settings agree too, ids differ by name."""
+    monkeypatch.setattr(plan_stage.Config, "hash", lambda cfg, *_: str(cfg.lr))
+    source = STUB.replace('names = """', 'names = """LR ').replace('"c"', 'env["LR"]')
+    Path("train_gpt.py").write_text(source)
+    git("commit", "-qam", "A hash")
+    git("branch", "other")
+    write_stage(
+        repo | {"LR": 0.1},
+        {"my_x": {"CODE": "main"}, "my-x": {"CODE": "other"}, "b": {"CODE": "other", "LR": 0.2}},
+        reference="my_x",
+        seeds=[1],
+    )
+    stage = load_stage("toy")
+    seeds = dict.fromkeys(stage.variants, stage.seeds)
+    runs = plan_stage.plan_runs(stage, seeds, 1, "run")
+    told = plan_stage.cautions_of_code(stage, {run.settings["VARIANT"]: run for run in runs})
+    assert [sentence.split(":")[0] for sentence in told] == ["'my-x'"]
+    assert len({run.run_id for run in runs}) == 3
+    assert work() == 3
+    found = split_results.comparable(split_results.rows_of("toy"), stage)
+    assert [split_results.has_same_code(stage, label, found) for label in ("my-x", "b")] == [
+        True,
+        False,
+    ]
+
+
 def test_pairs_of_a_seed_are_run_together(repo):
     write_stage(repo, {"here": {}, "b": {"CODE": "main"}}, reference="b")
     stage = load_stage("toy")
@@ -264,7 +292,18 @@ def test_a_patch_is_for_the_working_tree_with_what_is_not_committed(repo):
     root = code_variants.root_of(code_variants.found("idea.patch"))
     assert (root / "scripts/ops/mine.py").read_text() == "ONE = 2\n"
     assert "LR = 0.3" in (root / "train_gpt.py").read_text()
-    Path("idea.patch").unlink()
+    for file in "README.md", "notes/train_gpt.py":  # of no run, and not committed: left out
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text("a\n")
+        text = f"--- a/{file}\n+++ b/{file}\n@@ -1 +1 @@\n-a\n+b\n"
+        Path("idea.patch").write_text(Path("idea.patch").read_text() + text)
+    forget()
+    root = code_variants.root_of(code_variants.found("idea.patch"))
+    assert (root / "scripts/ops/mine.py").read_text() == "ONE = 2\n"
+    assert not (root / "README.md").exists()
+    shutil.rmtree("notes")
+    for file in "README.md", "idea.patch":
+        Path(file).unlink()
     assert (git("status", "--short"), git("write-tree")) == before, "tree and index stay"
 
 
@@ -279,6 +318,29 @@ DAMAGES = [
     "rm -r logs; git worktree lock $(git worktree list | tail -1 | cut -d' ' -f1)",
     "git -C logs/.code/*/ checkout -q --orphan other",
 ]
+
+
+def test_a_project_below_its_repository_is_found_and_kept_whole(repo, monkeypatch):
+    for path in git("ls-files").splitlines():
+        Path("part", path).parent.mkdir(parents=True, exist_ok=True)
+        git("mv", path, f"part/{path}")
+    git("commit", "-qm", "Below")
+    patch("part/idea.patch", "LR = 0.1", "LR = 0.2", "part/train_gpt.py")
+    monkeypatch.chdir("part")
+    for module in (code_variants, plan_stage, launch_runs):
+        monkeypatch.setattr(module, "ROOT", Path.cwd())
+    forget()
+    for name, rate in ("HEAD", "0.1"), ("idea.patch", "0.2"):
+        code = code_variants.found(name)
+        trainer = code_variants.root_of(code) / "train_gpt.py"
+        kept = trainer.read_text()
+        assert f"LR = {rate}" in kept and trainer.parent.name == "part"
+        (trainer.parent / "scripts/ops/__pycache__").mkdir()
+        (trainer.parent / "scripts/ops/__pycache__/a.pyc").touch()
+        assert code_variants.is_whole(code), "what runs leave is no change"
+        trainer.write_text(kept + "X = 1\n")
+        code_variants.root_of.cache_clear()
+        assert code_variants.root_of(code) == trainer.parent and trainer.read_text() == kept
 
 
 def test_a_worktree_that_is_not_whole_is_made_anew(repo):

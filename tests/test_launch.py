@@ -375,10 +375,10 @@ def baseline(tree, env):
     (tree / "scripts").mkdir(exist_ok=True)
     (tree / "scripts" / "run_8xh100.sh").write_text('echo "$NPROC_PER_NODE" "$RUN_ID" "$LR" "$@"\n')
     (tree / "train_gpt.py").write_text(SAYS_PLAN)
-    smi = "".join(f"GPU {i}: toy\n" for i in range(env.pop("GPUS", 0)))
-    executable(tree / "nvidia-smi", f"echo -n '{smi}'")
+    count = f"device_count = staticmethod(lambda: {env.pop('GPUS', 0)})"
+    (tree / "torch.py").write_text(f"class cuda: {count}\n")
     script = shutil.copy(ROOT / "scripts" / "run_baseline.sh", tree / "scripts")
-    env = {"PATH": f"{tree}:{PATH}", "SHARDS": 5} | env
+    env = {"PATH": f"{tree}:{PATH}", "SHARDS": 5, "PYTHONDONTWRITEBYTECODE": 1} | env
     env = {name: str(value) for name, value in env.items()}
     done = subprocess.run(["bash", script, "x y"], env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
@@ -387,15 +387,17 @@ def baseline(tree, env):
 def test_the_baseline_takes_all_gpus_and_passes_settings_on(tmp_path):
     settings = {"GPUS": 8, "RUN_ID": "mine", "LR": 0.004}
     assert baseline(tmp_path, dict(settings)) == (0, "8 mine 0.004 x y\n")
-    for change, count in (({"CUDA_VISIBLE_DEVICES": "1,3"}, 2), ({"NPROC_PER_NODE": 4}, 4)):
+    for change, count in (({"GPUS": 2}, 2), ({"NPROC_PER_NODE": 4}, 4)):
         assert baseline(tmp_path, settings | change) == (0, f"{count} mine 0.004 x y\n")
     assert baseline(tmp_path, {"GPUS": 8, "SHARDS": 0}) == (1, "data: fetch it\n")
     code, said = baseline(tmp_path, {"GPUS": 8, "DRY_RUN": 1})
     assert code == 0 and said.startswith(
         "tokens_on_disk:5\nworld 8\nNPROC_PER_NODE=8 RUN_ID=baseline-"
     )
+    code, said = baseline(tmp_path, {"NPROC_PER_NODE": 8, "DRY_RUN": 1})
+    assert code == 0 and "world 8\n" in said, "a plan needs no GPU"
     code, said = baseline(tmp_path, {})
-    assert code == 2 and said.startswith("run_baseline.sh: error: nvidia-smi lists no GPU, and")
+    assert code == 2 and said.startswith("run_baseline.sh: error: torch finds no GPU, and")
     for asked in {"PRESET": "quickstart"}, {"DEVICE": "cpu", "GPUS": 8}:
         assert baseline(tmp_path, asked | {"RUN_ID": "slow"}) == (0, "1 slow  x y\n")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from harness.files import RunFiles
+from harness.files import RunFiles, summary_text
 from harness.meter import peak_memory
 from harness.provenance import new_run_id, utc_now
 from harness.ranks import Ranks
@@ -131,7 +131,7 @@ def record_refusal(error: BaseException, cls: type[Settings], env: Mapping[str, 
     ):  # where nothing can be written, the terminal has to do
         if not files.json.exists():  # no finished run is touched
             try:
-                write_whole(files.json, json.dumps(row, indent=1) + "\n")
+                write_whole(files.json, summary_text(row))
             finally:
                 refuse_foreign_files(files, row["results_csv"])
                 update_results(row["results_csv"], [row])

@@ -43,13 +43,14 @@ class RunFiles:
     def history(self) -> dict[str, list[float | None]]:
         """The columns HISTORY of the curve, None where a cell is blank or not finite.
 
-        Of many rows MOST_POINTS, evenly spaced, and as many of those with a validation; the last
-        is among them.
+        Of many rows at most MOST_POINTS, evenly spaced, and as many of those with a validation; the
+        last is among them.
         """
         lines = self.lines()
         kept = {*lines[:1]}
         for group in lines, [*filter(VALIDATED.match, lines)]:
-            kept |= {*group[:: -(len(group) // MOST_POINTS + 1)]}
+            every = len(group) // MOST_POINTS + 1
+            kept |= {*group[::-every]}  # back from the last
         columns = zip(*(line.split(",") for line in lines if line in kept))
         return {
             name: [json.loads(cell) if NUMBER.fullmatch(cell) else None for cell in cells]
@@ -73,6 +74,12 @@ class RunFiles:
                 return False
         except Timeout:
             return True
+
+
+def summary_text(summary: dict) -> str:
+    """What the JSON of a run holds of a summary: a line for each name."""
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in summary.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def whole_lines(path: Path) -> list[str]:

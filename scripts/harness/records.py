@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from harness.checkpoints import changed_settings, find_checkpoint, set_aside, step_folders
-from harness.files import RunFiles, whole_lines
+from harness.files import RunFiles, summary_text, whole_lines
 from harness.provenance import git_state, machine_text, utc_now
 from harness.ranks import Ranks
 from harness.settings import ROOT, Settings
@@ -164,16 +164,14 @@ class Records:
     def save(self, **series: Any) -> None:
         """Writes summary and row; a number that is not finite is a blank, for JSON has none.
 
-        `series` are for the summary alone, which has a line for each name.
+        `series` are for the summary alone.
         """
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in self.summary.items()
         }
-        summary = finite | series
-        body = ",\n".join(f" {json.dumps(name)}: {json.dumps(summary[name])}" for name in summary)
         try:
-            write_whole(self.files.json, f"{{\n{body}\n}}\n")
+            write_whole(self.files.json, summary_text(finite | series))
         finally:  # the table may be on a disk with room
             update_results(self.cfg.results_csv, [finite])
 
