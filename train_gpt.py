@@ -1845,7 +1845,7 @@ class ShardLoader:
 
     With `limit`, only samples within the first so many tokens. With `streams`, so many sequences of
     samples, which a batch of as many rows has side by side. With `unit`, as many samples of a shard
-    as are a multiple of it. Raises DataError.
+    as are a multiple of it; `dropped` are the others. Raises DataError.
     """
 
     def __init__(self, pattern, cfg, shuffle=False, limit=0, streams=1, unit=1):
@@ -1862,14 +1862,15 @@ class ShardLoader:
         self.seed = cfg.seed
         self.shuffle = shuffle
         self.limit = limit
-        self.unit = unit
-        # The number of samples in this shard and all before it.
         per_shard = np.array([(len(shard) - 1) // self.length for shard in self.shards])
-        self.cumulative = np.cumsum(per_shard // unit * unit)
         if limit:
-            self.cumulative = np.minimum(self.cumulative, limit // self.length)
+            ends = np.minimum(np.cumsum(per_shard), limit // self.length)
+            per_shard = np.diff(ends, prepend=0)
+        # The number of samples in this shard and all before it.
+        self.cumulative = np.cumsum(per_shard // unit * unit)
         self.streams = streams
         samples = int(self.cumulative[-1])
+        self.dropped = per_shard.sum() - samples
         self.samples = samples // streams * streams
         if samples < streams > 1:
             raise DataError(
@@ -1935,7 +1936,7 @@ class ShardLoader:
         samples = max(1, samples)
         if self.samples >= samples:
             return ""
-        lower = "SEQUENCE_LENGTH"
+        lower = "BATCH_SIZE" if self.dropped else "SEQUENCE_LENGTH"
         if self.samples:
             lower = name if name == "NUM_ITERATIONS" else f"{name} to {self.samples * self.length}"
         ways = f"lower {lower}"
@@ -1943,7 +1944,7 @@ class ShardLoader:
             shards = math.ceil(len(self.shards) * samples / max(1, self.samples))
             more = how_to_get(self.files[0], shards)
             limit = ", raise MAX_TRAIN_TOKENS" if self.limit else ""
-            tail = ", set SHARD_TAIL=keep" if self.unit > 1 else ""
+            tail = ", set SHARD_TAIL=keep" if self.dropped else ""
             ways += f", set MAX_EPOCHS=0{limit}{tail}, or get more; {more}"
         return (
             f"{name}={value} needs {samples:,} samples of {self.length} tokens; {self.files[0]} "
@@ -2077,8 +2078,8 @@ def preflight(cfg, ranks):
 
     Raises ConfigError, DataError.
     """
-    if cfg.device == "cuda" and ranks.local_world_size > torch.cuda.device_count():
-        devices = torch.cuda.device_count()
+    devices = torch.cuda.device_count()
+    if cfg.device == "cuda" and ranks.local_world_size > devices:
         raise ConfigError(
             f"{ranks.local_world_size} ranks on this machine but {devices} CUDA devices; start "
             f"torchrun with --nproc_per_node={devices}, or set DEVICE=cpu"
@@ -2099,8 +2100,9 @@ def preflight(cfg, ranks):
         raise DataError(". And ".join(filter(None, too_few)))
     in_both = {*map(os.path.realpath, train.files)} & {*map(os.path.realpath, val.files)}
     if in_both:
-        file = min(in_both)
-        raise DataError(f"{file} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data")
+        raise DataError(
+            f"{min(in_both)} matches INPUT_BIN and INPUT_VAL_BIN; validate on other data"
+        )
     if cfg.reset_at_eot and end_token(cfg) < 0:
         raise DataError(
             f"RESET_AT_EOT=1 needs eot_id in index.json of {dataset_folder(cfg.input_bin)}, which "
@@ -2553,6 +2555,12 @@ def main(argv, env):
             return 0
 
         train_loader, val_loader = preflight(cfg, run.ranks)
+        if train_loader.dropped > train_loader.samples / 50:
+            warnings.append(
+                f"SHARD_TAIL=drop leaves out {train_loader.dropped:,} samples, which fill no batch "
+                f"of a shard, of {train_loader.dropped + train_loader.samples:,}; "
+                "SHARD_TAIL=keep reads all"
+            )
         plan |= {"data_fingerprint": "", "val_fingerprint": ""}
         if run.ranks.rank == 0:  # before the other ranks wait for it
             plan |= data_identity(cfg, train_loader, val_loader)

@@ -88,7 +88,7 @@ MUTANTS = [
         "weight = micro / len(inputs)",
     ),
     Mutant(
-        "only the first micro-batch counts",
+        "the logged loss is that of the first micro-batch",
         TRAINER,
         "loss_sum = loss_sum + loss.detach()",
         "loss_sum = loss_sum or loss.detach() * len(inputs) / micro",
@@ -541,6 +541,12 @@ MUTANTS = [
     ),
     Mutant(
         "a run that goes on has another step's dropout",
+        TRAINER,
+        "seed_dropout(cfg, state.step, dist.get_rank())",
+        "seed_dropout(cfg, state.step + (cfg.resume == 'auto'), dist.get_rank())",
+    ),
+    Mutant(
+        "dropout is another in each process",
         TRAINER,
         "np.random.SeedSequence((cfg.seed, step, rank))",
         "np.random.SeedSequence((cfg.seed, os.getpid(), rank))",

@@ -24,6 +24,7 @@ from harness.provenance import dataset_index, fingerprint, how_to_get
 from harness.ranks import Ranks
 from store.contract import DataError
 from store.files import sha256sum
+import train_gpt
 from train_gpt import Config, ShardLoader, load_shard, preflight, resolve, shard_tokens
 
 CPU = torch.device("cpu")
@@ -398,7 +399,8 @@ def test_data_of_two_tokenizers_a_folder_and_a_vocabulary_that_is_too_large(sett
     codes, output = launch(settings | {"VOCAB_SIZE": 50304, "NUM_ITERATIONS": 1})
     assert codes == [0] and "VOCAB_SIZE=50304, the data have 64 ids; VOCAB_SIZE=0 takes" in output
     (other / "index.json").unlink()
-    codes, output = launch(settings | {"INPUT_VAL_BIN": other / "toy_val_*.bin", "RUN_ID": "old"})
+    old = {"INPUT_VAL_BIN": other / "toy_val_*.bin", "RUN_ID": "old", "SHARD_TAIL": "keep"}
+    codes, output = launch(settings | old)
     assert codes == [0] and "warning" not in output
 
 
@@ -517,7 +519,10 @@ def test_a_limit_below_what_is_needed_is_refused(settings):
     assert codes == [3] and "NUM_ITERATIONS=8 needs 96 samples" in out and "MAX_TRAIN_TOKENS" in out
     codes, out = launch(settings | {"MAX_TRAIN_TOKENS": 10, "RUN_ID": "none"})
     assert codes == [3] and "needs 1 samples" in out
-    assert launch(settings | {"MAX_TRAIN_TOKENS": 100, "RUN_ID": "some"})[0] == [0]
+    some = settings | {"MAX_TRAIN_TOKENS": 100, "RUN_ID": "some"}
+    codes, out = launch(some)
+    assert codes == [3] and "have 0; lower BATCH_SIZE, set" in out and "SHARD_TAIL=keep" in out
+    assert launch(some | {"SHARD_TAIL": "keep"})[0] == [0]
 
 
 def test_a_shard_that_its_index_knows_otherwise_is_refused(settings, tmp_path):
@@ -579,13 +584,30 @@ def test_a_shards_tail_is_dropped_as_in_the_record(tmp_path, sizes):
     assert kept.samples > loader.samples or sizes == [65, 65]
 
 
-def test_fineweb_in_the_records_order_but_for_two_ranks():
+def test_a_limit_is_within_the_first_tokens_and_batches_within_a_shard(tmp_path):
+    """Of shards of 11 and 12 samples the first 16 are allowed: two batches of four, then one."""
+    write_shards(tmp_path, [89, 100])
+    cfg = tiny(sequence_length=8, batch_size=4, vocab_size=1000)
+    for limit, batches in ((128, [0, 0, 1]), (88, [0, 0]), (0, [0, 0, 1, 1, 1])):
+        loader = ShardLoader(f"{tmp_path}/s_*.bin", cfg, limit=limit, unit=4)
+        shard, index = loader.place(0, loader.samples)
+        assert shard.tolist() == np.repeat(batches, 4).tolist()
+        first = np.where(shard == 0, 0, 11)  # sample of its shard
+        assert not limit or (8 * (first + index) < limit).all()
+        assert loader.dropped == (limit or 8 * 23) // 8 - loader.samples
+
+
+def test_fineweb_in_the_records_order_but_for_two_ranks(monkeypatch):
     """190 batches of 524,288 tokens of a shard of 100 million. There the record's ranks 6 and 7 of
     8 go on after 189, since their own position counts; here no rank reads another shard."""
     sizes = [100_000_000] * 3
     of_rank = record_batches(sizes, 512, 1024, 8, 191)
     assert [int(np.argmax(of_rank[:, rank, 0] == 1)) for rank in range(8)] == [190] * 6 + [189] * 2
-    assert (sizes[0] - 1) // 1024 // 512 == 190
+    monkeypatch.setattr(train_gpt, "load_shard", lambda _: np.broadcast_to(np.uint16(0), sizes[0]))
+    monkeypatch.setattr(train_gpt.glob, "glob", lambda _: ["a", "b", "c"])
+    loader = ShardLoader("*", tiny(sequence_length=1024, val_tokens=1024), unit=512)
+    shard, index = loader.place(0, 512 * 191)
+    assert shard.reshape(191, 512)[:, 0].tolist() == [0] * 190 + [1] and index[512 * 190] == 0
 
 
 @pytest.mark.parametrize(
@@ -613,4 +635,15 @@ def test_shards_smaller_than_a_batch_name_the_setting(settings, tmp_path):
     for path in tmp_path.glob("toy_train_*.bin"):
         write_shard(path, np.arange(8 * 16 + 1) % 64)
     codes, out = launch(settings | {"MAX_EPOCHS": 0})
-    assert codes == [3] and "have 0; " in out and "SHARD_TAIL=keep" in out, out
+    assert codes == [3] and "have 0; lower BATCH_SIZE, " in out and "SHARD_TAIL=keep" in out, out
+
+
+def test_what_is_dropped_is_told_where_it_is_much(settings, tmp_path):
+    for path in tmp_path.glob("toy_train_*.bin"):
+        write_shard(path, np.arange(20 * 16 + 1) % 64)
+    _, out = launch(settings | {"MAX_EPOCHS": 0})
+    words = r"warning: SHARD_TAIL=drop leaves out (\d+) samples, .* of (\d+); SHARD_TAIL=keep reads"
+    dropped, samples = map(int, re.search(words, out).groups())
+    assert 20 * dropped == 8 * samples > 0, "of 20 samples a batch of 12 is read"
+    _, out = launch(settings | {"MAX_EPOCHS": 0, "SHARD_TAIL": "keep", "RUN_ID": "kept"})
+    assert "leaves out" not in out

@@ -141,7 +141,7 @@ def executable(path, text):
 
 
 def test_usr1_saves_and_the_same_command_goes_on(settings, tmp_path):
-    settings |= LONG | {"NPROC_PER_NODE": 2}
+    settings |= LONG | {"NPROC_PER_NODE": 2, "SHARD_TAIL": "keep"}
     with Launch(RUN_8XH100, settings, tmp_path) as run:
         run.wait_for(lambda: last_step(settings) >= 5)
         torchrun = Path(f"/proc/{run.launcher.pid}/task/{run.launcher.pid}/children").read_text()

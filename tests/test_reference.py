@@ -1,4 +1,5 @@
-"""Whole runs against tests/reference_trainer.py, which is another program: every number.
+"""Whole runs against tests/reference_trainer.py, which is another program: the numbers of curve,
+row, summary with its history, and of the log's lines on losses, and the final weights.
 
 The runs are in float32, the reference in float64: after 12 steps rounding makes them differ by up
 to 2e-6, with AVX2 and without. tests/mutants.py has wrong lines that have to make them differ by
@@ -18,6 +19,7 @@ import torch
 from conftest import Job, dies_at, launch, points, row, summary, write_shard
 
 from harness import checkpoints, meter
+from harness.files import HISTORY
 import train_gpt
 
 TOLERANCE = 2e-5  # of numbers about 1, and relative for larger ones
@@ -266,6 +268,9 @@ def compare(settings, curve, figures, weights):
     assert {name: float(told[name]) for name in figures} == expected
     told = summary(settings)
     assert {name: told[name] for name in figures} == expected
+    assert told["history"] == {
+        name: [close(point[name]) if name in point else None for point in curve] for name in HISTORY
+    }
     assert log_points(settings) == [*expected_log(curve)]
     final = safetensors.torch.load_file(settings["LOG_DIR"] / "toy/model.safetensors")
     for name, expected in weights.p.items():
@@ -291,7 +296,8 @@ def test_a_run_equals_the_reference(name, data, tmp_path):
 
 def test_a_run_that_is_killed_and_goes_on_equals_the_reference(data, tmp_path, monkeypatch):
     """From step 5, and is killed at 7; what the save at 5 took is in no checkpoint."""
-    cfg = train_gpt.Config(**BASE | RUNS["experts"][0] | data)
+    more = {"dropout": 0.2, "shuffle": True, "ema_iters": 4}
+    cfg = train_gpt.Config(**BASE | RUNS["experts"][0] | more | data)
     start = start_weights(cfg)
     settings = settings_of(cfg, start, tmp_path)
     with monkeypatch.context() as patch:
@@ -328,4 +334,4 @@ def expected_log(curve):
             if kind == "val" and step:
                 speed = pytest.approx(point["tokens_per_sec"], abs=0.51)
             if f"{kind}_loss" in point:
-                yield step, kind, pytest.approx(point[f"{kind}_loss"], abs=2e-4), *times, speed
+                yield step, kind, pytest.approx(point[f"{kind}_loss"], abs=7e-5), *times, speed

@@ -78,8 +78,8 @@ class RunFiles:
 
 def summary_text(summary: dict) -> str:
     """What the JSON of a run holds of a summary: a line for each name."""
-    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in summary.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    body = ",\n".join(f" {json.dumps(name)}: {json.dumps(summary[name])}" for name in summary)
+    return f"{{\n{body}\n}}\n"
 
 
 def whole_lines(path: Path) -> list[str]:

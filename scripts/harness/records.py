@@ -123,8 +123,8 @@ class Records:
         log = truncate_to_step(self.files.log, step)
         sources = (self.source, HARNESS + OPS)
         if any(text not in log for text in sources):
-            rule, settings = "=" * 100, json.dumps(self.summary, indent=1)
-            texts = (*sources, f"{machine_text()}\nsettings: {settings}")
+            rule = "=" * 100
+            texts = (*sources, f"{machine_text()}\nsettings: {summary_text(self.summary)}")
             log += rule + "".join(f"\n{text}\n{rule}" for text in texts) + "\n"
         write_whole(self.files.log, log)
         curve = truncate_to_step(self.files.curve, step)
