@@ -89,6 +89,7 @@ class Measure(NamedTuple):
 
 MEASURES = {
     FINAL_LOSS: Measure("final validation loss", "nats per token", False),
+    "ema_val_loss": Measure("validation loss of averaged weights", "nats per token", False),
     "pass_at_1": Measure("greedy pass@1, held out", "fraction of prompts", True),
 }
 
