@@ -118,10 +118,11 @@ def expected_in(index: Any) -> str:
     """
     if not isinstance(index, dict):
         return "a JSON object"
+    size, end = index.get("vocab_size"), index.get("eot_id")
     sizes, shards = index.get("token_bytes") or [], index.get("shards") or []
     is_sound = {
-        "vocab_size 1 to 65536": index.get("vocab_size") in (None, *range(1, 2**16 + 1)),
-        "eot_id an id": index.get("eot_id") in (None, *range(2**16)),
+        "vocab_size 1 to 65536": size is None or size in range(1, 2**16 + 1),
+        "eot_id an id": end is None or end in range(2**16),
         "tokenizer_sha256 text": isinstance(index.get("tokenizer_sha256"), str | None),
         "token_bytes the bytes of each id": isinstance(sizes, list)
         and all(isinstance(size, int | None) for size in sizes),
