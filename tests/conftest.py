@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import numpy.ma  # noqa: F401  a run's first np.unique imports it: once here, not in every fork
 import pytest
 import torch
 import torch._dynamo  # noqa: F401  a run's first save imports it: once here, not in every fork
