@@ -243,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         stage = asked_for(args)
         fresh_seeds = seed_list("--seeds", args.seeds) if args.seeds else ()
         stage_gate.rules_of(stage)
+        if stage.not_run:
+            print(f"warning: {stage.name}: {stage.not_run}", file=sys.stderr)
         if args.gate and stage_gate.not_judged(stage):
             raise ConfigError(f"--gate: {stage_gate.not_judged(stage)}; leave --gate out")
         time_stage.check_arguments(stage, args)

@@ -19,6 +19,7 @@ A stage is a question put to variants and seeds. Its file, experiments/stages/<n
     measure = "pass_at_1"           # column of rows that variants are compared in (final_loss)
     axes = ["ATTNGATE", "LR"]       # columns of its table; without: in what variants differ
     columns = ["attn_gate", "seeds"]  # with which its table begins; all others stand behind
+    not_run = "…"                   # why it cannot answer at its size; told where it is listed, run
     gate.better = 0.05              # numbers of stage_gate.py that differ from its own
     variants.old = {CODE = "main"}  # runs what git has there: a ref, or a patch, "idea.patch", to
                                     # the working tree, which is what runs without it
@@ -63,6 +64,7 @@ KEYS = {
     "grid": dict,
     "axes": list,
     "columns": list,
+    "not_run": str,
     "gate": dict,
     "next": list,
     "equal_time": dict,
@@ -111,6 +113,7 @@ class Stage:
     program: str = TRAINER
     seconds: float = 0.0  # of training that each variant's steps are to take; 0: as the file says
     measure: str = FINAL_LOSS  # the column of rows that variants are compared in
+    not_run: str = ""  # why it cannot answer at its size
     columns: tuple[str, ...] = ()  # that its table begins with, as it calls them
 
     @property
@@ -403,6 +406,7 @@ def stage_of(name: str, tables: dict) -> Stage:
         seconds=seconds_of(tables, path),
         measure=tables.get("measure", FINAL_LOSS),
         columns=tuple(tables.get("columns", ())),
+        not_run=tables.get("not_run", ""),
     )
 
 
@@ -464,6 +468,8 @@ def show(name: str, with_variants: bool) -> None:
     stage = load_stage(name)
     size = f"{len(stage.variants)} variants x {len(stage.seeds)} seeds"
     print(f"{stage.name:24} {size:24} {stage.question}")
+    if stage.not_run:
+        print(f"{'':49} Not run: {stage.not_run}")
     if not with_variants:
         return
     for label, settings in stage.variants.items():

@@ -254,6 +254,14 @@ def test_shares_of_a_budget_are_equal_whatever_the_steps():
         assert found[0] == found[1] == found[2] and found[0][-1] == budget
 
 
+def test_why_a_stage_is_not_run_is_told_where_it_is_listed(folder, capsys):
+    assert stages.main(["toy"]) == 0 and "Not run" not in capsys.readouterr().out
+    path = Path("experiments/stages/toy.toml")
+    path.write_text(f'not_run = "seeds spread by more than it asks for"\n{path.read_text()}')
+    assert stages.main(["toy"]) == 0
+    assert "  Not run: seeds spread by more than it asks for\n" in capsys.readouterr().out
+
+
 def test_an_unknown_stage_is_told_the_known_ones(folder, capsys):
     assert stages.main(["tou"]) == 2
     assert "STAGE tou: choose one of toy" in capsys.readouterr().err
