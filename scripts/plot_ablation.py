@@ -201,6 +201,7 @@ def draw_dots(ax: Axes, stage: Stage, groups: Groups, looks: Looks, y: str) -> N
     texts = [textwrap.fill(label, LABEL) for label in groups]
     ax.set_yticks(range(len(groups)), texts, fontsize=8.5 if "\n" in "".join(texts) else 10)
     ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.locator_params(axis="x", nbins=6)
     words = words_of(stage)
     dress(ax, y, "variant", name_of(y, words), words=words)
 
@@ -267,11 +268,14 @@ def draw_curves(
 def draw_halves(
     axes: list[Axes], stage: Stage, groups: Groups, looks: Looks, curves: pd.DataFrame
 ) -> None:
-    """Curves of what the stage measures, or else of the validation loss, in one panel whole, in the
-    other from the middle of the run on."""
+    """Curves of what the stage measures, or else of the validation loss, or, where both are known at
+    the end alone, of the training loss: in one panel whole, in the other from the middle of the run
+    on."""
     done = curves[progress(stage, curves)]
     late = curves[done >= done.max() / 2]
-    y = stage.measure if has(curves, stage.measure) else "val_loss"
+    known = [name for name in (stage.measure, "val_loss", "train_loss") if has(curves, name)]
+    followed = [name for name in known if done[curves[name].notna()].nunique() > 1]
+    y = (followed or known or ["val_loss"])[0]
     name = name_of(y, words_of(stage))
     whole = name if y == "val_loss" else f"{name}, whole run"
     draw_curves(axes[0], stage, groups, looks, curves, y, whole)

@@ -138,8 +138,8 @@ def dress(ax: Axes, x: str, y: str, title: str, log: bool = False, words: Words 
     of two."""
     for column, axis in ((x, ax.xaxis), (y, ax.yaxis)):
         text = axis_label(column, words)
-        is_short = axis is ax.yaxis or ax.get_gridspec().ncols > 2
-        axis.set_label_text(text.replace(" (", "\n(") if is_short and len(text) > 30 else text)
+        room = 30 if axis is ax.yaxis or ax.get_gridspec().ncols > 2 else 55  # characters
+        axis.set_label_text(text.replace(" (", "\n(") if len(text) > room else text)
         if column in FORMATS:
             axis.set_major_formatter(FORMATS[column])
         if column in POSITIVE and min(axis.get_view_interval()) < 0:
