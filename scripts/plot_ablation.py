@@ -268,9 +268,9 @@ def draw_curves(
 def draw_halves(
     axes: list[Axes], stage: Stage, groups: Groups, looks: Looks, curves: pd.DataFrame
 ) -> None:
-    """Curves of what the stage measures, or else of the validation loss, or, where both are known at
-    the end alone, of the training loss: in one panel whole, in the other from the middle of the run
-    on."""
+    """Curves of what the stage measures, or else of the validation loss, or, where both are known
+    at the end alone, of the training loss: in one panel whole, in the other from the middle of the
+    run on."""
     done = curves[progress(stage, curves)]
     late = curves[done >= done.max() / 2]
     known = [name for name in (stage.measure, "val_loss", "train_loss") if has(curves, name)]

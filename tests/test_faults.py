@@ -509,7 +509,7 @@ def test_a_log_that_cannot_grow_is_told_and_the_summary_is_whole(settings, monke
         lambda state, *args: log.stat().st_size + 10 if state.step == 3 else resource.RLIM_INFINITY,
     )
     limit(monkeypatch, Records, "close", lambda *args: log.stat().st_size)
-    codes, out = launch(settings)
+    codes, out = launch(settings | {"SHARD_TAIL": "keep"})
     assert codes == [1] and f"warning: {log} is not whole: [Errno 27] File too large" in out
     assert out.count("warning: ") == 1, "once, not for each line that is lost"
     told = json.loads((settings["LOG_DIR"] / "toy.json").read_text())

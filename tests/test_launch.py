@@ -298,6 +298,7 @@ def slurm(tmp_path):
 def test_a_slurm_job_queues_itself_again_until_the_run_is_done(settings, slurm, tmp_path):
     del settings["RUN_ID"]
     asked, settings = settings | slurm | LONG, settings | {"RUN_ID": "slurm-77"}
+    asked |= {"SHARD_TAIL": "keep"}  # of which nothing is warned
     with Launch(SBATCH, asked, tmp_path) as run:
         run.wait_for(lambda: last_step(settings) >= 5)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)

@@ -583,13 +583,17 @@ def test_what_has_the_code_of_its_reference_is_never_promoted():
     """Whatever its numbers, which are then of something else."""
     rows, curves = study(none=around(3, 3), a=around(2.5, 3))
 
-    def verdict(code, source_sha):
+    def verdict(code, source_sha, config_hash="h"):
         made = replace(stage(("none", "a")), variants={"none": {}, "a": {"CODE": code}})
-        ours = rows.assign(source_sha=rows.source_sha.where(rows.variant != "a", source_sha))
+        ours = rows.assign(
+            source_sha=rows.source_sha.where(rows.variant != "a", source_sha),
+            config_hash=rows.variant.map({"none": "h", "a": config_hash}),
+        )
         return judge(made, ours, curves).set_index("variant").loc["a"]
 
     assert verdict("idea.patch", "another").verdict == "promote"
     assert verdict(".", "s").verdict == "promote", "it names no other code"
+    assert verdict("idea.patch", "s", "other").verdict == "promote", "its settings differ"
     same = verdict("idea.patch", "s")
     assert (same.verdict, same.seed_for) == ("hold", "")
     assert same.reason.startswith("its code is the same as that of 'none', but for comments")
