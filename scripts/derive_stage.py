@@ -79,7 +79,7 @@ def code_tables(codes: Sequence[str], words: Sequence[str], name: str) -> tuple[
                 f"{word}: with --code all words are settings, as PRESET=quickstart is; a stage "
                 'names code in its file, CODE = "main"'
             )
-    base = dict(word.split("=", 1) for word in words)
+    base = pairs("with --code", [*words], "[^=]+")
     seeds = base.pop("SEEDS", "3")
     if seeds.isdecimal() and not 1 <= int(seeds) <= MOST_SEEDS:
         raise ConfigError(f"SEEDS={seeds}: must be how many, 1 to {MOST_SEEDS}, or which, as 5,6")
@@ -237,7 +237,7 @@ def build_next(stage: Stage, promoted: list[str], best_reference: str = "") -> s
     if not promoted and not stage.next[0].get("around"):
         return "no next stage: no variant is promoted"
     name = stage.next[0]["name"]
-    tables = next_tables(stage, promoted, best_reference or stage.in_order()[0])
+    tables = next_tables(stage, promoted, best_reference or stage.references_first()[0])
     try:
         stage_of(name, tables)
         write_stage(name, tables)

@@ -211,7 +211,7 @@ def gather(stage: Stage, rows: pd.DataFrame, curves: Curves) -> dict[str, Facts]
     evals_of = {label: validations(runs, curves) for label, runs in runs_of.items()}
 
     known = {}
-    for label in stage.in_order():
+    for label in stage.references_first():
         reference = stage.references[label]
         runs, others = runs_of[label], runs_of[reference]
         lost = tried[(tried.variant == label) & ~tried.seed.isin(runs.seed)]

@@ -117,7 +117,7 @@ def setting_of(column: str) -> str:
     return {published: name for name, published in NAMES.items()}.get(column, column)
 
 
-def in_order(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
+def column_order(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     """The columns of a table that has these lines: first those that the stage names. Raises
     ValueError for what is none."""
     for name in stage.columns:
@@ -136,7 +136,7 @@ def table(stage: Stage, rows: pd.DataFrame) -> pd.DataFrame:
     runs, rows = measured(comparable(rows, stage), stage), tried(rows, stage)
     lines = pd.DataFrame([line_of(stage, variant, rows, runs) for variant in stage.variants])
     lines["p_holm"] = gate_stats.holm(lines.p)
-    lines = lines[in_order(stage, lines, rows)]
+    lines = lines[column_order(stage, lines, rows)]
     return lines.replace({"unfinished": {"": None}}).dropna(axis="columns", how="all")
 
 

@@ -146,7 +146,12 @@ def pairs(option: str, words: list[str], name: str = "[A-Z0-9_]+") -> dict[str, 
     wrong = [word for word in words if not re.fullmatch(f"{name}=.*", word)]
     if wrong:
         raise ConfigError(f"{option} {wrong[0]}: must be NAME=VALUE")
-    return dict(word.split("=", 1) for word in words)
+    given = dict(word.split("=", 1) for word in words)
+    for name in given:
+        values = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
+        if len(values) > 1:
+            raise ConfigError(f"{option} {name}: is there twice, as {' and '.join(values)}")
+    return given
 
 
 def make_embedded_data(pattern: str) -> None:
@@ -365,13 +370,13 @@ def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) 
     )
 
 
-def in_order(stage: Stage, seeds: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
+def run_order(stage: Stage, seeds: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
     """(variant, seed) as they are run: the references' first, then seed by seed, so that what is
     there can be compared. Where code varies each seed is run with all of it before the next, so
     that whoever stops early, to edit it, has whole pairs."""
     places = [
         (place, variant, seed)
-        for variant in stage.in_order()
+        for variant in stage.references_first()
         if variant in seeds
         for place, seed in enumerate(seeds[variant])
     ]
@@ -389,7 +394,7 @@ def plan_runs(
 ) -> list[PlannedRun]:
     """All runs of a stage, in order. Raises ConfigError, also where variants do not differ as the
     stage says; DataError."""
-    order = in_order(stage, seeds)
+    order = run_order(stage, seeds)
     runs = [make_run(stage, variant, seed, world_size, mode) for variant, seed in order]
     check_differences(stage, {run.settings["VARIANT"]: run for run in runs})
     return runs
@@ -486,7 +491,7 @@ def description(stage: Stage, runs: Sequence[PlannedRun]) -> list[str]:
     """For every variant in a line what differs from its reference after everything is resolved, for
     further references from the first one; then warnings."""
     of_variants = {run.settings["VARIANT"]: run for run in runs}
-    first = stage.in_order()[0]
+    first = stage.references_first()[0]
     lines = []
     for variant, run in of_variants.items():
         beside = first if stage.is_reference(variant) else stage.references[variant]

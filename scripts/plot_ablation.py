@@ -351,7 +351,7 @@ def variants_figure(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame) -> F
     """Differences, final losses or another measure and, on a GPU, train times of the variants, in
     the order of the stage file, and their curves."""
     groups = grouped(rows, "variant")
-    looks = styles(stage.in_order())
+    looks = styles(stage.references_first())
     lines = max(len(textwrap.wrap(label, LABEL)) for label in groups)
     heights = [1 + (0.2 + 0.16 * lines) * max(4, len(groups)), 2.8]
     fig = Figure(figsize=(10, 1.2 + sum(heights)), layout="constrained")
@@ -388,7 +388,7 @@ def draw_grid(
 def looks_of(stage: Stage, groups: Groups, part: Callable[[str], str]) -> Looks:
     """{label: keywords of its lines} of groups of variants: by the order in which the stage names
     that part of them, run or not."""
-    looks = styles(dict.fromkeys(map(part, stage.in_order())))
+    looks = styles(dict.fromkeys(map(part, stage.references_first())))
     return {label: looks[part(rows["variant"].iloc[0])] for label, rows in groups.items()}
 
 

@@ -111,7 +111,7 @@ def looks_of(runs: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, str]]:
     stages = {curve.attrs.get("stage") for curve in runs.values()}
     variants = {label: curve.attrs.get("variant") for label, curve in runs.items()}
     if len(stages) == 1 and stages & {*stage_names()}:
-        known = styles(load_stage(*stages).in_order())
+        known = styles(load_stage(*stages).references_first())
         looks = {label: known.get(variant) for label, variant in variants.items()}
         different = {tuple(look.items()) for look in looks.values() if look}
         if len(different) == len(runs):

@@ -336,10 +336,10 @@ def judge(stage: Stage, known: Mapping[str, Facts]) -> pd.DataFrame:
     """
     rules = rules_of(stage)
     lines = []
-    for reference in filter(stage.is_reference, stage.in_order()):
+    for reference in filter(stage.is_reference, stage.references_first()):
         others = [
             judge_variant(stage, known[label], known[reference], rules)
-            for label in stage.in_order()
+            for label in stage.references_first()
             if stage.references[label] == reference != label
         ]
         asked = any(one["seed_for"] == reference for one in others)

@@ -138,7 +138,7 @@ class Stage:
     def is_reference(self, label: str) -> bool:
         return self.references[label] == label
 
-    def in_order(self) -> list[str]:
+    def references_first(self) -> list[str]:
         """The labels of variants, references first."""
         return sorted(self.variants, key=lambda label: not self.is_reference(label))
 

@@ -182,7 +182,7 @@ def step_time(stage: Stage, label: str, device: str, world_size: int) -> float:
 
 def measure(stage: Stage, device: str, world_size: int) -> dict[str, list[float]]:
     """Step times (ms) of all variants, by label and round, each round beginning with another."""
-    labels = stage.in_order()
+    labels = stage.references_first()
     times: dict[str, list[float]] = {label: [] for label in labels}
     with tqdm(total=ROUNDS * len(labels), bar_format="{desc} |{bar}|", disable=None) as bar:
         for i in range(ROUNDS):

@@ -259,7 +259,7 @@ def test_the_same_code_with_other_settings_is_another_thing(repo, monkeypatch, c
 def test_pairs_of_a_seed_are_run_together(repo):
     write_stage(repo, {"here": {}, "b": {"CODE": "main"}}, reference="b")
     stage = load_stage("toy")
-    order = plan_stage.in_order(stage, {"here": [5, 6], "b": [5, 6]})
+    order = plan_stage.run_order(stage, {"here": [5, 6], "b": [5, 6]})
     assert order == [("b", 5), ("here", 5), ("b", 6), ("here", 6)]
 
 
@@ -449,6 +449,7 @@ NOT_COMPARED = [
     (["--code", "main", "--code", "nowhere"], "nowhere: CODE=nowhere: git here has no such"),
     (["--code", "main", "--code", "main"], "--code main: is there twice; name what it is"),
     (["--code", "."], "--code tree: is there twice"),
+    (["--code", "main", "LR=1", "LR=2"], "with --code LR: is there twice, as 1 and 2"),
     (["--code", "main", "quickstart"], "quickstart: with --code all words are settings"),
     (["--code", "main", "SEEDS=0"], "SEEDS=0: must be how many, 1 to 50, or which, as 5,6"),
     (["--code", "main", "SEEDS=1,1"], "SEEDS 1,1: must be different whole numbers"),

@@ -125,7 +125,7 @@ def test_a_new_notebook_asks_the_question_of_its_stage_and_keeps_the_answer(copy
     assert stages.load_stage(name).question in made.cells[0].source
     answer = made.cells[-1]
     assert "Not yet written." in str(answer.outputs[0].data)
-    reference = stages.load_stage(name).in_order()[0]
+    reference = stages.load_stage(name).references_first()[0]
     text = f"It is so: {{{reference}|final_loss}} after {{{reference}|num_iterations}}."
     answer.source = answer.source.replace("Not yet written.", text)
     nbformat.write(made, path)

@@ -588,6 +588,7 @@ def test_a_dry_run_needs_no_data(project, capsys):
         (["tou"], "STAGE tou: choose one of absent, equal, held, idle, long, never, "),
         (["toy", "--jobs", "0"], "both must be at least 1"),
         (["toy", "--set", "lr=1"], "--set lr=1: must be NAME=VALUE"),
+        (["toy", "--set", "LR=1", "--set", "LR=2"], "--set LR: is there twice, as 1 and 2"),
         (["toy", "--set", "LR=x"], "LR='x': must be a number"),
         (["toy", "--nproc", "5"], "toy, plain: BATCH_SIZE=12:"),
         (

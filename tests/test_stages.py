@@ -90,7 +90,7 @@ def test_each_cell_is_compared_with_its_reference(folder):
     Path("experiments/stages/toy.toml").write_text(text.replace("AGAINST", 'against = "none"'))
     stage = load_stage("toy")
     assert stage.references == cells
-    assert stage.in_order() == list(cells) and stage.is_reference("none LR=0.00396")
+    assert stage.references_first() == list(cells) and stage.is_reference("none LR=0.00396")
     said = text.replace("[variants.none]", '[variants.none]\nATTNGATE = "none"')
     for against, references in (
         ('{ATTNGATE = "none"}', cells),
@@ -298,7 +298,7 @@ def test_what_is_written_reads_the_same_whatever_it_says(folder):
         "base": {"N_LAYER": 2, "MUON_LR": ""} | tables["base"]
     }
     copy = load_stage("copy")
-    assert (copy.in_order()[0], copy.seeds, copy.max_seeds) == ('a "b"', (3, 5), 9)
+    assert (copy.references_first()[0], copy.seeds, copy.max_seeds) == ('a "b"', (3, 5), 9)
     assert copy.variants["c.d"]["BIAS"] == "1" and copy.axes == ("attngate", "bias")
     assert copy.variants['a "b"']["LR"] == "1e-20" and copy.next == tuple(tables["next"])
     stages.write_stage("copy", tables)
@@ -345,7 +345,7 @@ def test_variants_of_every_stage_differ_as_it_says_and_are_validated_alike(name,
     seeds = dict.fromkeys(stage.variants, stage.seeds[:1])
     runs = plan_stage.plan_runs(stage, seeds, 1, "dry")
     told = plan_stage.description(stage, runs)
-    assert [line.split(":")[0] for line in told[: len(runs)]] == stage.in_order()
+    assert [line.split(":")[0] for line in told[: len(runs)]] == stage.references_first()
     if stage.program == "scripts/train_rl.py":
         assert all(int(run.plan["val_prompts"]) >= 500 for run in runs)
     elif name.endswith("_cpu"):
@@ -415,7 +415,7 @@ def test_the_stages_of_the_sources_are_there_each_with_a_cpu_edition():
     }
     for name, (variants, seeds, steps, rate) in published.items():
         stage = load_stage(name)
-        first = stage.variants[stage.in_order()[0]]
+        first = stage.variants[stage.references_first()[0]]
         assert (len(stage.variants), len(stage.seeds), first["NUM_ITERATIONS"], first["LR"]) == (
             variants,
             seeds,
