@@ -40,6 +40,8 @@ SEEDS = {"alpha": 0.6, "markersize": 5, "markeredgecolor": "white", "markeredgew
 DASHED = {"color": GREY, "linewidth": 0.8, "linestyle": "--"}  # the reference
 PAIR = {"color": "#BBBBBB", "linewidth": 0.7, "zorder": 1}  # two runs of one seed
 LABEL = 30  # letters of a label on one line
+MARKED = 8  # points of a curve, of which each is marked: the lines between them say nothing
+NEAR = 0.03  # of an axis: what is nearer than this to a number on it has none of its own
 MOST_PAIRS = 12  # of more lines none can be followed
 WIDTHS = (14, 40)  # at one value of a numeric axis, in points: of a line's dots, of all lines'
 
@@ -216,15 +218,28 @@ def moved(ax: Axes, points: float) -> Transform:
     return ax.transData + ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
 
 
+def spaced(values: Iterable[float], log: bool) -> list[float]:
+    """Those of ascending values that have room for their numbers on an axis."""
+    values = [*values]
+    places = np.log(values) if log else np.array(values)
+    near = NEAR * (places[-1] - places[0])
+    kept = [0]
+    for i in range(1, len(values)):
+        if places[i] - places[kept[-1]] >= near:
+            kept.append(i)
+    return [values[i] for i in kept]
+
+
 def draw_over(ax: Axes, stage: Stage, groups: Groups, looks: Looks, x: str, y: str) -> None:
     """For each of {label: rows} a line over the numeric setting x: means, intervals and seeds of
-    column y, side by side."""
+    column y, side by side where lines share values of x and have intervals."""
     rows = pd.concat(groups.values())
     lines = estimates(stage, rows, y)
     width = min(WIDTHS[0], WIDTHS[1] / len(groups))
+    are_apart = rows.groupby(x)["variant"].nunique().max() > 1 and lines["low"].notna().any()
     places = offsets(rows["seed"])
     for i, (label, own) in enumerate(groups.items()):
-        middle = (i - (len(groups) - 1) / 2) * width
+        middle = are_apart * (i - (len(groups) - 1) / 2) * width
         cells = own.drop_duplicates("variant").sort_values(x)
         marks = lines.loc[cells["variant"]].reset_index(drop=True)
         ends = [marks["mean"] - marks["low"], marks["high"] - marks["mean"]]
@@ -239,9 +254,11 @@ def draw_over(ax: Axes, stage: Stage, groups: Groups, looks: Looks, x: str, y: s
         ax.update_datalim(ranges[[x, column]].dropna().to_numpy(float))
 
     values = sorted(rows[x].unique())
-    if 0 < 3 * values[0] < values[-1]:
+    is_log = 0 < 3 * values[0] < values[-1]
+    if is_log:
         ax.set_xscale("log")
     ax.margins(x=0.18)  # room for what is moved
+    values = spaced(values, is_log)
     rotation = 45 if len(values) > 6 else 0
     ax.set_xticks(values, [f"{value:g}" for value in values], rotation=rotation)
     ax.xaxis.set_minor_locator(NullLocator())
@@ -253,32 +270,62 @@ def draw_curves(
     ax: Axes, stage: Stage, groups: Groups, looks: Looks, points: pd.DataFrame, y: str, title: str
 ) -> None:
     """For each of {label: rows} the mean over seeds of column y of its curves against tokens, or
-    what progress says, its interval a band."""
+    what progress says, its interval a band; a training loss, being that of one batch, has none."""
     x = progress(stage, points)
     for label, rows in groups.items():
         own = points[points["run_id"].isin(rows["run_id"])].dropna(subset=y)
         means, halves = interval(own.groupby(x)[y])
-        mark = "o" if len(means) == 1 else ""  # of one point there is no line
-        (line,) = ax.plot(means.index, means, marker=mark, **looks[label])
+        mark = {"marker": "o", "markersize": 4} if len(means) <= MARKED else {}
+        (line,) = ax.plot(means.index, means, **mark, **looks[label])
+        if y.startswith("train_"):
+            continue
         band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
         ax.fill_between(means.index, means - halves, means + halves, **band)
     dress(ax, x, y, title, log=y.endswith("_loss"), words=words_of(stage))
 
 
+def with_train_differences(stage: Stage, curves: pd.DataFrame) -> pd.DataFrame:
+    """The curves of variants with the difference of their training loss to that of the reference's
+    run of the same seed at the same step, and so, but for what has another order of data, of the
+    same batch."""
+    keys = ["variant", "seed", "step"]
+    known = curves.dropna(subset="train_loss").set_index(keys)["train_loss"]
+    own = curves[~curves["variant"].map(stage.is_reference)]
+    partners = pd.MultiIndex.from_frame(
+        own[keys].assign(variant=own["variant"].map(stage.references))
+    )
+    theirs = known.reindex(partners).to_numpy()
+    return own.assign(train_difference=own["train_loss"] - theirs)
+
+
+def followed(stage: Stage, curves: pd.DataFrame) -> str:
+    """The column whose curves are shown: what the stage measures, or else the validation loss, or,
+    where both are known at the end alone, the training loss."""
+    done = curves[progress(stage, curves)]
+    known = [name for name in (stage.measure, "val_loss", "train_loss") if has(curves, name)]
+    often = [name for name in known if done[curves[name].notna()].nunique() > 1]
+    return (often or known or ["val_loss"])[0]
+
+
 def draw_halves(
     axes: list[Axes], stage: Stage, groups: Groups, looks: Looks, curves: pd.DataFrame
 ) -> None:
-    """Curves of what the stage measures, or else of the validation loss, or, where both are known
-    at the end alone, of the training loss: in one panel whole, in the other from the middle of the
-    run on."""
+    """Curves, in one panel whole, in the other from the middle of the run on. Of training losses
+    that are compared with one reference the other has the differences, for the loss of a batch is
+    that of its data more than that of a variant."""
     done = curves[progress(stage, curves)]
     late = curves[done >= done.max() / 2]
-    known = [name for name in (stage.measure, "val_loss", "train_loss") if has(curves, name)]
-    followed = [name for name in known if done[curves[name].notna()].nunique() > 1]
-    y = (followed or known or ["val_loss"])[0]
+    y = followed(stage, curves)
     name = name_of(y, words_of(stage))
     whole = name if y == "val_loss" else f"{name}, whole run"
     draw_curves(axes[0], stage, groups, looks, curves, y, whole)
+    if y == "train_loss" and len({*stage.references.values()}) == 1:
+        y, late = "train_difference", with_train_differences(stage, late)
+        name = name_of(y)
+        axes[1].axhline(0, **DASHED)
+        groups = {
+            label: own for label, own in groups.items() if {*own["run_id"]} & {*late["run_id"]}
+        }
     draw_curves(axes[1], stage, groups, looks, late, y, f"{name}, second half")
 
 
@@ -328,10 +375,19 @@ def difference_text(stage: Stage, rows: pd.DataFrame) -> str:
     return text
 
 
+def curves_text(stage: Stage, curves: pd.DataFrame) -> str:
+    """What the curves are, where they are not of validations."""
+    if followed(stage, curves) != "train_loss":
+        return ""
+    return "Training losses are of single batches, differences of them of the same one."
+
+
 def caption(stage: Stage, rows: pd.DataFrame, *sentences: str) -> str:
     """Devices, seeds, how to read the marks, what else there is to say, and what was not run."""
     devices = " / ".join(sorted(rows["device_name"].unique()))
     said = [f"Measured on {devices}.", seeds_text(rows), interval_text(rows), *sentences]
+    if stage.measure == "ema_val_loss":
+        said.append("Where nothing is averaged, weights are those of the last step.")
     missing = [label for label in stage.variants if label not in set(rows["variant"])]
     if missing:
         lacking = "" if stage.compares_losses else f" that has {stage.measure}"
@@ -365,6 +421,7 @@ def variants_figure(stage: Stage, rows: pd.DataFrame, curves: pd.DataFrame) -> F
     what = "losses" if stage.compares_losses else stage.measure
     joined = f"Grey lines join {what} of one seed." if is_joined(rows) else ""
     said = [difference_text(stage, rows), joined, dashed_text(stage, rows)]
+    said.append(curves_text(stage, curves))
     frame(
         fig,
         f"{stage.name}: {stage.question}",
@@ -428,6 +485,7 @@ def grid_figure(
         difference_text(stage, rows),
         dashed_text(stage, rows),
         f"Curves: each at the {name_of(number)} of its {best_text(stage)} ({shown}).",
+        curves_text(stage, curves),
     ]
     frame(fig, f"{stage.name}: {stage.question}", caption(stage, rows, *said), looks)
     return fig

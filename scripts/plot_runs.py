@@ -54,6 +54,7 @@ AXES = {  # column: what its axis says, and the unit
     "train_loss": ("training loss", "nats per token"),
     "val_loss": ("validation loss", "nats per token"),
     "difference": ("difference of the final loss", "nats per token"),
+    "train_difference": ("difference of the training loss", "nats per token"),
     "val_accuracy": ("validation accuracy", "fraction of tokens"),
     "reward": ("training reward", "mean over samples"),
     "tokens_per_sec": ("throughput", "tokens/s"),

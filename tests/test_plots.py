@@ -857,6 +857,37 @@ def test_a_run_without_the_measure_is_not_drawn(here):
         plot_ablation.figure("gates")
 
 
+def test_training_losses_are_compared_batch_by_batch_where_nothing_else_is_followed(here):
+    gates()
+    path = "experiments/log_curves_gates.csv"
+    curves = pd.read_csv(path)
+    curves["val_loss"] = curves["val_loss"].where(curves["step"] == 20)
+    curves["train_loss"] += 0.1 * curves["seed"] ** 2 * (curves["variant"] == "wide")
+    curves.to_csv(path, index=False)
+    fig = plot_ablation.figure("gates")
+    whole, late = fig.axes[-2:]
+    assert titles(fig)[-2:] == [
+        "Training loss, whole run",
+        "Difference of the training loss, second half",
+    ]
+    assert label_of(late.yaxis) == "difference of the training loss (nats per token)"
+    assert "Training losses are of single batches, differences of them of" in caption(fig)
+    assert not whole.collections and not late.collections, "no bands"
+    finished = curves[curves["seed"] < 4]
+    by_seed = finished.pivot(index=["step", "seed"], columns="variant", values="train_loss")
+    differences = (by_seed["wide"] - by_seed["none"]).dropna().groupby("step")
+    zero, *lines = late.lines
+    assert xy(lines[0]) == [[1000, 2000], pytest.approx(differences.mean())]
+    assert [line.get_color() for line in lines] == [legend(fig)["wide"]]
+
+
+def test_numbers_on_an_axis_have_room():
+    rates = [0.001, 0.002, 0.00375, 0.004, 0.0075, 0.008, 0.03]
+    assert plot_ablation.spaced(rates, log=True) == [0.001, 0.002, 0.00375, 0.0075, 0.03]
+    assert plot_ablation.spaced([1, 1.01, 1.5, 2], log=False) == [1, 1.5, 2]
+    assert plot_ablation.spaced([3], log=True) == [3]
+
+
 def test_the_best_of_a_grid_is_where_the_measure_is_best(here):
     rows, _ = rates()
     give_measure("rates")
