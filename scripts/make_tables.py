@@ -17,6 +17,7 @@ the table.
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
 import argparse
+import functools
 import re
 import sys
 from pathlib import Path
@@ -305,9 +306,10 @@ def other_view(stage_name: str, against: list[str]) -> str:
 def filled(text: str, stage_name: str) -> str:
     """A text with a stage's figures in it: {variant|column} becomes that cell of its table,
     {variant|interval} the 95 % interval of the difference; columns of its verdicts and settings of
-    its runs serve as well. Raises ValueError for what is none of these."""
+    its runs serve as well. {variant minus other|difference} is against another variant than its
+    reference, and so are interval and p. Raises ValueError for what is none of these."""
     stage, rows = load_stage(stage_name), rows_of(stage_name)
-    lines = table(stage, rows).set_index("variant")
+    own_lines = table(stage, rows).set_index("variant")
     path = RESULTS.with_name("tables") / f"{stage_name}_gate.csv"
     if not path.is_file():
         raise ValueError(f"no {path}; python scripts/run_stage.py {stage_name} --no-run makes it")
@@ -315,11 +317,19 @@ def filled(text: str, stage_name: str) -> str:
     gate = gate[gate.kind == "variant"].set_index("variant")
     runs = comparable(rows, stage).drop_duplicates("variant", keep="last").set_index("variant")
 
+    @functools.cache
+    def lines_against(label: str) -> pd.DataFrame:
+        tables = {name: value for name, value in read(stage_name).items() if name != "against"}
+        other = stage_of(stage_name, tables | {"reference": label})
+        return table(other, rows).set_index("variant").drop(columns="p_holm")
+
     def figure(place: re.Match) -> str:
         label, _, column = place[1].partition("|")
+        label, _, other = label.partition(" minus ")
+        lines = lines_against(other) if other else own_lines
         if column in ("interval", "95 % interval") and label in lines.index and "low" in lines:
             return interval_text(lines.low[label], lines.high[label])
-        for source in (lines, gate, runs):
+        for source in (lines,) if other else (lines, gate, runs):
             if label in source.index and column in source and pd.notna(source[column][label]):
                 return cell(column, source[column][label])
         if label not in lines.index:

@@ -11,6 +11,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 from conftest import committed
+from scipy.stats import ttest_1samp
 from jupyter_client.manager import start_new_kernel
 
 import make_notebook
@@ -135,6 +136,23 @@ def test_a_new_notebook_asks_the_question_of_its_stage_and_keeps_the_answer(copy
     with open(f"experiments/tables/{name}.csv", newline="") as file:
         loss = next(row for row in csv.DictReader(file) if row["variant"] == reference)
     assert re.search(rf"It is so: {float(loss['final_loss']):.4f} after \d+\.", said_now)
+
+
+def test_an_answer_may_compare_any_two_variants():
+    rows = pd.read_csv("experiments/results_speedrun_cpu.csv")
+    losses = rows.pivot(index="seed", columns="variant", values="final_loss")
+    pairs = losses["speedrun"] - losses["rows alone"]
+    test = ttest_1samp(pairs, 0)
+    low, high = test.confidence_interval(0.95)
+    asked = "{speedrun minus rows alone|%s}"
+    text = ", ".join(asked % column for column in ("difference", "interval", "p", "pairs"))
+    told = make_tables.filled(text, "speedrun_cpu")
+    assert (
+        told == f"{pairs.mean():+.4f}, {low:+.4f} to {high:+.4f}, {test.pvalue:.3f}, {len(pairs)}"
+    )
+    for wrong in (asked % "p_holm", asked % "verdict", "{speedrun minus nothing|difference}"):
+        with pytest.raises(ValueError):
+            make_tables.filled(wrong, "speedrun_cpu")
 
 
 def test_a_figure_that_an_answer_asks_for_in_vain_is_told():
