@@ -5,7 +5,8 @@
 
 A notebook has four parts: the question, the data, plots, the answer; the last is for you to write,
 and stays. Its figures are not typed: {elementwise|difference} becomes that cell of the table when
-the notebook is run; see make_tables.filled. It reads nothing but experiments/.
+the notebook is run, {elementwise minus headwise|difference} compares those two; see
+make_tables.filled. It reads nothing but experiments/.
 """
 
 import require_packages  # noqa: F401  first: it says what to run where one is missing
