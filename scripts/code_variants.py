@@ -23,7 +23,7 @@ from typing import NamedTuple
 from harness.settings import ROOT
 from store.contract import ConfigError
 from store.files import locked, write_whole
-from store.source import text_hash
+from store.source import modules_text, text_hash
 
 FOLDER = Path("logs/.code")
 TRAINER = "train_gpt.py"
@@ -215,6 +215,11 @@ def apply(code: Code) -> None:
                 'those CODE = "HEAD", or take the change out: git apply --reverse'
             )
         raise ConfigError(reason) from None
+    if tree_of(project_in(code.folder)) == code.tree:
+        raise ConfigError(
+            f"changes nothing of what runs depend on, {', '.join(PATHS)}; git diff in {ROOT}, with "
+            "no options that change its paths, makes patches that do"
+        )
 
 
 def remove(folder: Path, about: Path | None = None) -> None:
@@ -239,9 +244,25 @@ def keep_source(code: Code, program: str, source_sha: str) -> None:
 def source_in_git(commit: str) -> str:
     """The source_sha of the trainer in a commit, which need not be here as files. Raises
     ConfigError."""
-    names = git("ls-tree", "--name-only", commit, "scripts/ops/", at=ROOT).splitlines()
-    files = [TRAINER, *sorted(name for name in names if name.endswith(".py"))]
-    return text_hash("\n".join(git("show", f"{commit}:./{name}", at=ROOT) for name in files))
+
+    def python_files(folder: str) -> list[str]:
+        names = git("ls-tree", "--name-only", commit, folder, at=ROOT).splitlines()
+        return sorted(name for name in names if name.endswith(".py"))
+
+    def text_of(*names: str) -> str:
+        return "\n".join(git("show", f"{commit}:./{name}", at=ROOT) for name in names)
+
+    def read(module: str) -> str:
+        for place in (f"scripts/{module}", module):
+            if python_files(f"{place}.py"):
+                return text_of(f"{place}.py")
+            if f"{place}/__init__.py" in python_files(f"{place}/"):
+                return text_of(*python_files(f"{place}/"))
+        return ""
+
+    source = text_of(TRAINER)
+    own = [source, text_of(*python_files("scripts/ops/")), modules_text(source, read)]
+    return text_hash("\n".join(own))
 
 
 def source_of(name: str, program: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePath
 
+from harness.settings import ROOT
 from store.contract import ConfigError
 from plan_stage import pairs, refuse_unknown
 from code_variants import PATCHES
@@ -68,6 +69,8 @@ def code_tables(codes: Sequence[str], words: Sequence[str], name: str) -> tuple[
     """(name, tables) of the stage that compares versions of the code, the first being the
     reference; the words are settings of all runs, and SEEDS, how many or which. Raises
     ConfigError."""
+    if not FOLDER.is_dir():
+        raise ConfigError(f"--code {codes[0]}: {FOLDER} is not here; cd {ROOT} and run this there")
     codes = [*codes, "."] if len(codes) == 1 else codes
     labels = ["tree" if code in THE_TREE else code for code in codes]
     for label in labels:

@@ -19,7 +19,8 @@ from store.files import write_whole
 from store.process import ENDINGS, usable_cores
 from store.tables import update_results
 import train_gpt
-from plan_stage import HAS_RESULT, PlannedRun, environment_here, results, status_of
+from plan_stage import HAS_RESULT, PlannedRun, environment_here, results, source_now, status_of
+from stages import TRAINER
 from train_gpt import Config
 
 POLL = 0.5  # seconds
@@ -67,6 +68,11 @@ def clock_at_end(began: float, ran: float, to_do: int) -> str:
     return time.strftime("%H:%M", time.localtime(began + spent * to_do / ran))
 
 
+def is_edited(run: PlannedRun) -> bool:
+    """Whether the trainer here is another than the run was planned with, which it would read."""
+    return run.program == TRAINER and source_now() != run.plan["source_sha"]
+
+
 class Pool:
     """Runs that go on at the same time, up to `jobs` of them; it starts them, watches them and
     ends them in order."""
@@ -107,6 +113,12 @@ class Pool:
                     ending = True
                     waiting = []
                     going = self.end_own(going)
+                if waiting and len(going) < self.jobs and is_edited(waiting[0]):
+                    tqdm.write(
+                        f"{TRAINER} or what it imports was edited since these runs were planned: "
+                        f"{len(waiting)} are not started"
+                    )
+                    failed, waiting = [*failed, *waiting], []
                 while waiting and len(going) < self.jobs:
                     going.append(self.start(waiting.pop(0), going))
 
@@ -175,6 +187,13 @@ class Pool:
             return status
 
         summary = self.last_summary(run)
+        trained_by = summary.get("source_sha") or run.identity[4]
+        if trained_by != run.identity[4]:
+            tqdm.write(
+                f"{run.run_id}: was trained by other code, source_sha {trained_by}, than was "
+                f"planned, {run.identity[4]}; mv {run.files.folder}* elsewhere to train it anew"
+            )
+            return "of other code"
         write_whole(run.files.json, summary_text(summary))
         # the trainer may have failed to do this
         update_results(Config.results_csv, [summary])

@@ -107,10 +107,18 @@ def line_of(stage: Stage, variant: str, rows: pd.DataFrame, runs: pd.DataFrame) 
     unfinished = all_of_it[(all_of_it.status != "ok") & ~all_of_it.seed.isin(own.seed)]
     counts = unfinished.drop_duplicates("seed", keep="last").status.value_counts()
     line |= {"unfinished": ", ".join(f"{n} {status}" for status, n in counts.items())}
+    shown = own if len(own) else described
     for name in stage.columns:  # a setting in which the variants do not differ
-        if name not in line and len(described.get(setting_of(name), [])):
-            line[name] = described[setting_of(name)].iloc[0]
+        if name not in line and len(shown.get(setting_of(name), [])):
+            line[name] = same_or_mean(shown[setting_of(name)])
     return line
+
+
+def same_or_mean(values: pd.Series) -> object:
+    """What all runs of a variant have, or the mean of numbers that differ; NaN for other texts."""
+    if values.nunique(dropna=False) == 1:
+        return values.iloc[0]
+    return pd.to_numeric(values, errors="coerce").mean()
 
 
 def setting_of(column: str) -> str:
@@ -305,9 +313,9 @@ def other_view(stage_name: str, against: list[str]) -> str:
 
 def filled(text: str, stage_name: str) -> str:
     """A text with a stage's figures in it: {variant|column} becomes that cell of its table,
-    {variant|interval} the 95 % interval of the difference; columns of its verdicts and settings of
-    its runs serve as well. {variant minus other|difference} is against another variant than its
-    reference, and so are interval and p. Raises ValueError for what is none of these."""
+    {variant|interval} the 95 % interval of the difference; columns of its verdicts and of its runs,
+    as settings, serve as well. {variant minus other|difference} is against another variant than
+    its reference, and so are interval and p. Raises ValueError for what is none of these."""
     stage, rows = load_stage(stage_name), rows_of(stage_name)
     own_lines = table(stage, rows).set_index("variant")
     path = RESULTS.with_name("tables") / f"{stage_name}_gate.csv"
@@ -315,7 +323,7 @@ def filled(text: str, stage_name: str) -> str:
         raise ValueError(f"no {path}; python scripts/run_stage.py {stage_name} --no-run makes it")
     gate = pd.read_csv(path)
     gate = gate[gate.kind == "variant"].set_index("variant")
-    runs = comparable(rows, stage).drop_duplicates("variant", keep="last").set_index("variant")
+    runs = comparable(rows, stage).groupby("variant")
 
     @functools.cache
     def lines_against(label: str) -> pd.DataFrame:
@@ -329,9 +337,13 @@ def filled(text: str, stage_name: str) -> str:
         lines = lines_against(other) if other else own_lines
         if column in ("interval", "95 % interval") and label in lines.index and "low" in lines:
             return interval_text(lines.low[label], lines.high[label])
-        for source in (lines,) if other else (lines, gate, runs):
+        for source in (lines,) if other else (lines, gate):
             if label in source.index and column in source and pd.notna(source[column][label]):
                 return cell(column, source[column][label])
+        if not other and label in runs.groups and column in runs.obj:
+            value = same_or_mean(runs.get_group(label)[column])
+            if pd.notna(value):
+                return cell(column, value)
         if label not in lines.index:
             choices = ", ".join(lines.index)
             raise ValueError(f"{place[0]} names no variant of {stage_name}: choose from {choices}")

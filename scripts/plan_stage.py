@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from harness.ranks import Ranks
 from harness.settings import ROOT
 from store.contract import ConfigError, DataError
-from store.source import source_hash
+from store.source import modules_text, package_text, text_hash
 import code_variants
 import train_gpt
 from code_variants import Code
@@ -335,6 +335,12 @@ def resolved_by_its_code(
     return known
 
 
+def source_now() -> str:
+    """The source_sha of the trainer as its files are at this moment."""
+    source = (ROOT / TRAINER).read_text("utf-8")
+    return text_hash(source + package_text("ops") + modules_text(source))
+
+
 def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) -> PlannedRun:
     """The run of a variant with a seed. Raises ConfigError, DataError."""
     given = ({"DEVICE": "cuda"} if mode == "slurm" else {}) | stage.variants[variant]
@@ -351,7 +357,7 @@ def make_run(stage: Stage, variant: str, seed: int, world_size: int, mode: str) 
     if code:
         program = str(code_variants.root_of(code) / program)
     elif program == TRAINER:  # as it is now, which the runs will read
-        plan["source_sha"] = source_hash((ROOT / TRAINER).read_text("utf-8"))
+        plan["source_sha"] = source_now()
     data = "" if known.data == "none" else known.data
     identity = (stage.name, variant, str(seed), plan["config_hash"], plan["source_sha"], data)
     settings |= {"SEED": str(seed), "STAGE": stage.name, "VARIANT": variant}

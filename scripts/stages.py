@@ -79,6 +79,10 @@ CODE = "CODE"  # which code runs a variant, see code_variants.py; no setting of 
 THE_TREE = ("", ".", "tree")  # names of the working tree, the code that is here
 MOST_SEEDS = 50
 FINAL_LOSS = "final_loss"
+# columns of tables by which runs are told apart, or that follow from what is measured
+NO_MEASURES = (
+    "variant seed seeds run_id stage status against sd difference low high pairs p".split()
+)
 
 
 class Measure(NamedTuple):
@@ -381,6 +385,11 @@ def stage_of(name: str, tables: dict) -> Stage:
     check_tables(tables, path)
     variants = variants_of(tables)
     program = tables.get("program", TRAINER)
+    if tables.get("measure") in NO_MEASURES:
+        raise ValueError(
+            f"{path}: measure = {tables['measure']!r}: is no figure of a run; choose one of "
+            f"{', '.join([FINAL_LOSS, *MEASURES])}, or another column of results that has numbers"
+        )
     with_schedules = scheduled(variants, tables, path)
     check_variants(with_schedules, program, path)
 

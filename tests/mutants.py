@@ -891,8 +891,8 @@ MUTANTS = [
     Mutant(
         "an answer that nobody has written",
         "notebooks/stage1_cpu.ipynb",
-        "Not at this length: after {none|num_iterations}",
-        "Not yet written. After {none|num_iterations}",
+        "`gates_cpu`): after {none|num_iterations}",
+        "`gates_cpu`) Not yet written. After {none|num_iterations}",
         "tests/test_notebooks.py::test_figures_in_an_answer_are_filled_in_not_typed",
     ),
 ]

@@ -38,6 +38,7 @@ import harness.run
 from harness.checkpoints import VERSION, Checkpoints, changed_settings, find_checkpoint, tally
 from harness.records import Records
 from store.contract import CURVE, ConfigError
+from store.source import source_hash
 import train_gpt
 from train_gpt import Config, State
 
@@ -586,6 +587,31 @@ def test_resume_auto_without_anything_starts_and_after_the_end_only_validates_ag
         row(settings)[name] == told[name]
         for name in ("started", "final_loss", "best_loss", "status", "tokens")
     )
+
+
+def test_a_row_names_the_code_that_trained(settings, monkeypatch):
+    """All of it: of a run that goes on under other code both, and under no circumstances the code
+    that found it finished."""
+    first, second, third = (f"{train_gpt.SOURCE}\nEDIT = {i}\n" for i in range(3))
+    hashes = [source_hash(text) for text in (first, second, third)]
+    assert len({*hashes}) == 3
+    settings |= {"SAVE_EVERY": 4, "RESUME": "auto"}
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.checkpoints, "SAVE_STALL", 60.0)
+        patch.setattr(train_gpt, "SOURCE", first)
+        dies_at(patch, 6)
+        assert launch(settings)[0] == [-9]
+    assert row(settings)["source_sha"] == hashes[0]
+    for source, is_mixed in (first, False), (second, True), (third, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt, "SOURCE", source)
+            if source == first:  # again, to die later
+                dies_at(patch, 7)
+            code, out = launch(settings)
+        assert code == [-9 if source == first else 0], out
+        assert ("warning: other code has trained this run, too" in out) == is_mixed
+        said = hashes[0] if source == first else f"{hashes[0]}+{hashes[1]}"
+        assert row(settings)["source_sha"] == summary(settings)["source_sha"] == said
 
 
 def test_two_live_runs_never_share_an_id(settings, monkeypatch):

@@ -19,18 +19,19 @@ import run_stage
 import split_results
 from harness.settings import ROOT
 from stages import load_stage, toml_text
+from store import source
 from store.source import HARNESS, source_hash, text_hash
 import train_gpt
 
 # It trains nothing: its loss follows from LR and the seed. It leaves a row and a curve as a run.
 STUB = '''
-import os, subprocess, sys
+import importlib, os, subprocess, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "scripts"))
 from store.source import HARNESS, source_hash, text_hash
-import train_gpt
+train_gpt = importlib.import_module("train_gpt")
 from store.tables import update_results
 
 LR = 0.1
@@ -108,6 +109,7 @@ def checkout(tmp_path, monkeypatch):
         git("commit", "-qm", "The trainer")
         for module in (code_variants, plan_stage, launch_runs):
             monkeypatch.setattr(module, "ROOT", folder)
+        monkeypatch.setattr(source, "PLACES", (folder / "scripts", folder))
         Path("experiments/stages").mkdir(parents=True)
         return folder
 

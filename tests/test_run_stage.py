@@ -360,6 +360,38 @@ def test_a_run_that_is_live_elsewhere_is_waited_for_and_not_started(project, mon
     ).lock.release()  # looking has not taken it
 
 
+def test_runs_are_of_the_code_that_they_were_planned_with(project, monkeypatch, tmp_path, capsys):
+    """A trainer that is edited while a stage is run trains no other run of it, and a run that other
+    code has trained is not called its result."""
+    monkeypatch.setattr(plan_stage, "ROOT", tmp_path)
+    trainer = tmp_path / "train_gpt.py"
+    trainer.write_text(train_gpt.SOURCE)
+    pretend(
+        monkeypatch,
+        f"open({str(trainer)!r}, 'a').write('EDITED = True\\n'); Path('started').write_text('')",
+    )
+    runs = plan((1,))
+    assert pool().work(runs) == runs and Path("started").exists()
+    out = capsys.readouterr().out
+    assert "it ended without a word" in out
+    assert "train_gpt.py or what it imports was edited since these runs were planned: 1 are" in out
+
+    trainer.write_text(train_gpt.SOURCE)
+    run = plan((2,))[0]
+    summary = finished(run) | {"source_sha": "of_another"}
+    pretend(
+        monkeypatch,
+        f"Path({str(run.files.json)!r}).write_text({json.dumps(json.dumps(summary))})",
+    )
+    assert pool().work([run]) == [run]
+    out = capsys.readouterr().out
+    assert (
+        f"{run.run_id}: was trained by other code, source_sha of_another, than was planned" in out
+    )
+    assert f"{run.run_id}: of other code" in out
+    assert run.run_id not in {row["run_id"] for row in rows()}
+
+
 def test_a_signal_has_the_runs_save_and_nothing_else_start(project, monkeypatch):
     pretend(
         monkeypatch,

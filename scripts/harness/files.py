@@ -7,6 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from store.files import whole_lines
+
 # Columns of the curve that the summary of a run that has ended keeps, and of how many rows.
 HISTORY = ("step", "train_time", "tokens_per_sec", "train_loss", "val_loss", "val_accuracy")
 MOST_POINTS = 1000
@@ -80,8 +82,3 @@ def summary_text(summary: dict) -> str:
     """What the JSON of a run holds of a summary: a line for each name."""
     body = ",\n".join(f" {json.dumps(name)}: {json.dumps(summary[name])}" for name in summary)
     return f"{{\n{body}\n}}\n"
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file, without one that is still being written; [] where there is no file."""
-    return re.findall("(.*)\n", path.read_text("utf-8", "replace")) if path.exists() else []

@@ -18,14 +18,14 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from harness.checkpoints import changed_settings, find_checkpoint, set_aside, step_folders
-from harness.files import RunFiles, summary_text, whole_lines
+from harness.files import RunFiles, summary_text
 from harness.provenance import git_state, machine_text, utc_now
 from harness.ranks import Ranks
 from harness.settings import ROOT, Settings
 from store.contract import ConfigError
-from store.files import write_whole
+from store.files import whole_lines, write_whole
 from store.secrets import redact
-from store.source import HARNESS, OPS, source_hash, text_hash
+from store.source import HARNESS, OPS, lineage, modules_text, text_hash
 from store.tables import update_results
 
 
@@ -75,7 +75,7 @@ class Records:
         self.files.stop.unlink(missing_ok=True)
         if self.files.error.exists():
             self.files.error.replace(self.files.folder / "last_error.txt")
-        self.begin_summary()
+        self.begin_summary(step)
         try:
             self.begin_files(step)
         except OSError as error:
@@ -86,6 +86,10 @@ class Records:
         self.print(f"run_id:{self.files.run_id}\nchanges: {plan['changes'] or 'none'}")
         if checkpoint:
             self.print(f"resumed:{checkpoint}")
+        if "+" in self.summary["source_sha"]:
+            warnings.append(
+                "other code has trained this run, too, so its row is compared with none"
+            )
         for warning in warnings:
             self.print(f"warning: {warning}")
         steps = self.cfg.num_iterations
@@ -93,7 +97,7 @@ class Records:
         start_trackers(self.cfg, self.files)
         return checkpoint
 
-    def begin_summary(self) -> None:
+    def begin_summary(self, step: int) -> None:
         """Puts into the summary what is known at the start, names first."""
         old = {}
         if self.files.log.exists():
@@ -108,7 +112,6 @@ class Records:
             "started": old.get("started", utc_now()),
             "git": commit,
             "dirty": dirty,
-            "source_sha": source_hash(self.source),
             "harness_sha": text_hash(HARNESS),
             "host": platform.node(),
             "torch": torch.__version__,
@@ -116,12 +119,13 @@ class Records:
             "error": None,
         }
         self.summary = identity | found_here | self.summary
+        self.summary |= lineage(self.source, dirty, old, step, self.cfg.num_iterations)
         self.n_given = len(self.summary)  # what comes after these is measured
 
     def begin_files(self, step: int) -> None:
         """Log and curve without what will be run again, a head of the log, summary and row."""
         log = truncate_to_step(self.files.log, step)
-        sources = (self.source, HARNESS + OPS)
+        sources = (self.source, HARNESS + OPS + modules_text(self.source))
         if any(text not in log for text in sources):
             rule = "=" * 100
             texts = (*sources, f"{machine_text()}\nsettings: {summary_text(self.summary)}")
@@ -208,8 +212,8 @@ def start_trackers(cfg: Settings, files: RunFiles) -> None:
     if cfg.trackers == "none":
         return
     script = ROOT / "scripts" / "track.py"
-    options = ["--to", cfg.trackers, "--follow", "--log-dir", cfg.log_dir]
-    command = [sys.executable, script, files.run_id, *options]
+    options = "--to", cfg.trackers, "--follow", "--log-dir", cfg.log_dir
+    command = sys.executable, script, files.run_id, *options
     with contextlib.suppress(OSError), open(files.folder / "track.txt", "ab") as out:
         subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,3 +83,8 @@ def quoted(text: str) -> str:
         for line in text.splitlines()
     ]
     return "".join(f"\n| {line}" for line in lines)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, without one that is still being written; [] where there is no file."""
+    return re.findall("(.*)\n", path.read_text("utf-8", "replace")) if path.exists() else []

@@ -4,7 +4,9 @@ import functools
 import hashlib
 import io
 import keyword
+import re
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -16,6 +18,34 @@ def package_text(name: str) -> str:
 
 HARNESS = package_text("store") + package_text("harness")
 OPS = package_text("ops")  # formulas, which a program's results depend on as on its own text
+KNOWN = ("harness", "store", "ops")  # packages that are always there
+PLACES = (Path(__file__).parents[1], Path(__file__).parents[2])  # scripts/, and what it is in
+IMPORT = re.compile(r"^[ \t]*(?:from (\w+)|import (.+))", re.M)
+
+
+def read_module(name: str) -> str:
+    """The text of a module or package that stands in scripts/ or beside it; "" for any other."""
+    for folder in PLACES:
+        if (folder / f"{name}.py").is_file():
+            return (folder / f"{name}.py").read_text("utf-8")
+        if (folder / name / "__init__.py").is_file():
+            return "".join(path.read_text("utf-8") for path in sorted(folder.glob(f"{name}/*.py")))
+    return ""
+
+
+def modules_text(source: str, read: Callable[[str], str] = read_module) -> str:
+    """The text of what a program imports of the project, and what that imports, but for KNOWN and
+    what is in its text already."""
+    texts: dict[str, str] = {}
+    waiting = [source]
+    while waiting:
+        for one, several in IMPORT.findall(waiting.pop()):
+            for words in several.split(",") if several else [one]:
+                name = re.match(r"\w*", words.strip())[0]
+                if name and name not in KNOWN and name not in texts:
+                    texts[name] = read(name)
+                    waiting.append(texts[name])
+    return "".join(texts[name] for name in sorted(texts) if texts[name] not in source)
 
 
 def code_tokens(source: str) -> list[str]:
@@ -78,9 +108,24 @@ def text_between(lines: list[str], start: tuple[int, int], end: tuple[int, int])
 
 
 def source_hash(source: str) -> str:
-    """text_hash of a program and scripts/ops/, which decide together whether two runs are the same
-    experiment."""
-    return text_hash(source + OPS)
+    """text_hash of a program, scripts/ops/ and what else it imports of the project, which decide
+    together whether two runs are the same experiment."""
+    return text_hash(source + OPS + modules_text(source))
+
+
+def lineage(source: str, dirty: int, old: dict, step: int, steps: int) -> dict:
+    """What the row of a run says of its code that is at a step, -1 for one that begins: the
+    source_sha of this source; for one that goes on that of its old summary, too, joined by +, where
+    they differ, so that it is compared with neither; the old alone where nothing is left to train.
+    """
+    now = source_hash(source)
+    known = {name: old.get(name) for name in ("git", "dirty", "source_sha")}
+    if step < 0 or not known["source_sha"]:
+        return {"source_sha": now}
+    if step >= steps:
+        return known
+    shas = dict.fromkeys([*known["source_sha"].split("+"), now])
+    return {"source_sha": "+".join(shas), "dirty": known["dirty"] or dirty}
 
 
 @functools.cache
