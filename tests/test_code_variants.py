@@ -19,6 +19,7 @@ import run_stage
 import split_results
 from harness.settings import ROOT
 from stages import load_stage, toml_text
+from store.contract import ConfigError
 from store import source
 from store.source import HARNESS, source_hash, text_hash
 import train_gpt
@@ -309,6 +310,42 @@ def test_a_patch_is_for_the_working_tree_with_what_is_not_committed(repo):
     assert (git("status", "--short"), git("write-tree")) == before, "tree and index stay"
 
 
+def test_a_module_that_the_code_imports_is_part_of_it(repo):
+    """As text of a commit, and as a worktree has it."""
+    git("checkout", "-q", "-B", "module")
+    for value in (1, 2):
+        Path("scripts/idea.py").write_text(f"FACTOR = {value}\n")
+        Path("train_gpt.py").write_text(STUB.replace("LR = 0.1", "import idea\n\nLR = 0.1"))
+        git("add", ".")
+        git("commit", "-qm", f"A module with {value}")
+    git("checkout", "-q", "main")
+    write_stage(repo, {"two": {"CODE": "module"}, "one": {"CODE": "module~1"}}, seeds=[1])
+    assert work() == 2
+    two, one = (
+        {row["variant"]: row["source_sha"] for row in rows()}[name] for name in ("two", "one")
+    )
+    assert two != one
+    for ref, sha in (("module", two), ("module~1", one)):
+        assert code_variants.source_in_git(git("rev-parse", ref)) == sha
+
+
+def test_a_patch_that_changes_nothing_of_a_run_is_refused(repo):
+    patch("idea.patch", "import ", "import  ", "scripts/ops/averages.py")
+    good = Path("idea.patch").read_text()
+    for wrong in (
+        good.replace("a/scripts", "scripts").replace("b/scripts", "scripts"),
+        README_PATCH,
+    ):
+        Path("idea.patch").write_text(wrong)
+        forget()
+        with pytest.raises(ConfigError, match="CODE=idea.patch: changes nothing of what runs dep"):
+            code_variants.root_of(code_variants.found("idea.patch"))
+    Path("idea.patch").write_text(good)
+    forget()
+    assert code_variants.root_of(code_variants.found("idea.patch")).is_dir()
+
+
+README_PATCH = "--- a/README.md\n+++ b/README.md\n@@ -0,0 +1 @@\n+a\n"
 DAMAGES = [
     "rm logs/.code/*/train_gpt.py",
     "sed -i s/0.1/0.7/ logs/.code/*/train_gpt.py",

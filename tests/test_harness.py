@@ -102,6 +102,33 @@ def test_formulas_are_part_of_the_source(monkeypatch):
     assert source_hash(TEXT) != before
 
 
+def test_what_a_program_imports_of_the_project_is_part_of_the_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "PLACES", (tmp_path / "scripts", tmp_path))
+    for name in ("idea.py", "of_idea.py", "parts/__init__.py", "parts/one.py"):
+        (tmp_path / "scripts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scripts" / name).write_text("FACTOR = 1\n")
+    (tmp_path / "beside.py").write_text("import json, of_idea as other\n")
+    programs = {
+        "idea.py": f"{TEXT}\nfrom idea import FACTOR\n",
+        "parts/one.py": f"{TEXT}\ndef late():\n    import math, parts.one as one\n",
+        "of_idea.py": f"{TEXT}\nimport beside\n",
+    }
+    before = {name: source_hash(program) for name, program in programs.items()}
+    assert len({*before.values()}) == 3
+    for changed in programs:
+        path = tmp_path / "scripts" / changed
+        path.write_text("FACTOR = 1  # as before\n")
+        assert {name: source_hash(program) for name, program in programs.items()} == before
+        path.write_text("FACTOR = 2\n")
+        after = {name: source_hash(program) for name, program in programs.items()}
+        assert [name for name in programs if after[name] != before[name]] == [changed]
+        path.write_text("FACTOR = 1\n")
+    assert source.modules_text(train_gpt.SOURCE) == "", "of the trainer all is counted elsewhere"
+    assert source.modules_text("import idea", lambda _: "") == ""
+    whole = programs["idea.py"] + "FACTOR = 1\n"
+    assert source_hash(whole) == text_hash(whole + source.OPS), "what is there counts once"
+
+
 def test_a_run_says_which_source_and_harness_it_had(settings):
     assert launch(settings | {"NUM_ITERATIONS": 1, "WARMDOWN_ITERS": 0})[0] == [0]
     (row,) = rows(settings)

@@ -262,6 +262,14 @@ def test_why_a_stage_is_not_run_is_told_where_it_is_listed(folder, capsys):
     assert "  Not run: seeds spread by more than it asks for\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("measure", ["seed", "seeds", "variant", "p"])
+def test_what_is_no_figure_of_a_run_is_not_compared(folder, measure):
+    path = Path("experiments/stages/toy.toml")
+    path.write_text(f'measure = "{measure}"\n{path.read_text()}')
+    with pytest.raises(ValueError, match=f"measure = '{measure}': is no figure of a run; choose"):
+        load_stage("toy")
+
+
 def test_an_unknown_stage_is_told_the_known_ones(folder, capsys):
     assert stages.main(["tou"]) == 2
     assert "STAGE tou: choose one of toy" in capsys.readouterr().err
@@ -638,16 +646,22 @@ def test_tables_are_what_the_rows_say(folder):
 
 
 def test_a_table_begins_with_the_columns_that_its_stage_names(folder, capsys):
-    """Settings that do not vary among them, and the accuracy, which no other table has."""
-    names = ["learning_rate", "n_layer", "final_loss", "train_time", "val_accuracy", "seeds"]
-    made = [one | {"n_layer": 2, "val_accuracy": one["seed"] / 8} for one in ROWS[:6]]
+    """Settings that do not vary among them, figures of runs, as means, and the accuracy, which no
+    other table has."""
+    names = ["learning_rate", "n_layer", "final_loss", "train_time", "val_accuracy", "ppl", "seeds"]
+    made = [
+        one | {"n_layer": 2, "val_accuracy": one["seed"] / 8, "ppl": one["seed"] ** 2}
+        for one in ROWS[:6]
+    ]
     results(made)
     Path("experiments/stages/toy.toml").write_text(f"columns = {names}\n{FILE}")
     text = make_tables.write_tables("toy")
     table = pd.read_csv("experiments/tables/toy.csv")
-    assert list(table.columns[:9]) == [*names, "variant", "attn_gate", "sd"]
+    assert list(table.columns[:10]) == [*names, "variant", "attn_gate", "sd"]
     assert text.startswith(f"| {' | '.join(names)} | variant | attn_gate | sd | difference | 95 % ")
-    assert "| 0.1 | 2 | 2.8000 | 1m 2.0s | 0.2500 | 3 | a gate LR=0.1 | headwise |" in text
+    assert (
+        "| 0.1 | 2 | 2.8000 | 1m 2.0s | 0.2500 | 4.66667 | 3 | a gate LR=0.1 | headwise |" in text
+    )
     Path("experiments/stages/toy.toml").write_text(f"columns = ['loss']\n{FILE}")
     assert make_tables.main(["toy"]) == 2
     assert "columns: 'loss' is no column of its table; choose a setting, or one of variant, " in (
