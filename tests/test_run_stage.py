@@ -1076,7 +1076,7 @@ def test_step_times_of_something_else_are_not_used_silently(clock, project, monk
         changed.setattr(time_stage, "device_here", lambda cfg: "another")
         told("device")
     with monkeypatch.context() as changed:
-        changed.setattr(plan_stage, "source_hash", lambda text: "another")
+        changed.setattr(plan_stage, "source_now", lambda: "another")
         told("source_sha")
     write_stage(project | {"N_EMBD": 64}, {"plain": {}, "gated": {"ATTNGATE": "headwise"}})
     plan_stage.checked.cache_clear()
