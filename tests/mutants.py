@@ -889,6 +889,20 @@ MUTANTS = [
         "tests/test_stages.py::test_a_setting_of_the_command_line_reaches_every_variant",
     ),
     Mutant(
+        "a run that goes on under other code is that code's",
+        "scripts/store/source.py",
+        'shas = dict.fromkeys([*known["source_sha"].split("+"), now])',
+        "shas = [now]",
+        "tests/test_checkpoints.py::test_a_row_names_the_code_that_trained",
+    ),
+    Mutant(
+        "an edited trainer trains what was planned before",
+        "scripts/launch_runs.py",
+        'return run.program == TRAINER and source_now() != run.plan["source_sha"]',
+        "return False",
+        "tests/test_run_stage.py::test_runs_are_of_the_code_that_they_were_planned_with",
+    ),
+    Mutant(
         "an answer that nobody has written",
         "notebooks/stage1_cpu.ipynb",
         "`gates_cpu`): after {none|num_iterations}",

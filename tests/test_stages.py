@@ -413,6 +413,13 @@ def test_a_setting_of_the_command_line_reaches_every_variant(name):
             assert vars(after) == expected, label
 
 
+def test_a_small_stage_has_published_runs_or_says_why_not():
+    small = [path.stem for path in committed("experiments/stages/*_cpu*.toml")]
+    published = {name for name in small if Path(f"experiments/results_{name}.csv").is_file()}
+    said = {name for name in small if load_stage(name).not_run}
+    assert len(small) > 20 and published | said == {*small} and not published & said
+
+
 def test_the_stages_of_the_sources_are_there_each_with_a_cpu_edition():
     """Variants, steps, rates and seeds as published."""
     published = {
