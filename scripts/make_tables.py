@@ -192,6 +192,18 @@ def left_out(stage: Stage, rows: pd.DataFrame) -> list[str]:
     return [f"Left out: {count} finished runs {what}." for what, count in counts.items() if count]
 
 
+def differences_without_p(lines: pd.DataFrame) -> str:
+    """Why the differences of a table have no p."""
+    if (lines.difference.dropna() == 0).all():
+        return (
+            "With every seed the losses are the same to the last digit: what differs here has no "
+            "effect, as a part that no setting switches on."
+        )
+    if lines.get("pairs", lines.difference * np.nan).max() > 1:
+        return "Differences are the same with every seed, so there is no p."
+    return "Differences are of single pairs of runs with the same seed: no finding."
+
+
 def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     """What a reader of the table must know, in sentences."""
     runs = measured(comparable(rows, stage), stage)
@@ -200,10 +212,7 @@ def notes(stage: Stage, lines: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     if measure_text(stage):
         said.append(measure_text(stage))
     if "difference" in lines and "p" not in lines:
-        what = "Differences are of single pairs of runs with the same seed: no finding."
-        if lines.get("pairs", lines.difference * np.nan).max() > 1:
-            what = "Differences are the same with every seed, so there is no p."
-        said.append(what)
+        said.append(differences_without_p(lines))
     if "p" in lines:
         compared = lines.dropna(subset="p")
         is_paired = compared.get("pairs", compared.p * np.nan).notna()

@@ -8,7 +8,7 @@ install_into_venv
 .venv/bin/python scripts/prepare_data.py --source package:sympy --tokenizer bytes --out data/sympy
 export PRESET=quickstart
 export RUN_ID=${RUN_ID:-quickstart-$(date -u +%Y%m%d-%H%M%S)} LOG_DIR=${LOG_DIR:-logs}
-.venv/bin/torchrun --standalone --nproc_per_node=1 train_gpt.py
+.venv/bin/python train_gpt.py
 [ -f "$LOG_DIR/$RUN_ID/model.safetensors" ] || exit 0 # it was stopped, and has said how to go on
 
 echo
@@ -25,9 +25,9 @@ echo
 cat <<TEXT
 
 Next, after \`source .venv/bin/activate\`:
-  python scripts/sample.py $RUN_ID --interactive                                             # give it beginnings
-  PRESET=quickstart ATTNGATE=elementwise torchrun --standalone --nproc_per_node=1 train_gpt.py   # change one thing
-  DRY_RUN=1 python train_gpt.py                                                                  # the default run's plan
-  python train_gpt.py --help                                                                     # all that can be set
-  python scripts/run_stage.py smoke                                                              # variants and seeds, to a verdict
+  python scripts/sample.py $RUN_ID --interactive          # give it beginnings
+  PRESET=quickstart ATTNGATE=elementwise python train_gpt.py                 # change one thing; torchrun for several GPUs
+  DRY_RUN=1 python train_gpt.py                                              # the default run's plan
+  python train_gpt.py --help                                                 # all that can be set
+  python scripts/run_stage.py smoke                                          # variants and seeds, to a verdict
 TEXT

@@ -676,6 +676,16 @@ def test_a_table_begins_with_the_columns_that_its_stage_names(folder, capsys):
     )
 
 
+def test_a_change_that_has_no_effect_is_called_that(folder):
+    results([one | {"final_loss": 3.0 + one["seed"]} for one in ROWS[:6]])
+    assert "the same to the last digit: what differs here has no effect" in (
+        make_tables.write_tables("toy")
+    )
+    changed = {"a gate LR=0.1": 0.5, "none LR=0.1": 0}
+    results([one | {"final_loss": one["seed"] + changed[one["variant"]]} for one in ROWS[:6]])
+    assert "no effect" not in make_tables.write_tables("toy")
+
+
 def test_tables_of_the_sources_begin_as_published():
     begin = {
         "stage1": "attn_gate gate_act seeds final_loss train_time",

@@ -181,11 +181,11 @@ class Run:
     def close(self, weights: Mapping[str, Tensor]) -> None:
         """Ends the run with the status last polled; without one it is "ok" and leaves weights."""
         records, status = self.records, self.watch.status or "ok"
+        self.watch.wait_for_records()
+        self.checkpoints.wait(last=True)
         if status != "ok":
             command = command_of(self.cfg, self.changes, records.files.run_id, self.ranks)
             records.print(f"{status} at step {self.step}; this goes on: {command}")
-        self.watch.wait_for_records()
-        self.checkpoints.wait(last=True)
         if status == "ok" and self.ranks.rank == 0:
             export_weights(weights, self.cfg, records.files.folder)
         records.close(status)
