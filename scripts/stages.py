@@ -80,9 +80,7 @@ THE_TREE = ("", ".", "tree")  # names of the working tree, the code that is here
 MOST_SEEDS = 50
 FINAL_LOSS = "final_loss"
 # columns of tables by which runs are told apart, or that follow from what is measured
-NO_MEASURES = (
-    "variant seed seeds run_id stage status against sd difference low high pairs p".split()
-)
+NO_MEASURES = "variant seed seeds run_id stage against sd difference low high pairs p".split()
 
 
 class Measure(NamedTuple):

@@ -133,7 +133,7 @@ def test_other_parts_resume_too(settings, monkeypatch, changes):
 
 def test_killed_at_random_moments_a_run_loses_at_most_save_every_steps_and_no_row(settings):
     """A kill comes within nine steps of a start, or while it starts. KILLS=50 is the long test."""
-    kills, rng = int(os.environ.get("KILLS", 10)), random.Random(0)
+    kills, rng = int(os.environ.get("KILLS", 6)), random.Random(0)
     settings |= WIDE | {
         "NUM_ITERATIONS": 10 * kills,
         "BATCH_SIZE": 4,

@@ -174,16 +174,16 @@ def test_launches_at_once_do_not_meet(settings, tmp_path):
     """--standalone finds a free port each time; the table takes all rows."""
     with contextlib.ExitStack() as stack:
         launches = []
-        for i in range(3):
+        for i in range(2):
             folder = tmp_path / str(i)
             folder.mkdir()
             own = settings | {"RUN_ID": f"run{i}", "NUM_ITERATIONS": 2, "OMP_NUM_THREADS": 1}
             launches.append(
                 stack.enter_context(Launch([*TORCHRUN[:-1], "train_gpt.py"], own, folder))
             )
-        assert [launch.launcher.wait(120) for launch in launches] == [0] * 3
+        assert [launch.launcher.wait(120) for launch in launches] == [0] * 2
     assert sorted((row["run_id"], row["status"]) for row in rows(settings)) == [
-        (f"run{i}", "ok") for i in range(3)
+        (f"run{i}", "ok") for i in range(2)
     ]
 
 
