@@ -73,7 +73,7 @@ def layers(curve: pd.DataFrame, name: str) -> pd.Series:
     ]
     if not columns:
         return pd.Series(dtype=float)
-    return curve.set_index("step")[columns].mean(axis=1).dropna()
+    return curve[["step", *columns]].set_index("step").mean(axis=1).dropna()
 
 
 def change(values: pd.Series, first: int, last: int) -> float:
@@ -137,9 +137,9 @@ def validations(runs: pd.DataFrame, curves: Curves) -> tuple[pd.DataFrame, pd.Da
     """Validation loss and train time (s) by step, a column a seed, of the steps after 0 that all
     runs validated."""
     evals = {}
-    for run in runs.itertuples():
-        curve = curves[run.run_id]
-        evals[run.seed] = curve[curve.val_loss.notna() & (curve.step > 0)].set_index("step")
+    for run_id, seed in zip(runs.run_id, runs.seed):
+        curve = curves[run_id][["step", "val_loss", "train_time"]]
+        evals[seed] = curve[curve.val_loss.notna() & (curve.step > 0)].set_index("step")
     if not evals:
         return pd.DataFrame(), pd.DataFrame()
 
@@ -160,7 +160,7 @@ def measure(
     """FIGURES by seed: loss at the last of the steps and at the first, how it went from the first
     to the worst (nats); seconds a step; 1 - entropy and max violation of the experts' load."""
     lines = {}
-    for run in runs.itertuples() if steps else ():
+    for run in runs[["run_id", "seed", "num_experts"]].itertuples() if steps else ():
         curve, loss = curves[run.run_id], losses[run.seed]
         first, last = steps[0], steps[-1]
         entropy = layers(curve, "entropy").loc[:last]
@@ -216,7 +216,7 @@ def gather(stage: Stage, rows: pd.DataFrame, curves: Curves) -> dict[str, Facts]
         runs, others = runs_of[label], runs_of[reference]
         lost = tried[(tried.variant == label) & ~tried.seed.isin(runs.seed)]
         lost = lost.drop_duplicates("seed", keep="last")
-        same_validation = len(validation_of(pd.concat([runs, others]))) < 2
+        same_validation = len(validation_of(runs, others)) < 2
         steps, worst = shared_steps(evals_of[label][0], evals_of[reference][0])
         steps = steps if same_validation else []
         ours = measure(runs, curves, *evals_of[label], steps, worst)

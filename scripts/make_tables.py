@@ -65,7 +65,7 @@ def difference_of(stage: Stage, variant: str, runs: pd.DataFrame) -> dict[str, f
     """What a variant's runs measure minus its reference's, the 95 % interval and p, as far as seeds
     allow; {} where they were validated on other data."""
     own, reference = (runs[runs.variant == label] for label in (variant, stage.references[variant]))
-    if stage.is_reference(variant) or len(validation_of(pd.concat([own, reference]))) > 1:
+    if stage.is_reference(variant) or len(validation_of(own, reference)) > 1:
         return {}
     ours, theirs = (one.set_index("seed")[stage.measure] for one in (own, reference))
     difference, test = gate_stats.compare(ours, theirs)

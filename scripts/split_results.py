@@ -132,7 +132,9 @@ def frame_of(text: str, path: str | Path) -> pd.DataFrame:
             one = wrong.iloc[0]
             raise ValueError(f"{path}: {name} of {one.run_id} is {one[name]!r}, no number")
         rows[name] = numbers
-    return rows.copy()  # in one piece, or pandas warns of many
+    texts = [name for name, kind in rows.dtypes.items() if isinstance(kind, pd.StringDtype)]
+    # all texts in one piece: rows are taken from a piece at a time, and there are many columns
+    return rows.astype(dict.fromkeys(texts, object)).copy()
 
 
 def source_here() -> str:
@@ -163,35 +165,43 @@ def is_same(name: str, text: str, asked: Mapping[str, str], row: Mapping) -> boo
         return str(value) == text
 
 
-def asked_of(row: Mapping) -> dict[str, str]:
-    """What differed from the defaults in a run: {setting: text}; a program's options, which come
-    after them, have columns of their own. Raises ValueError."""
+@functools.cache
+def asked_of(changes: str) -> dict[str, str]:
+    """What differed from the defaults in a run whose row says so: {setting: text}; a program's
+    options, which come after them, have columns of their own. Raises ValueError."""
+    words = itertools.takewhile(lambda word: not word.startswith("--"), shlex.split(changes))
+    return dict(word.split("=", 1) for word in words)
+
+
+def is_of_the_trainer(stage: Stage, variant: str) -> bool:
+    """Whether a variant trains by train_gpt.py as it is here, no other program or code."""
+    return stage.program == TRAINER and not stage.code_of(variant)
+
+
+def said_of(stage: Stage, variant: str) -> dict[str, str]:
+    """What the stage's file, or its preset, says that runs of a variant have: {setting: text}.
+
+    Of another program its options count as well, by their columns; they may change what a preset
+    says, which is not compared then, nor is that of other code.
+    """
+    own = {name: text for name, text in stage.variants[variant].items() if text and name != CODE}
+    if is_of_the_trainer(stage, variant):
+        return preset_of(own) | own
+    return {name: text for name, text in own.items() if name.islower() or name.lower() not in own}
+
+
+def is_as_said(row: Mapping, said: Mapping[str, str], is_of_trainer: bool) -> bool:
+    """Whether a run had all settings that a stage says its variant has. Raises ValueError."""
+    skipped = untrained()
     try:
-        words = shlex.split(row["changes"])
-        settings = itertools.takewhile(lambda word: not word.startswith("--"), words)
-        return dict(word.split("=", 1) for word in settings)
+        asked = asked_of(row["changes"])
     except ValueError:
         raise ValueError(
             f"{RESULTS}: changes of {row['run_id']} are no NAME=value words; "
             "python scripts/rebuild_results.py makes the table anew"
         ) from None
-
-
-def is_as_the_stage_says(row: Mapping, stage: Stage) -> bool:
-    """Whether a run had all settings that the stage's file, or its preset, gives its variant.
-
-    Of another program its options count as well, by their columns; they may change what a preset
-    says, which is not compared then, nor is that of other code.
-    """
-    own = {name: text for name, text in stage.variants[row["variant"]].items() if text}
-    own.pop(CODE, None)
-    asked, skipped = asked_of(row), untrained()
-    is_trainer = stage.program == TRAINER and not stage.code_of(row["variant"])
-    said = preset_of(own) | own
-    if not is_trainer:
-        said = {n: text for n, text in own.items() if n.islower() or n.lower() not in own}
     # Without a preset nothing is known of what else it had; DEVICE is Slurm's.
-    if row["preset"] and is_trainer:
+    if row["preset"] and is_of_trainer:
         more = asked.keys() - said.keys() - skipped - {"PRESET", "DEVICE"}
         if any(name.lower() in setting_columns() for name in more):
             return False
@@ -208,8 +218,10 @@ def tried(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:
     and no settings."""
     rows = rows[rows.variant.isin(stage.variants)]
     rows = rows.assign(code=[stage.code_of(label) or "." for label in rows.variant])
+    said = {label: said_of(stage, label) for label in rows.variant.unique()}
     fits = [
-        row["source_sha"] == "" or is_as_the_stage_says(row, stage)
+        row["source_sha"] == ""
+        or is_as_said(row, said[row["variant"]], is_of_the_trainer(stage, row["variant"]))
         for row in rows.to_dict("records")
     ]
     return rows.loc[fits]
@@ -259,12 +271,15 @@ def has_same_code(stage: Stage, variant: str, runs: pd.DataFrame) -> bool:
     return stage.code_of(variant) != stage.code_of(reference) and bool(ours & theirs)
 
 
-def validation_of(runs: pd.DataFrame) -> set[tuple[str, float]]:
-    """On what runs were validated: {(fingerprint, tokens)}."""
-    data = runs.val_fingerprint.where(runs.val_fingerprint != "", runs.data_fingerprint)
-    length = runs.sequence_length
-    tokens = (runs.val_tokens // length * length).fillna(0)
-    return {*zip(data, tokens)}
+def validation_of(*tables: pd.DataFrame) -> set[tuple[str, float]]:
+    """On what the runs of these tables were validated: {(fingerprint, tokens)}."""
+    seen = set()
+    for runs in tables:
+        data = runs.val_fingerprint.where(runs.val_fingerprint != "", runs.data_fingerprint)
+        length = runs.sequence_length
+        tokens = (runs.val_tokens // length * length).fillna(0)
+        seen |= {*zip(data, tokens)}
+    return seen
 
 
 def comparable(rows: pd.DataFrame, stage: Stage) -> pd.DataFrame:

@@ -412,9 +412,9 @@ def judge_runs(stage: Stage, rows: pd.DataFrame, curves: Curves) -> pd.DataFrame
     for run in rows.itertuples():
         reference = stage.references.get(run.variant)
         theirs = done[done.variant == reference]
-        both = pd.concat([rows[rows.run_id == run.run_id], theirs])
+        own = rows[rows.run_id == run.run_id]
         is_current = run.status != "ok" or run.run_id in done_ids
-        is_compared = is_current and len(validation_of(both)) < 2
+        is_compared = is_current and len(validation_of(own, theirs)) < 2
         others = losses[reference] if reference and is_compared else pd.DataFrame()
         one = run_line(run, curves.get(run.run_id), others, rules)
         if not is_current:

@@ -124,7 +124,7 @@ def test_a_killed_run_that_goes_on_is_the_run_that_was_never_stopped(
     ids=str,
 )
 def test_other_parts_resume_too(settings, monkeypatch, changes):
-    settings |= WIDE | changes
+    settings |= WIDE | changes | {"DEVICE_BATCH_SIZE": 3}  # two micro-batches a rank
     assert launch(settings | {"RUN_ID": "whole"}, 2)[0] == [0, 0]
     interrupted(settings, monkeypatch, 6, 2)
     assert curve(settings) == curve(settings, "whole")
@@ -137,6 +137,7 @@ def test_killed_at_random_moments_a_run_loses_at_most_save_every_steps_and_no_ro
     settings |= WIDE | {
         "NUM_ITERATIONS": 10 * kills,
         "BATCH_SIZE": 4,
+        "DEVICE_BATCH_SIZE": 2,
         "SAVE_EVERY": 5,
         "VAL_EVERY": 50,
         "RESUME": "auto",
@@ -231,6 +232,7 @@ def test_no_sample_is_missed_or_read_twice(settings, tmp_path, monkeypatch):
     settings |= {
         "VOCAB_SIZE": 128,
         "SHARD_TAIL": "keep",
+        "DEVICE_BATCH_SIZE": 2,
         "NUM_ITERATIONS": 23,
         "SAVE_EVERY": 3,
         "VAL_EVERY": 0,
@@ -296,7 +298,7 @@ def test_saved_on_two_ranks_and_resumed_on_others(settings, monkeypatch, world):
 
 
 def test_a_number_of_ranks_that_cannot_share_the_batch_is_refused_with_those_that_can(settings):
-    codes, out = launch(settings, 5)
+    codes, out = launch(settings | {"DEVICE_BATCH_SIZE": 2}, 5)
     assert codes == [2] * 5 and "1 or 2 or 3 or 6 ranks" in out, out
 
 

@@ -94,7 +94,8 @@ def test_it_trains_and_resumes(settings, tmp_path, monkeypatch, combination):
     """A run that is sent away after a step or two goes on as the one never stopped, to the bit."""
     settings |= {name.upper(): value for name, value in combination.items()}
     settings |= {"N_LAYER": 4, "N_UNIQUE": 2 if settings["RECURRENCE"] == "shared" else 1}
-    settings |= {"NUM_ITERATIONS": 5, "VAL_EVERY": 0, "BALANCE_LOG_INTERVAL": 2, "BATCH_SIZE": 4}
+    settings |= {"NUM_ITERATIONS": 5, "VAL_EVERY": 0, "BALANCE_LOG_INTERVAL": 2}
+    settings |= {"BATCH_SIZE": 4, "DEVICE_BATCH_SIZE": 2}
     settings["WEIGHT_DECAY"] = 0.1  # or its schedules would have no say
     with monkeypatch.context() as patch:
         dies_at(patch, 1, signal.SIGTERM)
@@ -184,7 +185,8 @@ def test_a_setting_is_said_to_have_no_effect_exactly_where_it_has_none(group, na
     and on one where it has none, for time's sake."""
     seen = set()
     for base in BASES:
-        base = base | {"num_iterations": 4, "warmdown_iters": 3, "batch_size": 4, "n_embd": 16}
+        base = base | {"num_iterations": 4, "warmdown_iters": 3, "n_embd": 16}
+        base = base | {"batch_size": 4, "device_batch_size": 2}
         changed = base | {name: other_value(name, getattr(tiny(**base), name))}
         if name.startswith("aux_loss_coef_"):
             changed |= {"aux_loss_coef_start": 0.7, "aux_loss_coef_end": 0.6}

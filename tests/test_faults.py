@@ -543,7 +543,7 @@ def test_out_of_memory_names_the_peak_and_what_to_lower(settings, monkeypatch, r
     monkeypatch.setattr(train_gpt, "train_step", greedy)
     codes, out = launch(settings, 2)
     assert codes[rank] == 5 and row(settings)["status"] == "oom"
-    for text in "lower DEVICE_BATCH_SIZE=2,", "SEQUENCE_LENGTH", "N_LAYER":
+    for text in "lower DEVICE_BATCH_SIZE=6,", "SEQUENCE_LENGTH", "N_LAYER":
         assert text in row(settings)["error"]
     assert re.search(r"peak \d+\.\d\d GiB", row(settings)["error"])
 

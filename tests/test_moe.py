@@ -520,7 +520,7 @@ def test_resuming_with_other_micro_batches_is_refused_where_they_matter(settings
     steady = settings | {"FFN": "moe", "BALANCE": "quantile", "WARMDOWN_ITERS": 0}
     assert launch(steady)[0] == [0]
     codes, out = launch(steady | {"DEVICE_BATCH_SIZE": 1, "NUM_ITERATIONS": 9, "RESUME": "auto"})
-    assert codes == [2] and "DEVICE_BATCH_SIZE 2 -> 1" in out
+    assert codes == [2] and "DEVICE_BATCH_SIZE 6 -> 1" in out
 
 
 def test_weights_of_another_run_come_without_its_balance(settings):

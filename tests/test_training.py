@@ -77,7 +77,7 @@ def test_a_run_leaves_log_curve_summary_and_row(settings):
 def test_several_ranks_give_the_curve_of_one(settings, world):
     """Clipped, with a large balance loss."""
     settings |= {"FFN": "moe", "NUM_EXPERTS": 4, "D_FF": 32, "BALANCE_LOG_INTERVAL": 1}
-    settings |= {"AUX_LOSS_COEF": 1, "GRAD_CLIP": 0.5}
+    settings |= {"AUX_LOSS_COEF": 1, "GRAD_CLIP": 0.5, "DEVICE_BATCH_SIZE": 2}
     assert launch(settings | {"RUN_ID": "one"})[0] == [0]
     codes, out = launch(settings | {"RUN_ID": "many"}, world)
     assert codes == [0] * world, out
@@ -141,7 +141,7 @@ def test_compiled_run_equals_eager(settings):
 
 REFUSED = [  # settings, exit code, what the one sentence says
     ({"ATTNGATE": "foo"}, 2, ["ATTNGATE=foo", ", ".join(train_gpt.GATES)]),
-    ({"BATCH_SIZE": 7}, 2, ["BATCH_SIZE=7", "DEVICE_BATCH_SIZE=2", "4 or 8"]),
+    ({"BATCH_SIZE": 7}, 2, ["BATCH_SIZE=7", "DEVICE_BATCH_SIZE=6", "choose 12"]),
     ({"LEARNING_RATE": 1}, 2, ["LEARNING_RATE", "LR"]),
     ({"DEVICE": "cuda"}, 2, ["DEVICE=cuda"]),
     (
