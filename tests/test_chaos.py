@@ -78,12 +78,13 @@ class Attempt:
         return int(steps[-1]) if steps else 0
 
 
-@pytest.mark.parametrize("ranks, kills, victim", [(1, [50, 100], "all"), (2, [50], "launcher")])
+@pytest.mark.parametrize("ranks, kills, victim", [(1, [50, 100], "all"), (2, [20], "launcher")])
 def test_kills_cost_time_and_nothing_else(settings, monkeypatch, capfd, ranks, kills, victim):
     env = {name: str(value) for name, value in settings.items()} | {
-        "NUM_ITERATIONS": str(kills[-1] + 100),
+        "NUM_ITERATIONS": str(2 * kills[-1]),
         "BATCH_SIZE": str(2 * ranks),
-        "SAVE_EVERY": "50",
+        "DEVICE_BATCH_SIZE": "2",
+        "SAVE_EVERY": str(kills[0]),
         "LOG_EVERY": "5",
         "VAL_EVERY": "0",
         "PATH": os.environ["PATH"],
@@ -111,7 +112,7 @@ def test_kills_cost_time_and_nothing_else(settings, monkeypatch, capfd, ranks, k
     assert (name, count, lost) == ("undisturbed", "0", "0")
     name, count, lost, lower, same = killed
     assert (name, count) == ("killed", str(len(kills)))
-    assert int(lost) == sum(max(0, reached - saved) for reached, saved in steps) <= 50 * len(kills)
+    assert int(lost) == sum(max(0, reached - saved) for reached, saved in steps) <= kills[0] * len(kills)
     assert out.count(" rows:1 left:0 ") == 2 and out.count(f" victim:{victim} left:0\n") == (
         0 if victim == "all" else len(kills)
     )

@@ -51,6 +51,8 @@ def again(tmp_path_factory):
     folder = write_copy(tmp_path_factory.mktemp("copy"))
     anew = f"""%reset -f
 %cd -q {folder / "notebooks"}
+%matplotlib inline
+%config InlineBackend.figure_formats = set()
 import matplotlib, pandas, sys
 matplotlib.rcdefaults()
 pandas.reset_option("^display")

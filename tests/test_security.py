@@ -311,6 +311,7 @@ CREDENTIALS = {  # pattern: an example in pieces, for this file is searched too
     r"([\"'])(?![^\"']*(secret|example))[^\"'\s]{16,}\2": "pass" + "word: 'correct-horse-battery'",
 }
 HOME = r"(?<![\w.])/(?:home|Users|root)/\w"
+IMAGE = r'"image/png": "[^"]*"'  # of a notebook, letters by chance
 
 
 def tracked():
@@ -334,8 +335,9 @@ def tracked():
 
 def test_the_repository_holds_no_credential_and_no_home_folder():
     files = {
-        str(path.relative_to(ROOT)): path.read_bytes().decode(errors="replace")
+        str(path.relative_to(ROOT)): re.sub(IMAGE, "", path.read_bytes().decode(errors="replace"))
         for path in tracked()
+        if path.suffix != ".png"
     }
     assert {
         "train_gpt.py",
