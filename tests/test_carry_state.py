@@ -140,10 +140,10 @@ def test_a_resumed_run_carries_the_states_that_it_had(settings, monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_the_states_of_two_ranks_go_on_on_others(settings, monkeypatch, world):
-    settings |= CARRIED | {"NUM_ITERATIONS": 11, "LR": 0.001, "DEVICE_BATCH_SIZE": 2}
+    settings |= CARRIED | {"NUM_ITERATIONS": 7, "LR": 0.001, "DEVICE_BATCH_SIZE": 2}
     assert launch(settings | {"RUN_ID": "whole"}, 1)[0] == [0]
     with monkeypatch.context() as patch:
-        dies_at(patch, 6)
+        dies_at(patch, 5)
         launch(settings, 2)
     codes, out = launch(settings | {"RESUME": "auto"}, world)
     assert codes == [0] * world, out

@@ -243,22 +243,35 @@ def test_ranks_that_torchrun_starts_again_are_refused(settings):
     assert codes == [2] and "bash scripts/run_8xh100.sh starts all ranks again" in out
 
 
-@pytest.mark.parametrize(
-    "changes, status",
-    [
-        ({"LR": 1e30, "MUON_LR": 1e30, "NUM_ITERATIONS": 100}, "diverged"),
-        ({"VOCAB_SIZE": 63}, "data"),
-    ],
-)
-def test_what_would_fail_again_is_not_tried_again(settings, tmp_path, changes, status):
-    settings |= changes | {"NPROC_PER_NODE": 2, "MAX_RESTARTS": 1}
+def test_what_would_fail_again_is_not_tried_again(settings, tmp_path):
+    settings |= {"VOCAB_SIZE": 63, "NPROC_PER_NODE": 2, "MAX_RESTARTS": 1}
     with Launch(RUN_8XH100, settings, tmp_path) as run:
-        assert run.wait() != 0
+        assert run.wait() == EXIT_CODES["data"], run.output
     (row,) = rows(settings)
-    assert row["status"] == status, run.output
+    assert row["status"] == "data", run.output
     attempts = list((settings["LOG_DIR"] / "torchrun").glob("*/attempt_*"))
-    told = re.findall(rf"^\[default\d\]:{status}: ", run.output, re.M)  # beside torchrun's table
-    assert len(attempts) == len(told) == 1 and f"  traceback : {status}: " in run.output, run.output
+    told = re.findall(r"^\[default\d\]:data: ", run.output, re.M)  # beside torchrun's table
+    assert len(attempts) == len(told) == 1 and "  traceback : data: " in run.output, run.output
+
+
+@pytest.mark.parametrize("status", [*EXIT_CODES, "running", ""])
+def test_restarts_go_by_the_status_that_is_written(settings, tmp_path, status):
+    """By a torchrun that trains nothing: it leaves a summary, or none, and fails as it always
+    does, with 1."""
+    (tmp_path / "tree" / "scripts").mkdir(parents=True)
+    script = shutil.copy(RUN_8XH100[1], tmp_path / "tree" / "scripts")
+    (tmp_path / "bin").mkdir()
+    leaves = ends(status, "exit 1") if status else "exit 1"
+    executable(tmp_path / "bin" / "torchrun", f'echo "$*" >> {tmp_path}/starts\n{leaves}')
+    settings["LOG_DIR"].mkdir()
+    settings |= {"PATH": f"{tmp_path / 'bin'}:{PATH}", "MAX_RESTARTS": 2}
+    with Launch(["bash", script], settings, tmp_path) as run:
+        code = run.wait()
+    is_final = status in ("config", "data", "diverged", "oom")
+    assert code == (EXIT_CODES[status] if is_final else 1), run.output
+    starts = (tmp_path / "starts").read_text().splitlines()
+    assert len(starts) == (1 if is_final else 3)
+    assert run.output.count(f": status {status or 'unknown'}; restart ") == len(starts) - 1
 
 
 SRUN = r"""
