@@ -112,7 +112,8 @@ def test_kills_cost_time_and_nothing_else(settings, monkeypatch, capfd, ranks, k
     assert (name, count, lost) == ("undisturbed", "0", "0")
     name, count, lost, lower, same = killed
     assert (name, count) == ("killed", str(len(kills)))
-    assert int(lost) == sum(max(0, reached - saved) for reached, saved in steps) <= kills[0] * len(kills)
+    assert int(lost) == sum(max(0, reached - saved) for reached, saved in steps)
+    assert int(lost) <= kills[0] * len(kills)
     assert out.count(" rows:1 left:0 ") == 2 and out.count(f" victim:{victim} left:0\n") == (
         0 if victim == "all" else len(kills)
     )

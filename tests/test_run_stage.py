@@ -1128,24 +1128,24 @@ def test_the_steps_are_timed_by_the_bench_in_a_process_of_its_own(project, monke
 
 
 def test_tables_figure_and_gate_compare_at_equal_shares_of_the_time(clock, project):
-    """40 and 24 steps, which share no validated number of tokens but the shares of the time."""
+    """100 and 62 steps, which share no validated number of tokens but the shares of the time."""
     write_stage(project, {"plain": {}, "gated": {"ATTNGATE": "headwise"}}, seeds=[1])
-    clock[0]["plain"] = [25.0] * 5
-    clock[0]["gated"] = [40.0] * 5
+    clock[0]["plain"] = [10.0] * 5
+    clock[0]["gated"] = [16.0] * 5
     assert run_stage.main(["toy", "--seconds", "1", "--jobs", "2"]) == 0
     assert {(row["stage"], row["num_iterations"], row["status"]) for row in rows()} == {
-        ("toy_1s", "40", "ok"),
-        ("toy_1s", "24", "ok"),
+        ("toy_1s", "100", "ok"),
+        ("toy_1s", "62", "ok"),
     }
     steps = pd.read_csv("experiments/tables/toy_1s_steps.csv")
     assert steps.planned_seconds.tolist() == [0.5, 1.0]
     gate = pd.read_csv("experiments/tables/toy_1s_gate.csv").set_index(["kind", "variant"])
     table = pd.read_csv("experiments/tables/toy_1s.csv").set_index("variant")
-    assert table.tokens.tolist() == [40 * 12 * 16, 24 * 12 * 16] and (table.train_time > 0).all()
+    assert table.tokens.tolist() == [100 * 12 * 16, 62 * 12 * 16] and (table.train_time > 0).all()
     assert gate.difference["variant", "gated"] == pytest.approx(table.difference["gated"])
     assert gate.planned_seconds.tolist() == [1.0] * 4 and "time_over_plan" in gate
     text = Path("experiments/tables/toy_1s.md").read_text()
-    assert "| tokens | train_time |" in text and "7,680" in text
+    assert "| tokens | train_time |" in text and "19,200" in text
     assert "Each variant has the steps that 1 s of training take by its step time" in text
     assert Path("experiments/figures/toy_1s.png").stat().st_size
     assert run_stage.main(["toy", "--seconds", "1", "--no-run"]) == 0
