@@ -171,20 +171,19 @@ def test_usr1_saves_and_the_same_command_goes_on(settings, tmp_path):
 
 
 def test_launches_at_once_do_not_meet(settings, tmp_path):
-    """--standalone finds a free port each time; the table takes all rows."""
+    """Of one rank and of two: --standalone finds a free port each time; the table takes all
+    rows."""
     with contextlib.ExitStack() as stack:
         launches = []
-        for i in range(2):
-            folder = tmp_path / str(i)
+        for ranks in (1, 2):
+            folder = tmp_path / str(ranks)
             folder.mkdir()
-            own = settings | {"RUN_ID": f"run{i}", "NUM_ITERATIONS": 2, "OMP_NUM_THREADS": 1}
-            launches.append(
-                stack.enter_context(Launch([*TORCHRUN[:-1], "train_gpt.py"], own, folder))
-            )
+            own = settings | {"RUN_ID": f"run{ranks}", "NUM_ITERATIONS": 2, "OMP_NUM_THREADS": 1}
+            command = [*TORCHRUN[:-1], f"--nproc_per_node={ranks}", "train_gpt.py"]
+            launches.append(stack.enter_context(Launch(command, own, folder)))
         assert [launch.launcher.wait(120) for launch in launches] == [0] * 2
-    assert sorted((row["run_id"], row["status"]) for row in rows(settings)) == [
-        (f"run{i}", "ok") for i in range(2)
-    ]
+    told = [(row["run_id"], row["status"], row["world_size"]) for row in rows(settings)]
+    assert sorted(told) == [("run1", "ok", "1"), ("run2", "ok", "2")]
 
 
 def test_a_second_term_does_not_disturb_the_first(settings, tmp_path):
@@ -441,14 +440,8 @@ def test_scripts_parse_and_options_of_sbatch_are_read():
     ],
 )
 def test_ranks_that_nobody_started_are_told_at_once(settings, ranks, sentence):
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_gpt.py"],
-        env={"PATH": os.environ["PATH"]} | {k: str(v) for k, v in (settings | ranks).items()},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and done.stderr.startswith(sentence), done.stderr
+    codes, out = launch(settings | ranks)
+    assert codes == [2] and out.startswith(sentence), out
 
 
 @pytest.mark.parametrize(

@@ -271,21 +271,6 @@ def test_dry_run_prints_the_plan_without_data_or_device():
     assert told["n_layer"] == "12" and told["tokens_on_disk"].isdigit()
 
 
-def test_torchrun_trains_on_two_ranks(settings):
-    """The launcher itself; what the ranks compute is tested above without its four seconds."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train_gpt.py",
-    ]
-    result = run(*torchrun, **{name: str(value) for name, value in settings.items()})
-    assert result.returncode == 0, result.stderr
-    assert rows(settings)[0]["status"] == "ok" and rows(settings)[0]["world_size"] == "2"
-
-
 EFFECTS = """
 import os, random, sys, threading
 before = dict(os.environ), random.getstate(), os.listdir('.'), threading.active_count()
