@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
-from scipy.special import stdtr, stdtrit
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 FEWEST = 3  # seeds: with fewer nothing is promoted
 CONFIDENCE = 0.95  # of intervals
@@ -108,12 +107,17 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return corrected
 
 
+def density_of(z: np.ndarray) -> np.ndarray:
+    """The density of a standard normal variable."""
+    return np.exp(-(z**2) / 2) / (2 * np.pi) ** 0.5
+
+
 def overshoot(
     bound: float, points: np.ndarray, density: np.ndarray, step: float, wanted: float
 ) -> float:
     """How much more than wanted is above the bound after a step of a Brownian motion that starts at
     these points with this density."""
-    return density @ norm.sf((bound - points) / step) - wanted
+    return density @ ndtr((points - bound) / step) - wanted
 
 
 @functools.cache
@@ -122,22 +126,22 @@ def levels(alpha: float, looks: tuple[int, ...]) -> dict[int, float]:
 
     With no difference one of them or another is reached with probability alpha.
     """
-    z_half = norm.isf(alpha / 2)
+    z_half = -ndtri(alpha / 2)
     points, spent, time = np.zeros(1), 0.0, 0.0
     density = np.ones(1)  # at these points, times their distance: of those not yet decided
     found = {}
     for look in looks:
         step = (look / looks[-1] - time) ** 0.5
         time = look / looks[-1]
-        to_spend = 2 * norm.sf(z_half / time**0.5) - spent
+        to_spend = 2 * ndtr(-z_half / time**0.5) - spent
         spent += to_spend
 
         bound = brentq(overshoot, -10, 40, args=(points, density, step, to_spend))
-        found[look] = float(norm.sf(bound / time**0.5))
+        found[look] = float(ndtr(-bound / time**0.5))
         grid = np.linspace(-8, bound, 1500)
         weight = np.full(len(grid), grid[1] - grid[0])
         weight[[0, -1]] /= 2
-        transition = norm.pdf((grid[:, None] - points) / step) / step
+        transition = density_of((grid[:, None] - points) / step) / step
         points, density = grid, (transition @ density) * weight
     return found
 
