@@ -1062,7 +1062,7 @@ STUDIED = [path.stem.removeprefix("results_") for path in committed("experiments
 def test_committed_tables_and_verdicts_are_those_of_the_committed_rows_and_curves(
     name, tmp_path, monkeypatch
 ):
-    of_git = shutil.ignore_patterns("results.csv*")
+    of_git = shutil.ignore_patterns("results.csv*", "*.png")
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=of_git)
     monkeypatch.chdir(tmp_path)
     assert split_results.main([name]) == 0
